@@ -1,0 +1,213 @@
+"""The server as a whole: one nursery, in which everything that runs can be read."""
+
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterable
+
+import trio
+from msgspec import Struct
+from structlog.typing import FilteringBoundLogger
+
+from bandsync.clock import SessionClock
+from bandsync.counters import Counters
+from bandsync.draft import Here
+from bandsync.net.connection import Connections
+from bandsync.net.drain import drain
+from bandsync.net.listener import Acceptor, open_listeners
+from bandsync.ops.api import Api
+from bandsync.ops.metrics import Metrics
+from bandsync.rooms import Hub
+from bandsync.settings import Settings
+from bandsync.storage.memory import MemoryStorage
+
+_EXPIRY_PERIOD_S = 1.0
+_NOT_BUILT = "this version of BandSync keeps sessions in memory only"
+
+
+class StartError(Exception):
+    """The server cannot start; the message says what to change."""
+
+
+class Serving(Struct, frozen=True):
+    """A server that accepts connections.
+
+    Attributes:
+        url: the address to open in a browser.
+        stop: begins the drain; `serve` returns when it is done.
+    """
+
+    url: str
+    port: int
+    server_id: str
+    stop: Callable[[], None]
+
+
+async def serve(
+    settings: Settings,
+    log: FilteringBoundLogger,
+    *,
+    announce: Callable[[str], None] = print,
+    signals: Iterable[int] = (),
+    task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `Serving.stop` is called, or for ever.
+
+    Args:
+        announce: told the address, and the storage in use and why, once the listener is open.
+        signals: any of these begins the drain, a second one stops at once.
+
+    Raises:
+        StartError: the settings cannot be used on this machine.
+    """
+    if settings.redis_required:
+        raise StartError(f"REDIS_REQUIRED=true: cannot be met, {_NOT_BUILT}")
+    reason = _NOT_BUILT if settings.redis_enabled else "REDIS_ENABLED=false"
+    tls = _tls_context(settings)
+    listeners = await _open_listeners(settings)
+    port: int = listeners[0].getsockname()[1]
+    server_id = settings.server_id or f"{socket.gethostname()}-{port}"
+    boot_id = secrets.token_hex(8)
+    started = trio.current_time()
+    clock = SessionClock(wall_ms=_wall_ms(), monotonic_s=started)
+    counters = Counters()
+    metrics = Metrics()
+    storage = MemoryStorage(boot_id, reason)
+    stopping = trio.Event()
+
+    async with trio.open_nursery() as nursery:
+        hub = Hub(
+            nursery,
+            storage=storage,
+            clock=clock,
+            here=Here(server_id, boot_id, settings.max_members, settings.leadership),
+            counters=counters,
+            log=log,
+            grace_s=settings.resume_grace_ms / 1000,
+            tick_s=settings.tick_interval_ms / 1000,
+        )
+        connections = Connections(hub, settings, log, metrics.command_seconds.observe)
+        state = _State(hub, connections, stopping, started)
+        metrics.watch(counters, state, storage.storage_type)
+        api = Api(
+            state,
+            storage,
+            metrics,
+            admin_token=settings.admin_token,
+            degraded=settings.redis_enabled,
+        )
+        acceptor = Acceptor(connections, api.answer, tls=tls, log=log)
+
+        nursery.start_soon(hub.run_ticker)
+        nursery.start_soon(hub.run_stats)
+        nursery.start_soon(hub.run_graces)
+        nursery.start_soon(connections.run_pings, metrics.loop_lag_seconds.observe)
+        nursery.start_soon(_run_expiry, storage, hub, settings, log)
+        nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
+        await nursery.start(acceptor.run, listeners)
+
+        url = _url(settings, port)
+        announce(f"BandSync listening on {url}")
+        announce(f"Storage: {storage.storage_type} ({reason})")
+        log.info("server.started", url=url, server_id=server_id, boot_id=boot_id)
+        task_status.started(Serving(url, port, server_id, stopping.set))
+
+        await stopping.wait()
+        log.info("server.draining", connections=len(connections.open))
+        acceptor.draining = True
+        await drain(connections, settings.drain_timeout_ms / 1000)
+        log.info("server.stopped", connections=len(connections.open))
+        nursery.cancel_scope.cancel()
+
+
+class _State:
+    """What operators are shown of the running server."""
+
+    def __init__(
+        self, hub: Hub, connections: Connections, stopping: trio.Event, started: float
+    ) -> None:
+        self._hub = hub
+        self._connections = connections
+        self._stopping = stopping
+        self._started = started
+
+    @property
+    def server_id(self) -> str:
+        return self._hub.here.server_id
+
+    @property
+    def draining(self) -> bool:
+        return self._stopping.is_set()
+
+    def now(self) -> float:
+        return self._hub.now()
+
+    def uptime_ms(self) -> float:
+        return (trio.current_time() - self._started) * 1000
+
+    def connections(self) -> int:
+        return len(self._connections.open)
+
+    def rooms(self) -> int:
+        return len(self._hub.rooms)
+
+    def members(self) -> int:
+        return sum(len(room.peers) for room in self._hub.rooms.values())
+
+
+async def _run_expiry(
+    storage: MemoryStorage, hub: Hub, settings: Settings, log: FilteringBoundLogger
+) -> None:
+    """Forget sessions that nobody has been in for long, for ever."""
+    while True:
+        await trio.sleep(_EXPIRY_PERIOD_S)
+        expired = storage.expire(
+            hub.now(), settings.redis_ttl * 1000, hub.rooms, settings.max_idle_sessions
+        )
+        for session_id in expired:
+            log.info("session.expired", session_id=session_id)
+
+
+async def _run_signals(
+    signals: Iterable[int], stopping: trio.Event, everything: trio.CancelScope
+) -> None:
+    """Turn signals into a drain, and a second one into an end, for ever."""
+    with trio.open_signal_receiver(*signals) as received:
+        async for _ in received:
+            if stopping.is_set():
+                everything.cancel()
+            stopping.set()
+
+
+async def _open_listeners(settings: Settings) -> list[socket.socket]:
+    try:
+        return await open_listeners(settings.host, settings.port)
+    except OSError as error:
+        raise StartError(
+            f"HOST={settings.host!r} PORT={settings.port}: cannot listen there: {error}"
+        ) from error
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(
+            f"TLS_CERT={settings.tls_cert!r} TLS_KEY={settings.tls_key!r}: "
+            f"must be a PEM certificate chain and its key: {error}"
+        ) from error
+    return context
+
+
+def _url(settings: Settings, port: int) -> str:
+    scheme = "http" if settings.tls_cert is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{scheme}://{host}:{port}"
+
+
+def _wall_ms() -> float:
+    return time.time_ns() / 1e6

@@ -1,0 +1,425 @@
+"""The rules of a session: what a command changes, and who may give it.
+
+One implementation for every storage. Pure: ``now`` is an argument, ids are drawn by the caller,
+once per command, so that deciding again on another base repeats nothing.
+"""
+
+from collections.abc import Mapping
+
+from msgspec import UNSET, Struct
+
+from bandsync import transport as arithmetic
+from bandsync.commands import (
+    ChatMessage,
+    DenyLeader,
+    LeaveSession,
+    Pause,
+    Play,
+    PositionSync,
+    Refusal,
+    RequestLeader,
+    Seek,
+    SetRole,
+    SetTempo,
+    Stop,
+    SyncReport,
+    SyncRequest,
+    UpdateMessage,
+    invalid_field,
+)
+from bandsync.draft import Draft, Here, new_session
+from bandsync.messages import (
+    ChatSent,
+    DriftCorrection,
+    Event,
+    LeaderDenied,
+    LeaderRequested,
+    LeaveReason,
+    MemberConnection,
+    MessageUpdated,
+    Outgoing,
+    Paused,
+    Played,
+    PositionSynced,
+    Sought,
+    Stopped,
+    TempoChanged,
+    UserJoined,
+    You,
+)
+from bandsync.session import Member, Session, bound, find, leader_of, role_of
+from bandsync.tokens import ResumeToken, hash_secret, proves
+from bandsync.views import member_count, member_view, snapshot, sync_response
+
+LEADER_RESYNC_MS = 20.0
+FOLLOWER_DRIFT_MS = 25.0
+
+
+class Actor(Struct, frozen=True):
+    """Who gives a command, where.
+
+    Attributes:
+        connection_id: the connection it came by; a command of one that is no longer the bound
+            one does nothing.
+        member_id: the member that connection joined as; empty before.
+        fresh_id: a random id, drawn once for this command, for what it creates.
+        latencies_ms: round trips of the connected members, by id, where known; only ``play``
+            looks at them.
+    """
+
+    here: Here
+    connection_id: str
+    member_id: str = ""
+    fresh_id: str = ""
+    latencies_ms: Mapping[str, float] = {}
+
+
+class Bind(Struct, frozen=True):
+    """Join or resume: bind a member to the actor's connection.
+
+    Attributes:
+        epoch_id: drawn for this command, for a session that it creates.
+        secret: drawn for this command; goes into the resume token of a new member.
+        wants_lead: claims the lead of a leader that is absent or in its grace.
+        resume: tokens to try, in order.
+    """
+
+    session_id: str
+    epoch_id: str
+    secret: str
+    display_name: str
+    wants_lead: bool = False
+    resume: tuple[ResumeToken, ...] = ()
+
+
+class Drop(Struct, frozen=True):
+    """The actor's connection is gone; its member's grace starts."""
+
+
+class Expire(Struct, frozen=True):
+    """The grace of the actor's member is over."""
+
+    reason: LeaveReason
+
+
+Command = (
+    Bind
+    | Drop
+    | Expire
+    | LeaveSession
+    | Play
+    | Pause
+    | Stop
+    | Seek
+    | SetTempo
+    | PositionSync
+    | SetRole
+    | RequestLeader
+    | DenyLeader
+    | UpdateMessage
+    | ChatMessage
+    | SyncRequest
+    | SyncReport
+)
+
+
+class Decision(Struct, frozen=True):
+    """What a command does.
+
+    Attributes:
+        session: the state afterwards; the very same object when nothing changes.
+        events: one for each version gained.
+        reply: for the actor alone, after the commit.
+        private: for one other member each: (member id, message).
+    """
+
+    session: Session
+    events: tuple[Event, ...] = ()
+    reply: Outgoing | None = None
+    private: tuple[tuple[str, Outgoing], ...] = ()
+
+
+NOT_JOINED = Refusal("not_joined", "Join a session first, with `join_session`.")
+NOT_LEADER = Refusal("not_leader", "Only the leader may do this; ask with `request_leader`.")
+NOT_MEMBER = Refusal("not_member", "No member has this id; the `snapshot` lists them.")
+LEADER_PRESENT = Refusal(
+    "leader_present", "Somebody leads; ask for the lead with `request_leader`."
+)
+
+
+def decide(
+    session: Session | None, command: Command, actor: Actor, now: float
+) -> Decision | Refusal:
+    """What ``command`` of ``actor`` does to ``session`` at the instant ``now``.
+
+    Args:
+        session: None if there is none yet; only `Bind` creates one.
+    """
+    if isinstance(command, Bind):
+        return _bind(session, command, actor, now)
+    if session is None:
+        return NOT_JOINED
+    member = bound(session, actor.member_id, actor.connection_id)
+    if member is None:
+        return Decision(session) if isinstance(command, Drop | Expire) else NOT_JOINED
+    draft = Draft(session, actor.here, now)
+    match command:
+        case Play() | Pause() | Stop() | Seek() | SetTempo() | UpdateMessage():
+            if session.leader.member_id != member.member_id:
+                return NOT_LEADER
+            _conduct(draft, command, actor)
+        case PositionSync():
+            return _position_sync(draft, command, member)
+        case ChatMessage():
+            _chat(draft, command, member, actor)
+        case SetRole():
+            refusal = _set_role(draft, command, member, actor.here)
+            if refusal is not None:
+                return refusal
+        case RequestLeader():
+            return _request_leader(draft, member)
+        case DenyLeader():
+            return _deny_leader(draft, command, member)
+        case SyncRequest():
+            return _sync(session, command, now)
+        case SyncReport():
+            return Decision(session)
+        case LeaveSession():
+            draft.remove(member, "left")
+        case Drop():
+            if member.connected:
+                draft.disconnect(member)
+        case Expire():
+            if not member.connected:
+                draft.remove(member, command.reason)
+    return Decision(*draft.done())
+
+
+def _bind(session: Session | None, command: Bind, actor: Actor, now: float) -> Decision | Refusal:
+    here = actor.here
+    base = session or new_session(command.session_id, command.epoch_id, here, now)
+    draft = Draft(base, here, now)
+    token = next((token for token in command.resume if _resumable(base, token)), None)
+    if token is not None:
+        member = _resume(draft, base.members[token.member_id], token, actor)
+        secret = token.secret
+    elif member_count(base) >= base.settings.value.max_members:
+        return Refusal("session_full", "The session has as many members as it takes; try later.")
+    else:
+        member = _join(draft, command, actor)
+        secret = command.secret
+    after, events = draft.done()
+    you = You(
+        member_id=member.member_id,
+        role=role_of(after, member.member_id),
+        resume_token=str(ResumeToken(member.member_id, member.incarnation, secret)),
+        resumed=token is not None,
+    )
+    return Decision(after, events, snapshot(after, now, you))
+
+
+def _resumable(session: Session, token: ResumeToken) -> bool:
+    member = find(session, token.member_id)
+    return member is not None and proves(token, member.token_hash)
+
+
+def _resume(draft: Draft, member: Member, token: ResumeToken, actor: Actor) -> Member:
+    """Bind ``member`` to the actor's connection."""
+    other = bound(draft.session, actor.member_id, actor.connection_id)
+    bound_member = draft.rewrite(
+        member,
+        incarnation=max(member.incarnation, token.incarnation) + 1,
+        connection_id=actor.connection_id,
+        server_id=actor.here.server_id,
+        boot_id=actor.here.boot_id,
+        connected=True,
+        connected_at=draft.now,
+    )
+    draft.emit(MemberConnection(*draft.head(), member.member_id, connected=True))
+    if other is not None and other.member_id != member.member_id:
+        draft.remove(other, "replaced")
+    if leader_of(draft.session) is None:
+        draft.lead(member.member_id)
+        draft.change_role(member.member_id, "leader", "elected")
+    return bound_member
+
+
+def _join(draft: Draft, command: Bind, actor: Actor) -> Member:
+    """Add a new member, bound to the actor's connection."""
+    leader = leader_of(draft.session)
+    member = Member(
+        member_id=actor.fresh_id,
+        incarnation=1,
+        time=draft.now,
+        writer=actor.here.boot_id,
+        present=True,
+        connection_id=actor.connection_id,
+        server_id=actor.here.server_id,
+        boot_id=actor.here.boot_id,
+        connected=True,
+        joined_at=draft.now,
+        connected_at=draft.now,
+        display_name=command.display_name,
+        token_hash=hash_secret(command.secret),
+    )
+    draft.add(member)
+    if leader is None:
+        draft.lead(member.member_id)
+    view = member_view(draft.session, member)
+    draft.emit(UserJoined(*draft.head(), view, member_count(draft.session)))
+    if command.wants_lead and leader is not None and not leader.connected:
+        draft.hand(member.member_id, "claimed")
+    return member
+
+
+def _conduct(
+    draft: Draft, command: Play | Pause | Stop | Seek | SetTempo | UpdateMessage, actor: Actor
+) -> None:
+    """What only the leader does."""
+    now = draft.now
+    by = actor.member_id
+    before = draft.session.transport.value
+    match command:
+        case Play():
+            delay = _lead_ms(draft.session, command, actor)
+            delay += arithmetic.count_in_ms(command.count_in_beats, before, now)
+            position = None if command.position_ms is UNSET else command.position_ms
+            transport = arithmetic.play(before, now, position, delay)
+            draft.emit(Played(*draft.head(), transport, by))
+        case Pause():
+            transport = arithmetic.pause(before, now)
+            draft.emit(Paused(*draft.head(), transport, by))
+        case Stop():
+            transport = arithmetic.stop(before, now)
+            draft.emit(Stopped(*draft.head(), transport, by))
+        case Seek():
+            transport = arithmetic.seek(before, now, command.position_ms, command.at)
+            draft.emit(Sought(*draft.head(), transport, by))
+        case SetTempo():
+            old = arithmetic.in_force(before, now).tempo_bpm
+            new = command.new_tempo
+            bar = None if command.beats_per_bar is UNSET else command.beats_per_bar
+            transport = arithmetic.set_tempo(before, now, new, bar, command.at)
+            draft.emit(TempoChanged(*draft.head(), transport, by, old, new))
+        case UpdateMessage():
+            draft.headline(command.message)
+            draft.emit(MessageUpdated(*draft.head(), command.message, by))
+            return
+    draft.move(transport)
+
+
+def _lead_ms(session: Session, command: Play, actor: Actor) -> float:
+    if command.start_in_ms is not UNSET:
+        return command.start_in_ms
+    return arithmetic.auto_lead(
+        [
+            actor.latencies_ms.get(member.member_id, 0.0)
+            for member in session.members.values()
+            if member.connected
+        ]
+    )
+
+
+def _position_sync(draft: Draft, command: PositionSync, member: Member) -> Decision:
+    session = draft.session
+    now = draft.now
+    transport = session.transport.value
+    then = arithmetic.in_force(transport, command.timestamp)
+    difference = command.position_ms - arithmetic.position_at(then, command.timestamp)
+    if session.leader.member_id != member.member_id:
+        if abs(difference) <= FOLLOWER_DRIFT_MS:
+            return Decision(session)
+        ours = arithmetic.position_at(arithmetic.in_force(transport, now), now)
+        head = (session.session_id, session.version, now)
+        return Decision(session, reply=DriftCorrection(*head, ours, difference, transport))
+    # A report from before the last anchor (it crossed the leader's own seek) says nothing about
+    # where the song is now.
+    if abs(difference) <= LEADER_RESYNC_MS or command.timestamp < then.anchor_time:
+        return Decision(session)
+    shifted = arithmetic.shift(transport, now, difference)
+    draft.move(shifted)
+    draft.emit(PositionSynced(*draft.head(), shifted, member.member_id))
+    return Decision(*draft.done())
+
+
+def _chat(draft: Draft, command: ChatMessage, member: Member, actor: Actor) -> None:
+    if any(chat.message_id == actor.fresh_id for chat in draft.session.chat):
+        return
+    chat = draft.say(actor.fresh_id, member, command.text)
+    draft.emit(
+        ChatSent(
+            *draft.head(),
+            chat.message_id,
+            chat.member_id,
+            chat.display_name,
+            chat.text,
+            chat.sent_at,
+        )
+    )
+
+
+def _set_role(draft: Draft, command: SetRole, member: Member, here: Here) -> Refusal | None:
+    own = member.member_id
+    leads = draft.session.leader.member_id == own
+    target = own if command.member_id is UNSET else command.member_id
+    if target != own:
+        if command.role == "follower":
+            return invalid_field("role")
+        if not leads:
+            return NOT_LEADER
+        if find(draft.session, target) is None:
+            return NOT_MEMBER
+        draft.hand(target, "handed_over")
+    elif command.role == "leader" and not leads:
+        if not _claimable(draft.session, here):
+            return LEADER_PRESENT
+        draft.hand(own, "claimed")
+    elif command.role == "follower" and leads:
+        elected = draft.elect(without=own)
+        if not elected:
+            draft.lead("")
+        draft.change_role(own, "follower", "stepped_down")
+        if elected:
+            draft.change_role(draft.session.leader.member_id, "leader", "elected")
+    return None
+
+
+def _claimable(session: Session, here: Here) -> bool:
+    leader = leader_of(session)
+    if leader is None or not leader.connected or here.leadership == "open":
+        return True
+    return here.isolated and leader.boot_id != here.boot_id
+
+
+def _request_leader(draft: Draft, member: Member) -> Decision:
+    leader = leader_of(draft.session)
+    if leader is None:
+        # Nobody is there to ask.
+        draft.hand(member.member_id, "claimed")
+        return Decision(*draft.done())
+    session = draft.session
+    if leader.member_id == member.member_id:
+        return Decision(session)
+    request = LeaderRequested(
+        session.session_id, session.version, draft.now, member.member_id, member.display_name
+    )
+    return Decision(session, private=((leader.member_id, request),))
+
+
+def _deny_leader(draft: Draft, command: DenyLeader, member: Member) -> Decision | Refusal:
+    session = draft.session
+    if session.leader.member_id != member.member_id:
+        return NOT_LEADER
+    if find(session, command.member_id) is None:
+        return NOT_MEMBER
+    denial = LeaderDenied(
+        session.session_id, session.version, draft.now, member.member_id, member.display_name
+    )
+    return Decision(session, private=((command.member_id, denial),))
+
+
+def _sync(session: Session, command: SyncRequest, now: float) -> Decision:
+    same_epoch = command.epoch is UNSET or command.epoch == session.epoch.id
+    if command.version == session.version and same_epoch:
+        return Decision(session, reply=sync_response(session, now))
+    return Decision(session, reply=snapshot(session, now))

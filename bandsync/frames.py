@@ -1,0 +1,223 @@
+"""WebSocket frames (RFC 6455), sans I/O: the server's side of the stream after the handshake.
+
+Data frames and pongs are taken apart here, because a message through wsproto and a memory
+channel costs several times what the rest of a command does; pings and closes are left whole, for
+trio-websocket to answer.
+"""
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+
+from msgspec import Struct
+
+MAX_CONTROL_PAYLOAD = 125
+
+_FIN = 0x80
+_RSV = 0x70
+_OPCODE = 0x0F
+_MASKED = 0x80
+
+
+class Opcode(IntEnum):
+    """Frame types: RFC 6455 section 5.2."""
+
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+_OPCODES = {int(opcode): opcode for opcode in Opcode}
+_CONTROL = frozenset({Opcode.CLOSE, Opcode.PING, Opcode.PONG})
+_CLEAR_TEXT = _FIN | Opcode.TEXT
+
+
+class ProtocolError(Exception):
+    """The peer broke RFC 6455, or a limit.
+
+    Attributes:
+        code: the close code that says how.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Received(Struct, frozen=True):
+    """One message or control frame.
+
+    Attributes:
+        payload: of a message or a pong the payload, unmasked; of a ping or close the whole frame
+            as it came.
+    """
+
+    opcode: Opcode
+    payload: bytes
+
+
+class FrameReader:
+    """Takes the bytes of a stream apart into messages and control frames.
+
+    Args:
+        max_message_bytes: the largest message, fragments together, that is accepted.
+    """
+
+    __slots__ = ("_buffer", "_discarding", "_max", "_opcode", "_parts", "_size", "_skip")
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max = max_message_bytes
+        self._buffer = b""
+        self._parts: list[bytes] | None = None
+        self._opcode = Opcode.TEXT
+        self._size = 0
+        self._skip = 0
+        self._discarding = False
+
+    def discard(self) -> None:
+        """From now on drop messages, of any size, unread: only control frames still count."""
+        self._discarding = True
+        self._parts = None
+
+    def feed(self, data: bytes) -> Iterator[Received]:
+        """What ``data`` completes, in order.
+
+        Raises:
+            ProtocolError: on the first thing that is wrong. The stream cannot be read on, except
+                after `discard` when the error was a message too big.
+        """
+        self._buffer = self._buffer + data if self._buffer else data
+        while self._buffer:
+            if self._skip:
+                skipped = min(self._skip, len(self._buffer))
+                self._buffer = self._buffer[skipped:]
+                self._skip -= skipped
+                continue
+            frame = self._take()
+            if frame is None:
+                return
+            opcode, fin, raw, start, mask = frame
+            if opcode in _CONTROL:
+                payload = _unmasked(raw, start, mask) if opcode is Opcode.PONG else raw
+                yield Received(opcode, payload)
+            elif not self._discarding:
+                message = self._message(opcode, fin, _unmasked(raw, start, mask))
+                if message is not None:
+                    yield message
+
+    def _take(self) -> tuple[Opcode, bool, bytes, int, bytes] | None:
+        """Cut the first frame off the buffer: opcode, fin, the frame, its payload's start, mask."""
+        buffer = self._buffer
+        available = len(buffer)
+        if available < 2:
+            return None
+        first, second = buffer[0], buffer[1]
+        opcode = _checked_opcode(first, second)
+        length = second & 0x7F
+        start = 6
+        if length == 126:
+            if available < 4:
+                return None
+            length = int.from_bytes(buffer[2:4], "big")
+            start = 8
+        elif length == 127:
+            if available < 10:
+                return None
+            length = int.from_bytes(buffer[2:10], "big")
+            start = 14
+        end = start + length
+        if opcode not in _CONTROL:
+            if self._discarding:
+                self._skip = end
+                return opcode, True, b"", 0, b""
+            if self._size + length > self._max:
+                raise ProtocolError(1009, f"A message has at most {self._max} bytes.")
+        if available < end:
+            return None
+        if available == end:
+            raw = buffer
+            self._buffer = b""
+        else:
+            raw = buffer[:end]
+            self._buffer = buffer[end:]
+        return opcode, bool(first & _FIN), raw, start, raw[start - 4 : start]
+
+    def _message(self, opcode: Opcode, fin: bool, payload: bytes) -> Received | None:
+        """The message that a data frame completes."""
+        if opcode is Opcode.CONTINUATION:
+            if self._parts is None:
+                raise ProtocolError(1002, "A continuation frame without a message to continue.")
+        elif self._parts is not None:
+            raise ProtocolError(1002, "A new message inside a fragmented one.")
+        elif fin:
+            return _message(opcode, payload)
+        else:
+            self._opcode = opcode
+            self._parts = []
+        self._parts.append(payload)
+        # Fragments without a byte cost memory too.
+        self._size += len(payload) + 1
+        if self._size > self._max:
+            raise ProtocolError(1009, f"A message has at most {self._max} bytes.")
+        if not fin:
+            return None
+        whole = b"".join(self._parts)
+        self._parts = None
+        self._size = 0
+        return _message(self._opcode, whole)
+
+
+def text_frame(payload: bytes) -> bytes:
+    """An unfragmented text frame, as a server sends it."""
+    return _frame(_CLEAR_TEXT, payload)
+
+
+def ping_frame(payload: bytes) -> bytes:
+    """A ping with at most `MAX_CONTROL_PAYLOAD` bytes of payload."""
+    return _frame(_FIN | Opcode.PING, payload)
+
+
+def _frame(first: int, payload: bytes) -> bytes:
+    length = len(payload)
+    if length < 126:
+        return struct.pack("!BB", first, length) + payload
+    if length < 65536:
+        return struct.pack("!BBH", first, 126, length) + payload
+    return struct.pack("!BBQ", first, 127, length) + payload
+
+
+def _checked_opcode(first: int, second: int) -> Opcode:
+    if first & _RSV:
+        raise ProtocolError(1002, "No extension was negotiated that uses a reserved bit.")
+    if not second & _MASKED:
+        raise ProtocolError(1002, "A client masks its frames.")
+    opcode = _OPCODES.get(first & _OPCODE)
+    if opcode is None:
+        raise ProtocolError(1002, f"No such opcode: {first & _OPCODE:#x}.")
+    if opcode in _CONTROL and (not first & _FIN or second & 0x7F > MAX_CONTROL_PAYLOAD):
+        raise ProtocolError(1002, "A control frame is whole and has at most 125 bytes.")
+    return opcode
+
+
+def _message(opcode: Opcode, payload: bytes) -> Received:
+    if opcode is Opcode.TEXT and not payload.isascii():
+        try:
+            payload.decode()
+        except UnicodeDecodeError:
+            raise ProtocolError(1007, "A text message is UTF-8.") from None
+    return Received(opcode, payload)
+
+
+def _unmasked(raw: bytes, start: int, mask: bytes) -> bytes:
+    """The payload of a frame: XOR with the mask, as one big integer (section 5.3)."""
+    length = len(raw) - start
+    if not length:
+        return b""
+    key = (mask * (length // 4 + 1))[:length]
+    return (int.from_bytes(raw[start:], "little") ^ int.from_bytes(key, "little")).to_bytes(
+        length, "little"
+    )

@@ -1,0 +1,480 @@
+"""One WebSocket connection: frames to commands, commands to its room, answers to its outbox."""
+
+import secrets
+import struct
+from collections.abc import Callable
+
+import trio
+from msgspec import UNSET, UnsetType
+from structlog.typing import FilteringBoundLogger
+from trio_websocket import WebSocketConnection, wrap_server_stream
+
+from bandsync.commands import (
+    ChatMessage,
+    ClientMessage,
+    ClockSync,
+    Heartbeat,
+    JoinSession,
+    LatencyProbe,
+    LeaveSession,
+    Refusal,
+    SyncReport,
+    Undecodable,
+    decode,
+    invalid_field,
+    is_session_id,
+    kind_of,
+    out_of_range,
+)
+from bandsync.decide import NOT_JOINED, Bind
+from bandsync.frames import FrameReader, Opcode, ProtocolError, ping_frame, text_frame
+from bandsync.limits import AbuseCounter, RateLimits
+from bandsync.messages import (
+    Ack,
+    ClockSyncReply,
+    ConnectionLimits,
+    Error,
+    HeartbeatReply,
+    LatencyResponse,
+    LeaveReason,
+    Outgoing,
+    ServerDraining,
+    Welcome,
+    encode,
+)
+from bandsync.net.head import Head
+from bandsync.net.outbox import Outbox, OutboxPolicy
+from bandsync.net.wire import Wire
+from bandsync.rooms import Hub, Room
+from bandsync.rota import Rota
+from bandsync.settings import Settings
+from bandsync.tokens import ResumeToken, parse_resume_token, verify_join_token
+from bandsync.transport import MAX_TEMPO_BPM, MIN_TEMPO_BPM
+
+PROTOCOL_VERSION = 1
+HANDSHAKE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
+MAX_BAD_MESSAGES = 10
+DEFAULT_DISPLAY_NAME = "Musician"
+
+_RECEIVE_BYTES = 16_384
+# After so many messages out of one read, others get their turn.
+_TURN = 16
+# RFC 6298 section 2: one wild round trip must not decide how long a band waits for a start.
+_SMOOTHING = 1 / 8
+
+_RATE_LIMITED = Refusal("rate_limited", "Slow down: too many messages of this type in a second.")
+_UNAUTHORIZED = Refusal(
+    "unauthorized", "Joining needs a valid `token` for this session; get a new one."
+)
+
+
+class Connections:
+    """All WebSocket connections of this server, and what they have in common.
+
+    Args:
+        hub: the rooms.
+        command_seconds: told how long each message took, from its bytes to its answer.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        settings: Settings,
+        log: FilteringBoundLogger,
+        command_seconds: Callable[[float], None],
+    ) -> None:
+        self.hub = hub
+        self.settings = settings
+        self.log = log
+        self.command_seconds = command_seconds
+        self.policy = OutboxPolicy(
+            settings.outbox_limit_bytes, settings.write_timeout_ms / 1000, hub.counters
+        )
+        self.open: set[Connection] = set()
+        self.timeout_s = settings.connection_timeout_ms / 1000
+        self.pings: Rota[Connection] = Rota(settings.ping_interval_ms / 1000, 50)
+        self._empty = trio.Event()
+
+    def add(self, connection: "Connection") -> None:
+        """Count and ping a connection from now on."""
+        self.open.add(connection)
+        self.pings.add(connection)
+
+    def discard(self, connection: "Connection") -> None:
+        """The connection is gone."""
+        self.open.discard(connection)
+        self.pings.discard(connection)
+        if not self.open:
+            self._empty.set()
+
+    async def all_gone(self) -> None:
+        """Wait until no connection is open."""
+        while self.open:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+    async def run_pings(self, lag: Callable[[float], None]) -> None:
+        """Ping every connection once per interval and close those that are silent, for ever."""
+        await self.pings.run(Connection.ping, lag)
+
+    def welcome(self, connection_id: str) -> Welcome:
+        """What a new connection is told."""
+        settings = self.settings
+        limits = ConnectionLimits(
+            settings.max_message_bytes, settings.max_members, MIN_TEMPO_BPM, MAX_TEMPO_BPM
+        )
+        return Welcome(
+            PROTOCOL_VERSION,
+            self.hub.here.server_id,
+            connection_id,
+            self.hub.now(),
+            self.hub.storage.storage_type,
+            settings.ping_interval_ms,
+            limits,
+        )
+
+
+class Connection:
+    """A `bandsync.rooms.Peer` with a socket.
+
+    Args:
+        connections: all of them, and what this one shares with the others.
+        stream: the accepted stream, whose HTTP head has been read.
+        send_nowait: sends at once what the kernel takes; None when the stream cannot (TLS).
+        head: the upgrade request.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_abuse",
+        "_closing",
+        "_connections",
+        "_early",
+        "_frames",
+        "_heard",
+        "_hub",
+        "_leave_reason",
+        "_limits",
+        "_nursery",
+        "_path_session",
+        "_received_at",
+        "_room",
+        "_stream",
+        "_token",
+        "_unreadable",
+        "_websocket",
+        "_wire",
+        "connection_id",
+        "latency_ms",
+        "member_id",
+        "outbox",
+        "push",
+        "push_volatile",
+        "sync_error_ms",
+        "wants_ticks",
+    )
+
+    def __init__(
+        self,
+        connections: Connections,
+        nursery: trio.Nursery,
+        stream: trio.abc.Stream,
+        send_nowait: Callable[[bytes], int] | None,
+        head: Head,
+        path_session: str,
+    ) -> None:
+        settings = connections.settings
+        self.connection_id = secrets.token_hex(8)
+        self.member_id = ""
+        self.wants_ticks = True
+        self.latency_ms: float | None = None
+        self.sync_error_ms: float | None = None
+        self.outbox = Outbox(
+            stream,
+            send_nowait,
+            policy=connections.policy,
+            nursery=nursery,
+            on_slow=self._slow,
+            on_broken=self._broken,
+        )
+        self.push = self.outbox.push
+        self.push_volatile = self.outbox.push_volatile
+        self._connections = connections
+        self._hub = connections.hub
+        self._nursery = nursery
+        self._stream = stream
+        self._wire = Wire(head.raw, self.outbox, self._peer_closed)
+        self._websocket: WebSocketConnection | None = None
+        self._early = head.rest
+        self._path_session = path_session
+        self._frames = FrameReader(settings.max_message_bytes)
+        self._limits = RateLimits(settings.rate_limit_factor)
+        self._abuse: AbuseCounter | None = None
+        self._room: Room | None = None
+        self._token: ResumeToken | None = None
+        self._heard = trio.current_time()
+        self._received_at = 0.0
+        self._leave_reason: LeaveReason = "timeout"
+        self._closing = False
+        self._unreadable = False
+
+    async def run(self, *, full: bool) -> None:
+        """Shake hands and serve until the connection is gone; close at once if ``full``."""
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                request = await wrap_server_stream(self._nursery, self._wire, 1)
+                self._websocket = await request.accept()
+            self._connections.add(self)
+            if full:
+                self.close(1013, "the server is full, try again later")
+            else:
+                welcome = text_frame(encode(self._connections.welcome(self.connection_id)))
+                self.push(welcome + self._ping())
+            await self._read()
+        finally:
+            self._connections.discard(self)
+            if self._room is not None:
+                self._hub.dropped(self._room, self, self._leave_reason)
+        self._nursery.cancel_scope.cancel()
+
+    def close(self, code: int, reason: str) -> None:
+        """Close with a close frame, after `CLOSE_TIMEOUT_S` by force; never blocks."""
+        if self._closing:
+            return
+        self._closing = True
+        self._hub.counters.closed[str(code)] += 1
+        self._connections.log.debug(
+            "connection.closing", connection_id=self.connection_id, code=code, reason=reason
+        )
+        self._frames.discard()
+        self._nursery.start_soon(self._close, code, reason)
+
+    def drain(self, reconnect_in_ms: int) -> None:
+        """Tell the client that the server is about to restart."""
+        self._send(ServerDraining(reconnect_in_ms))
+
+    def ping(self) -> None:
+        """Ping the client, or close if it has been silent for too long."""
+        if trio.current_time() - self._heard > self._connections.timeout_s:
+            self.close(4000, "connection timeout")
+        else:
+            self.push_volatile(self._ping())
+
+    async def _close(self, code: int, reason: str) -> None:
+        if self._websocket is not None:
+            self.outbox.stop()
+            with trio.move_on_after(CLOSE_TIMEOUT_S):
+                await self._websocket.aclose(code, reason)
+                await self.outbox.flush()
+        self._nursery.cancel_scope.cancel()
+
+    def _peer_closed(self) -> None:
+        """trio-websocket is done: let its last frame out, then end."""
+        self._nursery.start_soon(self._flush_and_end)
+
+    async def _flush_and_end(self) -> None:
+        with trio.move_on_after(CLOSE_TIMEOUT_S):
+            await self.outbox.flush()
+        self._nursery.cancel_scope.cancel()
+
+    def _slow(self) -> None:
+        self._leave_reason = "slow_consumer"
+        self._connections.log.info(
+            "connection.slow", connection_id=self.connection_id, member_id=self.member_id
+        )
+        self.close(1013, "too slow: frames wait for you that others have had long ago")
+
+    def _broken(self) -> None:
+        self._nursery.cancel_scope.cancel()
+
+    async def _read(self) -> None:
+        """Read and serve until the stream ends."""
+        early, self._early = self._early, b""
+        if early:
+            await self._received(early)
+        while True:
+            try:
+                data = await self._stream.receive_some(_RECEIVE_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+            if not data:
+                return
+            await self._received(bytes(data))
+
+    async def _received(self, data: bytes) -> None:
+        self._heard = trio.current_time()
+        self._received_at = self._hub.now()
+        if self._unreadable:
+            return
+        messages = 0
+        try:
+            for frame in self._frames.feed(data):
+                if frame.opcode is Opcode.TEXT:
+                    await self._on_text(frame.payload)
+                    messages += 1
+                    if messages % _TURN == 0:
+                        await trio.lowlevel.checkpoint()
+                elif frame.opcode is Opcode.PONG:
+                    self._on_pong(frame.payload)
+                elif frame.opcode is Opcode.BINARY:
+                    await self._on_text(b"")
+                else:
+                    self._wire.deliver(frame.payload)
+        except ProtocolError as error:
+            self._unreadable = error.code != 1009
+            self.close(error.code, error.reason)
+
+    def _on_pong(self, payload: bytes) -> None:
+        if len(payload) != _PING.size:
+            return
+        (sent,) = _PING.unpack(payload)
+        round_trip = (self._heard - sent) * 1000
+        if not 0 <= round_trip <= self._connections.timeout_s * 1000:
+            return
+        if self.latency_ms is None:
+            self.latency_ms = round_trip
+        else:
+            self.latency_ms += (round_trip - self.latency_ms) * _SMOOTHING
+
+    async def _on_text(self, payload: bytes) -> None:
+        """Serve one message: exactly one ``ack`` or ``error`` answers it, if it asks for one."""
+        if self._closing:
+            return
+        self._hub.counters.received += 1
+        message = decode(payload)
+        if isinstance(message, Undecodable):
+            kind = message.kind
+            limited = kind is not None and not self._limits.allow(kind, self._heard)
+            self._refuse(_RATE_LIMITED if limited else message.refusal, message.request_id)
+            return
+        if not self._limits.allow(kind_of(message), self._heard):
+            self._refuse(_RATE_LIMITED, message.request_id)
+            return
+        try:
+            refusal = await self._serve(message)
+        except Exception:
+            error_id = secrets.token_hex(8)
+            self._connections.log.exception(
+                "command.failed",
+                error_id=error_id,
+                connection_id=self.connection_id,
+                kind=kind_of(message),
+            )
+            refusal = Refusal(
+                "internal",
+                "The server failed at this; report `context.errorId` to its operator.",
+                {"errorId": error_id},
+            )
+        if refusal is not None:
+            self._refuse(refusal, message.request_id)
+        self._connections.command_seconds(trio.current_time() - self._heard)
+
+    async def _serve(self, message: ClientMessage) -> Refusal | None:
+        match message:
+            case JoinSession():
+                return await self._join(message)
+            case LatencyProbe():
+                self._answer(LatencyResponse(message.timestamp, self._hub.now()), message)
+                return None
+            case ClockSync():
+                # Encoded last, so that t2 is as close to the send as it can be.
+                reply = ClockSyncReply(message.t0, self._received_at, self._hub.now())
+                self._answer(reply, message)
+                return None
+            case Heartbeat():
+                self._answer(HeartbeatReply(self._hub.now()), message)
+                return None
+        refusal = out_of_range(message, self._received_at)
+        if refusal is not None:
+            return refusal
+        if self._room is None:
+            return NOT_JOINED
+        if isinstance(message, SyncReport):
+            self.sync_error_ms = message.error_ms
+        fresh_id = secrets.token_hex(8) if isinstance(message, ChatMessage) else ""
+        refusal = await self._room.command(self, message, fresh_id, message.request_id)
+        if refusal is None and isinstance(message, LeaveSession):
+            self._room = None
+            self.member_id = ""
+            self._token = None
+        return refusal
+
+    async def _join(self, message: JoinSession) -> Refusal | None:
+        session_id = self._path_session if message.session_id is UNSET else message.session_id
+        if not is_session_id(session_id):
+            return invalid_field("sessionId")
+        name = DEFAULT_DISPLAY_NAME if message.display_name is UNSET else message.display_name
+        role = message.role
+        join_secret = self._connections.settings.join_secret
+        if join_secret is not None:
+            token = "" if message.token is UNSET else message.token
+            claims = verify_join_token(token, join_secret, session_id, self._hub.now())
+            if claims is None:
+                return _UNAUTHORIZED
+            name = claims.name or name
+            role = claims.role or role
+        tokens: list[ResumeToken] = []
+        if message.resume_token is not UNSET:
+            given = parse_resume_token(message.resume_token)
+            if given is not None:
+                tokens.append(given)
+        old_room, old_member = self._room, self.member_id
+        if old_room is not None and old_room.session_id == session_id and self._token is not None:
+            # Asked twice on one connection: still the same member.
+            tokens.append(self._token)
+        command = Bind(
+            session_id=session_id,
+            epoch_id=secrets.token_hex(8),
+            secret=secrets.token_urlsafe(24),
+            display_name=name,
+            wants_lead=role == "leader",
+            resume=tuple(tokens),
+        )
+        wanted_ticks, self.wants_ticks = self.wants_ticks, message.ticks
+        outcome = await self._hub.bind(self, command, secrets.token_hex(8), message.request_id)
+        if isinstance(outcome, Refusal):
+            self.wants_ticks = wanted_ticks
+            return outcome
+        self._room, you = outcome
+        self._token = parse_resume_token(you.resume_token)
+        if old_room is not None and old_room is not self._room:
+            await self._leave(old_room, old_member)
+        return None
+
+    async def _leave(self, room: Room, member_id: str) -> None:
+        """Leave the session that this connection was in before, whatever happens to it now."""
+        room.unregister(self, member_id)
+        left = False
+        try:
+            await room.leave(member_id, self.connection_id)
+            left = True
+        finally:
+            if not left:
+                self._hub.finish(room.leave, member_id, self.connection_id)
+
+    def _refuse(self, refusal: Refusal, request_id: str | UnsetType) -> None:
+        self._hub.counters.errors[refusal.code] += 1
+        context = UNSET if refusal.context is None else refusal.context
+        self._send(Error(refusal.code, refusal.message, request_id, context))
+        if refusal.code == "bad_message":
+            if self._abuse is None:
+                self._abuse = AbuseCounter(MAX_BAD_MESSAGES)
+            if self._abuse.too_many(self._heard):
+                self.close(1008, "too many messages that are none")
+
+    def _answer(self, reply: Outgoing, message: ClientMessage) -> None:
+        frames = text_frame(encode(reply))
+        if message.request_id is not UNSET:
+            frames += text_frame(encode(Ack(message.request_id)))
+        self.push(frames)
+
+    def _send(self, message: Outgoing) -> None:
+        self.push(text_frame(encode(message)))
+
+    def _ping(self) -> bytes:
+        return ping_frame(_PING.pack(trio.current_time()))
+
+
+# A ping carries the moment it was sent, so that whichever pong comes tells its round trip.
+_PING = struct.Struct("!d")

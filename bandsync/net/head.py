@@ -1,0 +1,96 @@
+"""The HTTP head of a connection: bounded, timed, taken apart by h11."""
+
+import h11
+import trio
+from msgspec import Struct
+
+from bandsync.http import HttpRequest, HttpResponse, problem
+
+MAX_HEAD_BYTES = 16_384
+
+
+class Head(Struct, frozen=True):
+    """A request, the bytes of its head, and what came after them."""
+
+    request: HttpRequest
+    raw: bytes
+    rest: bytes
+
+
+class BadHeadError(Exception):
+    """No request could be read; ``response`` says why."""
+
+    def __init__(self, response: HttpResponse) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
+async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Head | None:
+    """Read one request's head. Who calls sets the deadline.
+
+    Args:
+        http: a connection whose previous exchange, if any, is complete.
+
+    Returns:
+        None if the peer closed before it sent a byte.
+
+    Raises:
+        BadHeadError: it is malformed or over `MAX_HEAD_BYTES`.
+        trio.BrokenResourceError: the connection was reset, or closed in the middle.
+    """
+    raw, _ = http.trailing_data
+    while True:
+        try:
+            event = http.next_event()
+        except h11.RemoteProtocolError as error:
+            raise _bad_head(error.error_status_hint) from None
+        if isinstance(event, h11.Request):
+            break
+        if event is not h11.NEED_DATA:
+            return None
+        # Never more than one byte over the limit: what follows the head is somebody else's.
+        if len(raw) > MAX_HEAD_BYTES:
+            raise _bad_head(431)
+        data = await stream.receive_some(MAX_HEAD_BYTES + 1 - len(raw))
+        if not data and raw:
+            raise trio.BrokenResourceError("closed in the middle of a head")
+        raw += data
+        http.receive_data(bytes(data))
+    rest, _ = http.trailing_data
+    headers = {name.decode("ascii"): value.decode("latin-1") for name, value in event.headers}
+    path = event.target.decode("ascii").partition("?")[0]
+    request = HttpRequest(event.method.decode("ascii"), path, headers)
+    return Head(request, raw[: len(raw) - len(rest)], rest)
+
+
+def _bad_head(status: int) -> BadHeadError:
+    if status == 431:
+        message = f"A request's head has at most {MAX_HEAD_BYTES} bytes."
+        return BadHeadError(problem(431, "head_too_large", message))
+    return BadHeadError(problem(400, "bad_request", "This is no HTTP/1.1 request."))
+
+
+def response_bytes(http: h11.Connection, response: HttpResponse, *, with_body: bool) -> bytes:
+    """The bytes of an answer, for the state that ``http`` is in."""
+    headers = [
+        ("Content-Type", response.content_type),
+        ("Content-Length", str(len(response.body))),
+        *response.headers,
+    ]
+    parts = [http.send(h11.Response(status_code=response.status, headers=headers))]
+    if with_body:
+        parts.append(http.send(h11.Data(data=response.body)))
+    parts.append(http.send(h11.EndOfMessage()))
+    return b"".join(part for part in parts if part)
+
+
+def next_exchange(http: h11.Connection) -> bool:
+    """After an answer: whether the connection can be used for another request."""
+    try:
+        http.next_event()
+        if http.our_state is not h11.DONE or http.their_state is not h11.DONE:
+            return False  # A body, which nobody reads, or ``Connection: close``.
+        http.start_next_cycle()
+    except h11.ProtocolError:
+        return False
+    return True

@@ -1,0 +1,229 @@
+"""The accept loop, and what becomes of each connection: a WebSocket or an HTTP exchange."""
+
+import errno
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import unquote
+
+import h11
+import trio
+from structlog.typing import FilteringBoundLogger
+from trio_websocket import ConnectionClosed
+
+from bandsync.http import HttpRequest, HttpResponse, is_upgrade, origin_allowed, problem
+from bandsync.net.connection import Connection, Connections
+from bandsync.net.head import BadHeadError, Head, next_exchange, read_head, response_bytes
+from bandsync.net.stream import SEND_BUFFER_BYTES, TcpStream
+
+HEAD_TIMEOUT_S = 10.0
+RESPONSE_TIMEOUT_S = 10.0
+BACKLOG = 1024
+
+# Reading on after a refusal, so that it arrives: see `TcpStream.linger`.
+_LINGER_S = 2.0
+_LINGER_BYTES = 4 * 1024 * 1024
+# Sockets beyond MAX_CONNECTIONS: for health checks, and for telling others to come back later.
+_HEADROOM = 128
+_BATCH = 64
+_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_RETRY_S = 0.1
+# Headers that the handshake reads as text.
+_HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
+
+Answer = Callable[[HttpRequest], Awaitable[HttpResponse]]
+
+
+async def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for every address of ``host``, all on one port.
+
+    Raises:
+        OSError: the address is in use, is not ours, or has no meaning.
+    """
+    found = await trio.socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    listeners: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sock = socket.socket(family, kind, protocol)
+            listeners.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # What is accepted inherits these.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address[0], port, *address[2:]))
+            port = sock.getsockname()[1]
+            sock.listen(BACKLOG)
+    except BaseException:
+        for sock in listeners:
+            sock.close()
+        raise
+    return listeners
+
+
+class Acceptor:
+    """Accepts connections and serves each in a task of its own.
+
+    Args:
+        answer: answers plain HTTP requests.
+        tls: serve TLS with this context; None for plain TCP.
+
+    Attributes:
+        draining: set to turn WebSockets away; HTTP is answered all the same.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        answer: Answer,
+        *,
+        tls: ssl.SSLContext | None,
+        log: FilteringBoundLogger,
+    ) -> None:
+        settings = connections.settings
+        self.draining = False
+        self._connections = connections
+        self._counters = connections.hub.counters
+        self._answer = answer
+        self._tls = tls
+        self._log = log
+        self._origins = frozenset(
+            origin.strip().lower() for origin in settings.allowed_origins.split(",") if origin
+        )
+        self._max_connections = settings.max_connections
+        self._sockets = 0
+
+    async def run(
+        self,
+        listeners: Sequence[socket.socket],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept for ever; closes the listeners at the end."""
+        try:
+            async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener, handlers)
+                task_status.started()
+        finally:
+            for listener in listeners:
+                listener.close()
+
+    async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(_BATCH):
+                try:
+                    sock, _ = listener.accept()
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno in _OUT_OF_RESOURCES:
+                        self._log.error("accept.failed", error=str(error), retry_in_s=_RETRY_S)
+                        await trio.sleep(_RETRY_S)
+                        break
+                    if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
+                        raise
+                    continue  # This one went away before it was accepted: accept(2).
+                if self._sockets >= self._max_connections + _HEADROOM:
+                    self._counters.handshakes_refused["full"] += 1
+                    sock.close()
+                    continue
+                sock.setblocking(False)
+                self._sockets += 1
+                self._counters.accepted += 1
+                handlers.start_soon(self._handle, sock)
+
+    async def _handle(self, sock: socket.socket) -> None:
+        """Serve one connection; nothing but cancellation leaves here."""
+        tcp = TcpStream(sock)
+        try:
+            if self._tls is None:
+                await self._serve(tcp, tcp, tcp.send_nowait)
+            else:
+                stream = trio.SSLStream(tcp, self._tls, server_side=True, https_compatible=True)
+                await self._serve(stream, tcp, None)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed):
+            pass  # The peer is gone, in whatever state: nothing is left to be done for it.
+        except* trio.TooSlowError:
+            self._counters.handshakes_refused["timeout"] += 1
+        except* Exception:
+            self._counters.handshakes_refused["error"] += 1
+            self._log.exception("connection.failed")
+        finally:
+            tcp.close()
+            self._sockets -= 1
+
+    async def _serve(
+        self,
+        stream: trio.abc.Stream,
+        tcp: TcpStream,
+        send_nowait: Callable[[bytes], int] | None,
+    ) -> None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
+        while True:
+            try:
+                with trio.fail_after(HEAD_TIMEOUT_S):
+                    head = await read_head(stream, http)
+            except BadHeadError as bad:
+                self._counters.handshakes_refused[str(bad.response.status)] += 1
+                await self._respond(stream, http, bad.response)
+                break
+            if head is None:
+                return
+            request = head.request
+            if is_upgrade(request):
+                refusal = self._upgrade_refusal(request)
+                if refusal is None:
+                    del http
+                    await self._upgrade(stream, send_nowait, head)
+                    return
+                self._counters.handshakes_refused[str(refusal.status)] += 1
+                response = refusal
+            else:
+                response = await self._answer(request)
+            await self._respond(stream, http, response, with_body=request.method != "HEAD")
+            if not next_exchange(http):
+                break
+        with trio.move_on_after(_LINGER_S):
+            await tcp.linger(_LINGER_BYTES)
+
+    async def _respond(
+        self,
+        stream: trio.abc.Stream,
+        http: h11.Connection,
+        response: HttpResponse,
+        *,
+        with_body: bool = True,
+    ) -> None:
+        with trio.fail_after(RESPONSE_TIMEOUT_S):
+            await stream.send_all(response_bytes(http, response, with_body=with_body))
+
+    def _upgrade_refusal(self, request: HttpRequest) -> HttpResponse | None:
+        if request.path != "/ws" and not request.path.startswith("/ws/"):
+            return problem(404, "not_found", "WebSockets are at /ws and /ws/{sessionId}.")
+        if any(not request.headers.get(name, "").isascii() for name in _HANDSHAKE_HEADERS) or any(
+            name.startswith("sec-websocket-") and not value.isascii()
+            for name, value in request.headers.items()
+        ):
+            return problem(400, "bad_request", "The headers of the handshake are ASCII.")
+        if not origin_allowed(request, self._origins):
+            return problem(403, "origin_not_allowed", "Pages of this origin may not connect.")
+        if self.draining:
+            return problem(503, "draining", "This server is about to restart; try again.")
+        return None
+
+    async def _upgrade(
+        self, stream: trio.abc.Stream, send_nowait: Callable[[bytes], int] | None, head: Head
+    ) -> None:
+        full = len(self._connections.open) >= self._max_connections
+        path_session = unquote(head.request.path[len("/ws/") :])
+        async with trio.open_nursery() as nursery:
+            connection = Connection(
+                self._connections, nursery, stream, send_nowait, head, path_session
+            )
+            await connection.run(full=full)

@@ -1,0 +1,59 @@
+"""The stream that trio-websocket sees: control frames in, and out by the outbox."""
+
+from collections.abc import Callable
+
+import trio
+
+from bandsync.net.outbox import Outbox
+
+
+class Wire(trio.abc.Stream):
+    """Stands between trio-websocket and a connection that is read elsewhere.
+
+    Args:
+        head: the bytes of the HTTP head, given back for trio-websocket to answer.
+        outbox: takes what trio-websocket sends: the handshake, pongs and closes.
+        on_closed: called when trio-websocket is done with the connection.
+    """
+
+    def __init__(self, head: bytes, outbox: Outbox, on_closed: Callable[[], None]) -> None:
+        self._incoming = head
+        self._arrived: trio.Event | None = None
+        self._outbox = outbox
+        self._on_closed = on_closed
+        self._closed = False
+
+    def deliver(self, frame: bytes) -> None:
+        """Give trio-websocket a ping or close frame."""
+        self._incoming += frame
+        self._wake()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Wait for control frames; no bytes once closed."""
+        while not self._incoming and not self._closed:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        data, self._incoming = self._incoming, b""
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Hand ``data``, whole frames, to the outbox."""
+        await trio.lowlevel.checkpoint()
+        self._outbox.push_last(bytes(data))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Return at once: the outbox never blocks."""
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        """End the connection, once."""
+        await trio.lowlevel.checkpoint()
+        if not self._closed:
+            self._closed = True
+            self._wake()
+            self._on_closed()
+
+    def _wake(self) -> None:
+        if self._arrived is not None:
+            self._arrived.set()
+            self._arrived = None

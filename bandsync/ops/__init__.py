@@ -1,0 +1,1 @@
+"""What operators see: HTTP, metrics, logs."""

@@ -1,0 +1,128 @@
+"""Prometheus metrics: what an operator would page on, and what explains it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from bandsync.counters import Counters
+
+_COMMAND_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+_LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+
+class Gauges(Protocol):
+    """What is read at the moment of a scrape."""
+
+    def connections(self) -> int:
+        """Open WebSocket connections."""
+
+    def rooms(self) -> int:
+        """Sessions with a room on this server."""
+
+    def members(self) -> int:
+        """Members connected to this server."""
+
+
+class Metrics:
+    """A registry of its own, so that several servers in one process do not share numbers."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.command_seconds = Histogram(
+            "bandsync_command_seconds",
+            "Time from a message's bytes to its answer.",
+            buckets=_COMMAND_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.loop_lag_seconds = Histogram(
+            "bandsync_loop_lag_seconds",
+            "How late timers of the server fire: everything waits at least so long.",
+            buckets=_LAG_BUCKETS_S,
+            registry=self.registry,
+        )
+        ProcessCollector(namespace="bandsync", registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def watch(self, counters: Counters, gauges: Gauges, storage_type: str) -> None:
+        """Export ``counters`` and ``gauges`` from now on."""
+        self.registry.register(_ServerCollector(counters, gauges, storage_type))
+
+    def exposition(self) -> tuple[bytes, str]:
+        """The text that Prometheus reads, and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+class _ServerCollector:
+    """Turns the server's plain numbers into metrics when asked."""
+
+    def __init__(self, counters: Counters, gauges: Gauges, storage_type: str) -> None:
+        self._counters = counters
+        self._gauges = gauges
+        self._storage_type = storage_type
+
+    def collect(self) -> Iterable[Metric]:
+        counters = self._counters
+        gauges = self._gauges
+        yield _gauge(
+            "bandsync_connections", "Open WebSocket connections.", float(gauges.connections())
+        )
+        yield _gauge(
+            "bandsync_rooms", "Sessions with a member on this server.", float(gauges.rooms())
+        )
+        yield _gauge(
+            "bandsync_members", "Members connected to this server.", float(gauges.members())
+        )
+        storage = GaugeMetricFamily(
+            "bandsync_storage_mode", "1 for the storage in use.", labels=["mode"]
+        )
+        for mode in ("redis", "memory"):
+            storage.add_metric([mode], float(mode == self._storage_type))
+        yield storage
+        yield _counter("bandsync_accepted", "TCP connections accepted.", counters.accepted)
+        yield _counter("bandsync_received", "Messages received from clients.", counters.received)
+        yield _counter(
+            "bandsync_deliveries",
+            "Session events, ticks and statistics handed to a connection.",
+            counters.deliveries,
+        )
+        yield _counter(
+            "bandsync_dropped_frames",
+            "Ticks and statistics dropped because their client was slow.",
+            counters.dropped,
+        )
+        yield _labelled("bandsync_joins", "Members that joined or resumed.", "how", counters.joins)
+        yield _labelled(
+            "bandsync_errors", "Errors sent to clients, by code.", "code", counters.errors
+        )
+        yield _labelled(
+            "bandsync_closed",
+            "WebSocket connections closed by the server, by close code.",
+            "code",
+            counters.closed,
+        )
+        yield _labelled(
+            "bandsync_handshakes_refused",
+            "Connections turned away before they were WebSockets, by HTTP status or reason.",
+            "reason",
+            counters.handshakes_refused,
+        )
+
+
+def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, meaning, value=value)
+
+
+def _counter(name: str, meaning: str, value: int) -> CounterMetricFamily:
+    return CounterMetricFamily(name, meaning, value=value)
+
+
+def _labelled(
+    name: str, meaning: str, label: str, values: Mapping[str, int]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, meaning, labels=[label])
+    for value, count in sorted(values.items()):
+        family.add_metric([value], count)
+    return family

@@ -1,0 +1,469 @@
+"""Rooms: who of a session is connected here, and the path of a change to all of them."""
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol
+
+import trio
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
+from structlog.typing import FilteringBoundLogger
+
+from bandsync.clock import SessionClock
+from bandsync.commands import LeaveSession, Play, Refusal
+from bandsync.counters import Counters
+from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
+from bandsync.draft import Here
+from bandsync.frames import text_frame
+from bandsync.messages import Ack, LeaveReason, Outgoing, ScrollTick, Snapshot, You, encode
+from bandsync.rota import Rota
+from bandsync.session import Session
+from bandsync.storage.base import CONFLICT, MAX_ATTEMPTS, Committed, Storage
+from bandsync.transport import beat_at, in_force, position_at
+from bandsync.views import member_count, room_stats, snapshot
+
+STATS_PERIOD_S = 5.0
+
+
+class Peer(Protocol):
+    """A connection, as a room sees it.
+
+    Attributes:
+        member_id: the member it is bound to in its room; empty before it joined.
+        latency_ms: its round trip; None before the first pong.
+        sync_error_ms: the client's own bound on its clock error, if it told.
+    """
+
+    connection_id: str
+    member_id: str
+    wants_ticks: bool
+    latency_ms: float | None
+    sync_error_ms: float | None
+
+    @property
+    def push(self) -> Callable[[bytes], None]:
+        """Hand over frames; never blocks."""
+
+    @property
+    def push_volatile(self) -> Callable[[bytes], None]:
+        """The same for frames that may be dropped when the peer is slow."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Close the connection soon; never blocks."""
+
+
+class Grace(Struct, frozen=True):
+    """A member without a connection, and when it is removed.
+
+    Attributes:
+        deadline: on Trio's clock, seconds.
+    """
+
+    deadline: float
+    room: "Room"
+    member_id: str
+    connection_id: str
+    reason: LeaveReason
+
+
+class Hub:
+    """All rooms of this server.
+
+    Args:
+        nursery: parent of what must be finished although the connection that caused it is gone.
+        clock: the session clock.
+        here: what the rules need to know of this server.
+        grace_s: how long a member is kept without a connection, seconds.
+        tick_s: how often playing rooms send a ``scroll_tick``, seconds; 0 for never.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        storage: Storage,
+        clock: SessionClock,
+        here: Here,
+        counters: Counters,
+        log: FilteringBoundLogger,
+        grace_s: float,
+        tick_s: float,
+    ) -> None:
+        self.storage = storage
+        self.here = here
+        self.counters = counters
+        self.log = log
+        self.rooms: dict[str, Room] = {}
+        self.ticker: Rota[Room] | None = Rota(tick_s, 10) if tick_s else None
+        self.stats: Rota[Room] = Rota(STATS_PERIOD_S, 50)
+        self._nursery = nursery
+        self._clock = clock
+        self._grace_s = grace_s
+        self._graces: deque[Grace] = deque()
+        self._grace_added = trio.Event()
+        self._pending = 0
+        self._idle = trio.Event()
+
+    def now(self) -> float:
+        """The session clock, milliseconds since the Unix epoch."""
+        return self._clock.at(trio.current_time())
+
+    async def bind(
+        self, peer: Peer, command: Bind, fresh_id: str, request_id: str | UnsetType
+    ) -> "tuple[Room, You] | Refusal":
+        """Join or resume ``peer``; on success it is registered in the room and has its snapshot."""
+        while True:
+            room = self.rooms.get(command.session_id)
+            if room is None:
+                room = self.rooms[command.session_id] = Room(self, command.session_id)
+            outcome = await room.bind(peer, command, fresh_id, request_id)
+            if isinstance(outcome, You):
+                return room, outcome
+            if outcome is not CLOSED:
+                return outcome
+
+    def dropped(self, room: "Room", peer: Peer, reason: LeaveReason) -> None:
+        """A connection is gone: its member's grace starts. Never blocks."""
+        room.unregister(peer, peer.member_id)
+        self.finish(room.drop, peer.member_id, peer.connection_id, reason)
+
+    def finish(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run ``work`` to its end, outside the task that asks for it."""
+        self._pending += 1
+        self._nursery.start_soon(self._finish, work, args)
+
+    async def _finish(self, work: Callable[..., Awaitable[None]], args: Iterable[object]) -> None:
+        try:
+            await work(*args)
+        finally:
+            self._pending -= 1
+            if not self._pending:
+                self._idle.set()
+                self._idle = trio.Event()
+
+    async def finished(self) -> None:
+        """Wait until nothing that was handed to `finish` is under way."""
+        while self._pending:
+            await self._idle.wait()
+
+    def start_grace(
+        self, room: "Room", member_id: str, connection_id: str, reason: LeaveReason
+    ) -> None:
+        """Remove the member after the grace, unless it is bound to another connection by then."""
+        deadline = trio.current_time() + self._grace_s
+        self._graces.append(Grace(deadline, room, member_id, connection_id, reason))
+        self._grace_added.set()
+
+    async def run_graces(self) -> None:
+        """Remove members whose grace is over, for ever.
+
+        All graces are equally long, so they end in the order in which they started.
+        """
+        while True:
+            if not self._graces:
+                self._grace_added = trio.Event()
+                await self._grace_added.wait()
+            grace = self._graces[0]
+            await trio.sleep_until(grace.deadline)
+            self._graces.popleft()
+            self.finish(grace.room.expire, grace)
+
+    async def run_ticker(self) -> None:
+        """Send ticks, for ever."""
+        if self.ticker is not None:
+            await self.ticker.run(Room.tick)
+
+    async def run_stats(self) -> None:
+        """Send room statistics, for ever."""
+        await self.stats.run(Room.send_stats)
+
+
+# The room was let go of while somebody waited for it; there is another by now.
+CLOSED = Refusal("conflict", "The session was closed and opened again; try again.")
+
+
+class _Outcome(Struct, frozen=True):
+    """A committed decision, and the frames of its events."""
+
+    decision: Decision
+    frames: bytes = b""
+
+
+class Room:
+    """One hosted session.
+
+    Attributes:
+        mirror: the session as this server knows it; None before the first member joined.
+        peers: the connections of its members, by member id.
+    """
+
+    __slots__ = ("_closed", "_hub", "_lock", "_opened", "mirror", "peers", "session_id")
+
+    def __init__(self, hub: Hub, session_id: str) -> None:
+        self._hub = hub
+        self._lock = trio.Lock()
+        self._opened = False
+        self._closed = False
+        self.session_id = session_id
+        self.mirror: Session | None = None
+        self.peers: dict[str, Peer] = {}
+
+    async def bind(
+        self, peer: Peer, command: Bind, fresh_id: str, request_id: str | UnsetType
+    ) -> You | Refusal:
+        """Join or resume ``peer``; on success it is registered and has its snapshot.
+
+        Returns:
+            Why not; `CLOSED` when another room must be asked.
+        """
+        async with _Held(self._lock):
+            if self._closed:
+                return CLOSED
+            if not self._opened:
+                self.mirror = await self._hub.storage.get_session(self.session_id)
+                self._opened = True
+            here = self._hub.here
+            own = peer.member_id if self.peers.get(peer.member_id) is peer else ""
+            actor = Actor(here, peer.connection_id, own, fresh_id)
+            settled = False
+            try:
+                outcome = await self._change(command, actor)
+                settled = True
+                if isinstance(outcome, Refusal):
+                    return outcome
+                # No await from the commit to the end: the state that the snapshot shows, and the
+                # registration that brings all that comes after it, belong together.
+                return self._register(peer, own, outcome, request_id)
+            finally:
+                if not settled:
+                    # Cancelled in the middle of a commit: it may have been carried out.
+                    for member_id in (fresh_id, *(token.member_id for token in command.resume)):
+                        self._hub.finish(self.drop, member_id, peer.connection_id, "timeout")
+                self._close_if_empty()
+
+    async def command(
+        self, peer: Peer, command: Command, fresh_id: str, request_id: str | UnsetType
+    ) -> Refusal | None:
+        """Carry out a member's command and tell everybody, or return why not."""
+        actor = Actor(self._hub.here, peer.connection_id, peer.member_id, fresh_id)
+        if isinstance(command, Play):
+            actor = replace(actor, latencies_ms=self._latencies())
+        async with _Held(self._lock):
+            outcome = await self._change(command, actor)
+            if isinstance(outcome, Refusal):
+                return outcome
+            self._tell(outcome, peer, request_id)
+            if isinstance(command, LeaveSession):
+                self.unregister(peer, peer.member_id)
+                self._left(peer.member_id, "left")
+            return None
+
+    async def leave(self, member_id: str, connection_id: str) -> None:
+        """Remove a member whose connection joined another session."""
+        await self._on_behalf(LeaveSession(), member_id, connection_id, "left")
+
+    async def expire(self, grace: Grace) -> None:
+        """Remove a member whose grace is over, unless it has come back."""
+        await self._on_behalf(
+            Expire(grace.reason), grace.member_id, grace.connection_id, grace.reason
+        )
+
+    async def drop(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
+        """Show a member as disconnected and start its grace, if this is its connection."""
+        async with _Held(self._lock):
+            actor = Actor(self._hub.here, connection_id, member_id)
+            outcome = await self._change(Drop(), actor)
+            if isinstance(outcome, _Outcome) and outcome.frames:
+                self._tell(outcome)
+                self._hub.start_grace(self, member_id, connection_id, reason)
+            self._close_if_empty()
+
+    def unregister(self, peer: Peer, member_id: str) -> None:
+        """Send nothing more to ``peer`` as this member."""
+        if self.peers.get(member_id) is peer:
+            del self.peers[member_id]
+
+    def tick(self) -> None:
+        """Tell the position to those who want ticks, while the song plays."""
+        if self.mirror is None:
+            return
+        now = self._hub.now()
+        segment = in_force(self.mirror.transport.value, now)
+        if not segment.is_playing:
+            return
+        position = position_at(segment, now)
+        beat = beat_at(segment, now)
+        frame = _frame(ScrollTick(self.session_id, now, position, beat, segment.tempo_bpm))
+        delivered = 0
+        for peer in self.peers.values():
+            if peer.wants_ticks:
+                peer.push_volatile(frame)
+                delivered += 1
+        self._hub.counters.deliveries += delivered
+
+    def send_stats(self) -> None:
+        """Tell everybody how well everybody is connected."""
+        if self.mirror is None or not self.peers:
+            return
+        peers = self.peers
+        latencies = {member_id: peer.latency_ms for member_id, peer in peers.items()}
+        sync_errors = {member_id: peer.sync_error_ms for member_id, peer in peers.items()}
+        frame = _frame(room_stats(self.mirror, self._hub.now(), latencies, sync_errors))
+        for peer in peers.values():
+            peer.push_volatile(frame)
+        self._hub.counters.deliveries += len(peers)
+
+    async def _on_behalf(
+        self, command: Command, member_id: str, connection_id: str, reason: LeaveReason
+    ) -> None:
+        """Remove a member that is not there to ask for it."""
+        async with _Held(self._lock):
+            actor = Actor(self._hub.here, connection_id, member_id)
+            outcome = await self._change(command, actor)
+            if isinstance(outcome, _Outcome) and outcome.frames:
+                self._tell(outcome)
+                self._left(member_id, reason)
+            else:
+                self._close_if_empty()
+
+    async def _change(self, command: Command, actor: Actor) -> _Outcome | Refusal:
+        """Decide and commit; the lock is held. What was committed is the mirror afterwards."""
+        stored = self.mirror
+        for _ in range(MAX_ATTEMPTS):
+            decision = decide(self.mirror, command, actor, self._hub.now())
+            if isinstance(decision, Refusal):
+                return decision
+            if not decision.events:
+                return _Outcome(decision)
+            events = [encode(event) for event in decision.events]
+            result = await self._hub.storage.commit(stored, decision.session, events)
+            if isinstance(result, Committed):
+                self._adopt(result.session)
+                return _Outcome(decision, b"".join([text_frame(event) for event in events]))
+            stored = result.stored
+            if stored is not None:
+                self._jump(stored)
+        return CONFLICT
+
+    def _adopt(self, session: Session) -> None:
+        """Take a state as the mirror."""
+        self.mirror = session
+        ticker = self._hub.ticker
+        if ticker is not None:
+            transport = session.transport.value
+            if transport.is_playing or transport.next is not None:
+                ticker.add(self)
+            else:
+                ticker.discard(self)
+
+    def _jump(self, session: Session) -> None:
+        """Take a state that did not come from our mirror, and show it to everybody."""
+        self._adopt(session)
+        frame = _frame(snapshot(session, self._hub.now()))
+        for peer in self.peers.values():
+            peer.push(frame)
+
+    def _register(
+        self, peer: Peer, own: str, outcome: _Outcome, request_id: str | UnsetType
+    ) -> You:
+        """Put ``peer`` in its member's place, after telling the others."""
+        reply = outcome.decision.reply
+        assert isinstance(reply, Snapshot)
+        assert reply.you is not UNSET
+        member_id = reply.you.member_id
+        replaced = self.peers.pop(member_id, None)
+        self.peers.pop(own, None)
+        self._tell(outcome)
+        if replaced is not None and replaced is not peer:
+            replaced.close(4001, "the same member resumed on another connection")
+        self.peers[member_id] = peer
+        peer.member_id = member_id
+        peer.push(_frame(reply) + _ack(request_id, reply.version))
+        self._hub.stats.add(self)
+        self.send_stats()
+        resumed = reply.you.resumed
+        self._hub.counters.joins["resumed" if resumed else "joined"] += 1
+        self._hub.log.info(
+            "member.resumed" if resumed else "member.joined",
+            session_id=self.session_id,
+            member_id=member_id,
+            connection_id=peer.connection_id,
+            role=reply.you.role,
+        )
+        return reply.you
+
+    def _tell(
+        self, outcome: _Outcome, caller: Peer | None = None, request_id: str | UnsetType = UNSET
+    ) -> None:
+        """Push what was committed: the events to everybody, the answer to the caller."""
+        decision = outcome.decision
+        frames = outcome.frames
+        answer = b""
+        if caller is not None:
+            if decision.reply is not None:
+                answer = _frame(decision.reply)
+            version = decision.session.version if frames else UNSET
+            answer += _ack(request_id, version)
+        if frames:
+            for peer in self.peers.values():
+                if peer is not caller:
+                    peer.push(frames)
+            self._hub.counters.deliveries += len(decision.events) * len(self.peers)
+        if caller is not None and (frames or answer):
+            caller.push(frames + answer)
+        for member_id, message in decision.private:
+            if member_id in self.peers:
+                self.peers[member_id].push(_frame(message))
+
+    def _left(self, member_id: str, reason: LeaveReason) -> None:
+        self._hub.log.info(
+            "member.left", session_id=self.session_id, member_id=member_id, reason=reason
+        )
+        self.send_stats()
+        self._close_if_empty()
+
+    def _latencies(self) -> dict[str, float]:
+        return {
+            member_id: peer.latency_ms
+            for member_id, peer in self.peers.items()
+            if peer.latency_ms is not None
+        }
+
+    def _close_if_empty(self) -> None:
+        """Let go of a session whose last member is gone; the storage still has it."""
+        if self.peers or (self.mirror is not None and member_count(self.mirror)):
+            return
+        self._closed = True
+        if self._hub.rooms.get(self.session_id) is self:
+            del self._hub.rooms[self.session_id]
+        self._hub.stats.discard(self)
+        if self._hub.ticker is not None:
+            self._hub.ticker.discard(self)
+
+
+class _Held:
+    """Holds a lock, without a pass of the scheduler when it is free. FIFO like the lock."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: trio.Lock) -> None:
+        self._lock = lock
+
+    async def __aenter__(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _frame(message: Outgoing) -> bytes:
+    return text_frame(encode(message))
+
+
+def _ack(request_id: str | UnsetType, version: int | UnsetType) -> bytes:
+    if request_id is UNSET:
+        return b""
+    return _frame(Ack(request_id, version))

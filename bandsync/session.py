@@ -1,0 +1,238 @@
+"""The state of a session: what every storage keeps and every server agrees on.
+
+Each part that can change on its own is a register with a stamp, so that two copies of a session
+can be merged (design.md section 5). A change never moves a stamp backwards, whatever the clocks
+do: see `after`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from bandsync.transport import Transport
+
+Role = Literal["leader", "follower"]
+
+# The least step between two stamps of one register: 1 µs, which a float of milliseconds since
+# 1970 still tells apart (its own step is 0.25 µs).
+EPSILON_MS = 0.001
+CHAT_RING = 50
+TOMBSTONE_MS = 60_000.0
+
+
+class Rank(Struct, frozen=True, order=True):
+    """Rank of a leader: the greater wins a merge.
+
+    Attributes:
+        term: one more than the leader's before.
+        time: when the change of leader was made, session clock.
+        boot_id: the server process that made it.
+    """
+
+    term: int
+    time: float
+    boot_id: str
+
+
+class Stamp(Struct, frozen=True, order=True):
+    """Stamp of a register's content: under which leader, when, and by which server process.
+
+    Leading with the rank means that a change made under the winning leader is never lost to one
+    made under another.
+    """
+
+    rank: Rank
+    time: float
+    boot_id: str
+
+
+class Epoch(Struct, frozen=True, order=True):
+    """The life of a session: of two, the one born first wins a merge."""
+
+    created_at: float
+    id: str
+
+
+class Leader(Struct, frozen=True):
+    """Who leads. ``member_id`` is empty after the only member stepped down."""
+
+    rank: Rank
+    member_id: str
+
+
+class TransportRegister(Struct, frozen=True):
+    """The transport and its stamp."""
+
+    stamp: Stamp
+    value: Transport
+
+
+class HeadlineRegister(Struct, frozen=True):
+    """The session's message (its headline) and its stamp."""
+
+    stamp: Stamp
+    value: str
+
+
+class Settings(Struct, frozen=True, rename="camel"):
+    """What was agreed when the session was created."""
+
+    max_members: int
+
+
+class SettingsRegister(Struct, frozen=True):
+    """The session's settings and their stamp."""
+
+    stamp: Stamp
+    value: Settings
+
+
+class Member(Struct, frozen=True):
+    """One member, present or, once removed, a tombstone.
+
+    Attributes:
+        incarnation: counts the bindings to a connection; with ``time`` and ``writer`` it orders
+            two records of one member.
+        time: when this record was written, session clock; larger than that of the record it
+            replaced.
+        writer: boot id of the server process that wrote this record.
+        present: False for a tombstone.
+        connection_id: the connection it is bound to, or was last.
+        server_id: the server of that connection.
+        boot_id: the process of that server.
+        connected: False during the resume grace.
+        joined_at: when it first joined.
+        connected_at: when its latest connection was bound; elections go by it.
+        display_name: as chosen at the join.
+        token_hash: SHA-256 of the secret in its resume token, hexadecimal.
+    """
+
+    member_id: str
+    incarnation: int
+    time: float
+    writer: str
+    present: bool
+    connection_id: str
+    server_id: str
+    boot_id: str
+    connected: bool
+    joined_at: float
+    connected_at: float
+    display_name: str
+    token_hash: str
+
+
+class Chat(Struct, frozen=True, rename="camel"):
+    """One chat message of the ring; ``slot`` is its place there."""
+
+    message_id: str
+    member_id: str
+    display_name: str
+    text: str
+    sent_at: float
+    slot: int
+
+
+class Session(Struct, frozen=True):
+    """A session. Immutable: a change makes a new one and shares what did not change.
+
+    Attributes:
+        version: grows by one per event.
+        event_id: of the change that made this state; drawn per attempt to commit.
+        members: by id, tombstones included.
+        chat: the last `CHAT_RING` messages by (``sent_at``, ``message_id``).
+        last_active_at: instant of the last change.
+    """
+
+    session_id: str
+    epoch: Epoch
+    version: int
+    event_id: str
+    leader: Leader
+    transport: TransportRegister
+    headline: HeadlineRegister
+    settings: SettingsRegister
+    members: Mapping[str, Member]
+    chat: tuple[Chat, ...]
+    last_active_at: float
+
+
+class Tip(Struct, frozen=True):
+    """What identifies a state of a session; its version alone does not (design.md section 4)."""
+
+    epoch: str
+    version: int
+    event_id: str
+
+
+def tip(session: Session) -> Tip:
+    """The tip of ``session``."""
+    return Tip(session.epoch.id, session.version, session.event_id)
+
+
+def after(now: float, replaced: float) -> float:
+    """The time of a stamp written at ``now`` over one of time ``replaced``: always larger."""
+    return max(now, replaced + EPSILON_MS)
+
+
+def present(session: Session) -> Iterator[Member]:
+    """The members, tombstones left out."""
+    return (member for member in session.members.values() if member.present)
+
+
+def find(session: Session, member_id: str) -> Member | None:
+    """The member with this id if it is present."""
+    member = session.members.get(member_id)
+    return member if member is not None and member.present else None
+
+
+def leader_of(session: Session) -> Member | None:
+    """The present member that the leader register names."""
+    return find(session, session.leader.member_id)
+
+
+def role_of(session: Session, member_id: str) -> Role:
+    """Roles are derived from the leader register and never stored."""
+    leads = session.leader.member_id == member_id and find(session, member_id) is not None
+    return "leader" if leads else "follower"
+
+
+def bound(session: Session, member_id: str, connection_id: str) -> Member | None:
+    """The present member with this id if it is bound to this very connection."""
+    member = find(session, member_id)
+    return member if member is not None and member.connection_id == connection_id else None
+
+
+def longest_connected(session: Session, boot_id: str | None, without: str = "") -> Member | None:
+    """The connected member whose latest connection is the oldest.
+
+    Args:
+        boot_id: consider only members of this server process; None for all.
+        without: a member id to leave out.
+    """
+    return min(
+        (
+            member
+            for member in session.members.values()
+            if member.connected
+            and member.member_id != without
+            and (boot_id is None or member.boot_id == boot_id)
+        ),
+        key=lambda member: (member.connected_at, member.joined_at, member.member_id),
+        default=None,
+    )
+
+
+def without_old_tombstones(session: Session, now: float) -> Session:
+    """``session`` without the tombstones that are older than `TOMBSTONE_MS`."""
+    horizon = now - TOMBSTONE_MS
+    if all(member.present or member.time >= horizon for member in session.members.values()):
+        return session
+    kept = {
+        member.member_id: member
+        for member in session.members.values()
+        if member.present or member.time >= horizon
+    }
+    return replace(session, members=kept)

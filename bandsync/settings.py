@@ -1,0 +1,294 @@
+"""Settings: names, defaults, ranges and meanings in one table, and how texts become values.
+
+The names are those of environment variables: protocol.md section 9.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec import inspect as types
+
+Text = Annotated[str, Meta(min_length=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
+Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """All settings. Each attribute is the variable of the same name in capitals."""
+
+    redis_enabled: Annotated[
+        bool, Meta(description="Whether to use Redis; false keeps sessions in memory only.")
+    ] = True
+    redis_url: Annotated[
+        Text | None,
+        Meta(
+            description="Where Redis is: redis://, rediss:// or unix://; wins over the parts below."
+        ),
+    ] = None
+    redis_host: Annotated[Text, Meta(description="Host of Redis.")] = "localhost"
+    redis_port: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)], Meta(description="Port of Redis.")
+    ] = 6379
+    redis_username: Annotated[
+        Text | None, Meta(description="User of Redis (ACL); empty for the default user.")
+    ] = None
+    redis_password: Annotated[
+        Text | None, Meta(description="Password of Redis; empty for none.")
+    ] = None
+    redis_db: Annotated[
+        Annotated[int, Meta(ge=0)], Meta(description="Database number of Redis.")
+    ] = 0
+    redis_key_prefix: Annotated[str, Meta(description="What every key in Redis begins with.")] = (
+        "bandsync:"
+    )
+    redis_ttl: Annotated[
+        Positive,
+        Meta(
+            description="Seconds after its last change until a session that nobody is in is forgotten; in memory too."
+        ),
+    ] = 3600
+    redis_max_retries: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(description="Fast attempts to reconnect before the slow cadence."),
+    ] = 5
+    redis_retry_delay_on_failure: Annotated[
+        Milliseconds, Meta(description="First delay between attempts to reconnect, milliseconds.")
+    ] = 100
+    redis_connect_timeout: Annotated[
+        Milliseconds, Meta(description="Longest wait for a connection to Redis, milliseconds.")
+    ] = 10000
+    redis_command_timeout: Annotated[
+        Milliseconds, Meta(description="Longest wait for an answer of Redis, milliseconds.")
+    ] = 5000
+    redis_health_interval_ms: Annotated[
+        Milliseconds, Meta(description="How often Redis is asked whether it lives, milliseconds.")
+    ] = 500
+    redis_health_timeout_ms: Annotated[
+        Milliseconds, Meta(description="How long it may take to answer that, milliseconds.")
+    ] = 1000
+    redis_auto_recover: Annotated[
+        bool,
+        Meta(description="Whether to go back to Redis when it is back; false waits for a restart."),
+    ] = True
+    redis_required: Annotated[
+        bool, Meta(description="Whether to refuse to start without Redis.")
+    ] = False
+    redis_sentinels: Annotated[
+        Text | None, Meta(description="Redis Sentinels, host:port, separated by commas.")
+    ] = None
+    redis_sentinel_master: Annotated[
+        Text | None, Meta(description="The name of the master that the Sentinels watch.")
+    ] = None
+    redis_cluster: Annotated[bool, Meta(description="Whether Redis is a Cluster.")] = False
+    server_id: Annotated[
+        Text | None,
+        Meta(description="Name of this server, different for each; by default host name and port."),
+    ] = None
+    host: Annotated[Text, Meta(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    port: Annotated[
+        Port, Meta(description="Port to listen on; 0 picks a free one and prints it.")
+    ] = 3001
+    tls_cert: Annotated[
+        Text | None,
+        Meta(
+            description="File with the TLS certificate chain (PEM); together with TLS_KEY serves https."
+        ),
+    ] = None
+    tls_key: Annotated[
+        Text | None, Meta(description="File with the key of that certificate (PEM).")
+    ] = None
+    allowed_origins: Annotated[
+        str,
+        Meta(
+            description="Origins whose pages may connect, separated by commas, * for all; empty for the same origin."
+        ),
+    ] = ""
+    join_secret: Annotated[
+        Text | None,
+        Meta(description="When set, joining needs a token: a JWT (HS256) signed with this secret."),
+    ] = None
+    admin_token: Annotated[
+        Text | None, Meta(description="Bearer token for /api/sessions and, when set, /metrics.")
+    ] = None
+    max_members: Annotated[
+        Annotated[int, Meta(ge=1, le=1000)], Meta(description="Members a session takes.")
+    ] = 8
+    leadership: Annotated[
+        Literal["claim", "open"],
+        Meta(
+            description="claim: the lead is free only when nobody leads; open: anybody may take it at any time."
+        ),
+    ] = "claim"
+    resume_grace_ms: Annotated[
+        Annotated[int, Meta(ge=0, le=3_600_000)],
+        Meta(description="How long a member without connection keeps its place, milliseconds."),
+    ] = 10000
+    tick_interval_ms: Annotated[
+        Annotated[int, Meta(ge=0, le=60_000)],
+        Meta(description="How often playing sessions send scroll_tick, milliseconds; 0 for never."),
+    ] = 100
+    max_idle_sessions: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(
+            description="Sessions without members kept in memory; beyond that the longest idle are forgotten first."
+        ),
+    ] = 10000
+    max_connections: Annotated[Positive, Meta(description="Connections at a time.")] = 10000
+    max_message_bytes: Annotated[
+        Annotated[int, Meta(ge=1024, le=1_048_576)],
+        Meta(description="Largest message of a client, bytes."),
+    ] = 16384
+    ping_interval_ms: Annotated[
+        Milliseconds, Meta(description="How often the server pings each client, milliseconds.")
+    ] = 5000
+    connection_timeout_ms: Annotated[
+        Milliseconds,
+        Meta(
+            description="How long a client may be silent, milliseconds; more than PING_INTERVAL_MS."
+        ),
+    ] = 30000
+    outbox_limit_bytes: Annotated[
+        Annotated[int, Meta(ge=65_536)],
+        Meta(description="How much may wait for a slow client, bytes."),
+    ] = 262144
+    write_timeout_ms: Annotated[
+        Milliseconds,
+        Meta(description="How long a write to a client may go without progress, milliseconds."),
+    ] = 10000
+    rate_limit_factor: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="Multiplies the rate limits of the protocol; 0 lifts them."),
+    ] = 1.0
+    drain_timeout_ms: Annotated[
+        Milliseconds, Meta(description="How long a shutdown may take, milliseconds.")
+    ] = 10000
+    log_format: Annotated[
+        Literal["console", "json"],
+        Meta(description="console for people, json for machines: one object per line."),
+    ] = "console"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="The least that is logged.")
+    ] = "info"
+
+
+class Option(Struct, frozen=True):
+    """One setting, for those who list them.
+
+    Attributes:
+        name: of the environment variable.
+        attribute: of `Settings`.
+        default: as a text; empty for none.
+        allowed: which values it may have.
+        meaning: a sentence.
+    """
+
+    name: str
+    attribute: str
+    default: str
+    allowed: str
+    meaning: str
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used.
+
+    Attributes:
+        problems: one line each: name, value, what is allowed.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# Values that must not stand in an error message or a log.
+SECRETS = frozenset({"redis_password", "redis_url", "join_secret", "admin_token"})
+
+
+def parse(texts: Mapping[str, str]) -> Settings:
+    """The settings that ``texts`` (by variable name) give; an empty text counts as not given.
+
+    Raises:
+        SettingsError: with all problems at once.
+    """
+    values: dict[str, object] = {}
+    problems: list[str] = []
+    for option in OPTIONS:
+        text = texts.get(option.name, "").strip()
+        if not text:
+            continue
+        try:
+            values[option.attribute] = msgspec.convert(text, _TYPES[option.attribute], strict=False)
+        except msgspec.ValidationError:
+            shown = "(not shown)" if option.attribute in SECRETS else repr(text)
+            problems.append(f"{option.name}={shown}: must be {option.allowed}")
+    settings = Settings(**values)  # type: ignore[arg-type]  # each was converted to its own type
+    problems += _contradictions(settings)
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """What each setting allows, but not together."""
+    problems = []
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        missing = "TLS_CERT" if settings.tls_cert is None else "TLS_KEY"
+        problems.append(f"{missing}='': must name a file when the other of the pair does")
+    if settings.connection_timeout_ms <= settings.ping_interval_ms:
+        problems.append(
+            f"CONNECTION_TIMEOUT_MS={settings.connection_timeout_ms}: must be more than "
+            f"PING_INTERVAL_MS={settings.ping_interval_ms}, or clients that only listen are cut off"
+        )
+    if (settings.redis_sentinels is None) != (settings.redis_sentinel_master is None):
+        missing = "REDIS_SENTINELS" if settings.redis_sentinels is None else "REDIS_SENTINEL_MASTER"
+        problems.append(f"{missing}='': must be set when the other of the pair is")
+    if settings.redis_required and not settings.redis_enabled:
+        problems.append("REDIS_REQUIRED='true': must be false when REDIS_ENABLED is")
+    return problems
+
+
+def _allowed(kind: types.Type) -> str:
+    """In words, the values of a type."""
+    match kind:
+        case types.Metadata(type=inner):
+            return _allowed(inner)
+        case types.UnionType(types=parts):
+            return " or ".join(_allowed(part) for part in parts if type(part) is not types.NoneType)
+        case types.BoolType():
+            return "true or false"
+        case types.LiteralType(values=values):
+            return " or ".join(str(value) for value in values)
+        case types.IntType(ge=low, le=high) | types.FloatType(ge=low, le=high):
+            noun = "a whole number" if isinstance(kind, types.IntType) else "a number"
+            if high is None:
+                return f"{noun}, {low} or more"
+            return f"{noun} from {low} to {high}"
+        case _:
+            return "a text"
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_TYPES = {entry.name: entry.type for entry in msgspec.structs.fields(Settings)}
+OPTIONS = tuple(
+    Option(
+        name=entry.name.upper(),
+        attribute=entry.name,
+        default=_text(entry.default),
+        allowed=_allowed(types.type_info(entry.type)),
+        meaning=next(
+            meta.description
+            for meta in entry.type.__metadata__
+            if isinstance(meta, Meta) and meta.description
+        ),
+    )
+    for entry in msgspec.structs.fields(Settings)
+)

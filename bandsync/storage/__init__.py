@@ -1,0 +1,1 @@
+"""What is true: the storages, behind one interface."""

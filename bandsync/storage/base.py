@@ -1,0 +1,141 @@
+"""The contract of a storage, and the operations that rest on its `Storage.commit`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from bandsync.commands import LeaveSession, Refusal
+from bandsync.decide import NOT_JOINED, NOT_MEMBER, Actor, Bind, Decision, decide
+from bandsync.draft import Here
+from bandsync.messages import encode
+from bandsync.session import Session, find
+
+StorageType = Literal["redis", "memory"]
+
+MAX_ATTEMPTS = 8
+
+CONFLICT = Refusal("conflict", "Too many changes were made at the same time; try again.")
+
+
+class Committed(Struct, frozen=True):
+    """The change is in the storage; ``session`` is what is stored now."""
+
+    session: Session
+
+
+class Conflict(Struct, frozen=True):
+    """The stored state is not the base of the change; nothing was written."""
+
+    stored: Session | None
+
+
+class RedisStatus(Struct, frozen=True, rename="camel"):
+    """How the link to Redis is."""
+
+    connected: bool
+    connection_attempts: int
+
+
+class StorageHealth(Struct, frozen=True, rename="camel"):
+    """What ``/api/health`` says of the storage: the keys of the seed."""
+
+    healthy: bool
+    storage_type: StorageType
+    initialized: bool
+    fallback_reason: str | None
+    total_sessions: int
+    redis_status: RedisStatus
+
+
+class Storage(ABC):
+    """Keeps sessions.
+
+    A storage knows no rule of music: it compares tips and keeps what it is given. Refusals are
+    returned, exceptions are bugs.
+    """
+
+    @property
+    @abstractmethod
+    def storage_type(self) -> StorageType:
+        """Where the sessions are kept now."""
+
+    @abstractmethod
+    async def get_session(self, session_id: str) -> Session | None:
+        """The stored session; None if there is none."""
+
+    @abstractmethod
+    async def commit(
+        self, base: Session | None, change: Session, events: Sequence[bytes]
+    ) -> Committed | Conflict:
+        """Put ``change`` in the place of ``base``, if that is still what is stored.
+
+        Args:
+            base: what ``change`` was decided on; None if there was no session.
+            events: the encoded events of the change, for other servers.
+
+        Returns:
+            The session with its new event id, or what is stored instead of ``base``.
+        """
+
+    @abstractmethod
+    async def delete_session(self, session_id: str) -> bool:
+        """Forget a session; False if there was none."""
+
+    @abstractmethod
+    async def list_sessions(self) -> list[Session]:
+        """All sessions, those without members included."""
+
+    @abstractmethod
+    async def health_check(self) -> StorageHealth:
+        """Whether the storage can be used, and how it is."""
+
+    async def create_session(self, session: Session) -> Committed | Conflict:
+        """Store a session that does not exist yet."""
+        return await self.commit(None, session, ())
+
+    async def update_session(
+        self, session_id: str, change: Callable[[Session | None], Decision | Refusal]
+    ) -> Decision | Refusal:
+        """Read, decide and commit, again if somebody else was faster.
+
+        Returns:
+            The committed decision, the refusal of ``change``, or `CONFLICT`.
+        """
+        base = await self.get_session(session_id)
+        for _ in range(MAX_ATTEMPTS):
+            decision = change(base)
+            if isinstance(decision, Refusal) or decision.session is base:
+                return decision
+            events = [encode(event) for event in decision.events]
+            match await self.commit(base, decision.session, events):
+                case Committed(session=session):
+                    return Decision(session, decision.events, decision.reply, decision.private)
+                case Conflict(stored=stored):
+                    base = stored
+        return CONFLICT
+
+    async def add_member(
+        self, session_id: str, join: Bind, actor: Actor, now: float
+    ) -> Decision | Refusal:
+        """Join or resume a member at the instant ``now``; creates the session if need be."""
+        return await self.update_session(
+            session_id, lambda session: decide(session, join, actor, now)
+        )
+
+    async def remove_member(
+        self, session_id: str, member_id: str, here: Here, now: float
+    ) -> Decision | Refusal:
+        """Remove a member at the instant ``now``, whatever connection it is bound to."""
+
+        def leave(session: Session | None) -> Decision | Refusal:
+            if session is None:
+                return NOT_JOINED
+            member = find(session, member_id)
+            if member is None:
+                return NOT_MEMBER
+            actor = Actor(here, member.connection_id, member_id)
+            return decide(session, LeaveSession(), actor, now)
+
+        return await self.update_session(session_id, leave)

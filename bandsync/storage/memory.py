@@ -1,0 +1,90 @@
+"""Sessions in this process's memory."""
+
+from collections.abc import Collection, Sequence
+
+from msgspec.structs import replace
+
+from bandsync.session import Session, tip
+from bandsync.storage.base import (
+    Committed,
+    Conflict,
+    RedisStatus,
+    Storage,
+    StorageHealth,
+    StorageType,
+)
+
+
+class MemoryStorage(Storage):
+    """Keeps sessions until they expire or the process ends.
+
+    Args:
+        boot_id: makes event ids unique among processes.
+        reason: why sessions are kept in memory, for operators.
+    """
+
+    def __init__(self, boot_id: str, reason: str) -> None:
+        self._boot_id = boot_id
+        self._reason = reason
+        # Ordered by the last change, so that what expires first stands first.
+        self._sessions: dict[str, Session] = {}
+        self._commits = 0
+
+    @property
+    def storage_type(self) -> StorageType:
+        return "memory"
+
+    async def get_session(self, session_id: str) -> Session | None:
+        return self._sessions.get(session_id)
+
+    async def commit(
+        self, base: Session | None, change: Session, events: Sequence[bytes]
+    ) -> Committed | Conflict:
+        stored = self._sessions.get(change.session_id)
+        if stored is not base and (stored is None or base is None or tip(stored) != tip(base)):
+            return Conflict(stored)
+        self._commits += 1
+        committed = replace(change, event_id=f"{self._boot_id}-{self._commits:x}")
+        self._sessions.pop(change.session_id, None)
+        self._sessions[change.session_id] = committed
+        return Committed(committed)
+
+    async def delete_session(self, session_id: str) -> bool:
+        return self._sessions.pop(session_id, None) is not None
+
+    async def list_sessions(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    async def health_check(self) -> StorageHealth:
+        return StorageHealth(
+            healthy=True,
+            storage_type=self.storage_type,
+            initialized=True,
+            fallback_reason=self._reason,
+            total_sessions=len(self._sessions),
+            redis_status=RedisStatus(connected=False, connection_attempts=0),
+        )
+
+    def expire(self, now: float, ttl_ms: float, hosted: Collection[str], keep: int) -> list[str]:
+        """Forget sessions that nobody is in.
+
+        Args:
+            now: session clock, milliseconds.
+            ttl_ms: how long after its last change a session is kept.
+            hosted: ids of sessions with a room on this server; they never expire.
+            keep: how many others are kept at the most; the longest idle go first.
+
+        Returns:
+            The ids of the sessions that were forgotten.
+        """
+        surplus = len(self._sessions) - len(hosted) - keep
+        expired: list[str] = []
+        for session in self._sessions.values():
+            if session.session_id in hosted:
+                continue
+            if len(expired) >= surplus and session.last_active_at + ttl_ms > now:
+                break
+            expired.append(session.session_id)
+        for session_id in expired:
+            del self._sessions[session_id]
+        return expired

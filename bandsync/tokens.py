@@ -1,0 +1,93 @@
+"""Resume tokens, which give a member back, and join tokens, which let one in."""
+
+import hashlib
+import hmac
+from typing import Annotated
+
+import jwt
+import msgspec
+from msgspec import Meta, Struct
+
+from bandsync.commands import DisplayName
+from bandsync.session import Role
+
+
+class ResumeToken(Struct, frozen=True):
+    """The secret that proves whose connection it is: ``memberId.incarnation.secret``.
+
+    The incarnation changes with every binding. The secret does not: an answer that got lost with
+    the network must not lock its member out, so the token before it is accepted too, and a
+    server that knows an older state of the session accepts a newer one.
+    """
+
+    member_id: str
+    incarnation: int
+    secret: str
+
+    def __str__(self) -> str:
+        return f"{self.member_id}.{self.incarnation}.{self.secret}"
+
+
+# Far above what a member reaches, far below where a number stops being exact in JSON.
+_MAX_INCARNATION = 2**40
+
+
+def parse_resume_token(text: str) -> ResumeToken | None:
+    """The token in ``text``; None if it is none."""
+    parts = text.split(".")
+    if len(parts) != 3 or not text.isascii():
+        return None
+    member_id, incarnation, secret = parts
+    if not incarnation.isdecimal() or len(incarnation) > 13:
+        return None
+    if int(incarnation) > _MAX_INCARNATION:
+        return None
+    return ResumeToken(member_id, int(incarnation), secret)
+
+
+def hash_secret(secret: str) -> str:
+    """What is stored of a resume token's secret: its SHA-256, hexadecimal."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def proves(token: ResumeToken, token_hash: str) -> bool:
+    """Whether the token's secret is the one whose hash was stored."""
+    return hmac.compare_digest(hash_secret(token.secret), token_hash)
+
+
+class JoinClaims(Struct, frozen=True):
+    """What a join token asserts; ``role`` and ``name`` go before what the message says."""
+
+    sub: Annotated[str, Meta(min_length=1)]
+    session: str
+    exp: float
+    role: Role | None = None
+    name: DisplayName | None = None
+
+
+def verify_join_token(token: str, secret: str, session_id: str, now: float) -> JoinClaims | None:
+    """The claims of a JSON Web Token (RFC 7519, HS256).
+
+    Returns:
+        None if the token is not signed with ``secret``, lacks a claim, has expired by ``now``
+        (milliseconds) or is for another session.
+    """
+    try:
+        payload = jwt.decode(
+            token,
+            secret,
+            algorithms=["HS256"],
+            # The session clock decides, not the wall clock that PyJWT reads.
+            options={
+                "verify_exp": False,
+                "verify_iat": False,
+                "verify_nbf": False,
+                "verify_aud": False,
+            },
+        )
+        claims = msgspec.convert(payload, JoinClaims)
+    except (jwt.InvalidTokenError, msgspec.ValidationError):
+        return None
+    if claims.session != session_id or claims.exp * 1000 <= now:
+        return None
+    return claims
