@@ -4,7 +4,7 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import trio
 from msgspec import Struct
@@ -49,7 +49,7 @@ async def serve(
     log: FilteringBoundLogger,
     *,
     announce: Callable[[str], None] = print,
-    signals: Iterable[int] = (),
+    signals: Collection[int] = (),
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `Serving.stop` is called, or for ever.
@@ -104,7 +104,8 @@ async def serve(
         nursery.start_soon(hub.run_graces)
         nursery.start_soon(connections.run_pings, metrics.loop_lag_seconds.observe)
         nursery.start_soon(_run_expiry, storage, hub, settings, log)
-        nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
+        if signals:
+            nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
         await nursery.start(acceptor.run, listeners)
 
         url = _url(settings, port)
@@ -170,7 +171,7 @@ async def _run_expiry(
 
 
 async def _run_signals(
-    signals: Iterable[int], stopping: trio.Event, everything: trio.CancelScope
+    signals: Collection[int], stopping: trio.Event, everything: trio.CancelScope
 ) -> None:
     """Turn signals into a drain, and a second one into an end, for ever."""
     with trio.open_signal_receiver(*signals) as received:

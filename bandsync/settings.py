@@ -20,7 +20,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """All settings. Each attribute is the variable of the same name in capitals."""
 
     redis_enabled: Annotated[
-        bool, Meta(description="Whether to use Redis; false keeps sessions in memory only.")
+        bool, Meta(description="Whether to use Redis; false keeps sessions in memory.")
     ] = True
     redis_url: Annotated[
         Text | None,
@@ -29,30 +29,23 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     redis_host: Annotated[Text, Meta(description="Host of Redis.")] = "localhost"
-    redis_port: Annotated[
-        Annotated[int, Meta(ge=1, le=65535)], Meta(description="Port of Redis.")
-    ] = 6379
+    redis_port: Annotated[int, Meta(ge=1, le=65535, description="Port of Redis.")] = 6379
     redis_username: Annotated[
         Text | None, Meta(description="User of Redis (ACL); empty for the default user.")
     ] = None
     redis_password: Annotated[
         Text | None, Meta(description="Password of Redis; empty for none.")
     ] = None
-    redis_db: Annotated[
-        Annotated[int, Meta(ge=0)], Meta(description="Database number of Redis.")
-    ] = 0
+    redis_db: Annotated[int, Meta(ge=0, description="Database number of Redis.")] = 0
     redis_key_prefix: Annotated[str, Meta(description="What every key in Redis begins with.")] = (
         "bandsync:"
     )
     redis_ttl: Annotated[
         Positive,
-        Meta(
-            description="Seconds after its last change until a session that nobody is in is forgotten; in memory too."
-        ),
+        Meta(description="Seconds until a session that nobody is in is forgotten; in memory too."),
     ] = 3600
     redis_max_retries: Annotated[
-        Annotated[int, Meta(ge=0)],
-        Meta(description="Fast attempts to reconnect before the slow cadence."),
+        int, Meta(ge=0, description="Fast attempts to reconnect before the slow cadence.")
     ] = 5
     redis_retry_delay_on_failure: Annotated[
         Milliseconds, Meta(description="First delay between attempts to reconnect, milliseconds.")
@@ -71,7 +64,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 1000
     redis_auto_recover: Annotated[
         bool,
-        Meta(description="Whether to go back to Redis when it is back; false waits for a restart."),
+        Meta(description="Whether to go back to Redis when it is back."),
     ] = True
     redis_required: Annotated[
         bool, Meta(description="Whether to refuse to start without Redis.")
@@ -93,18 +86,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 3001
     tls_cert: Annotated[
         Text | None,
-        Meta(
-            description="File with the TLS certificate chain (PEM); together with TLS_KEY serves https."
-        ),
+        Meta(description="File with the TLS certificate chain (PEM); with TLS_KEY serves https."),
     ] = None
     tls_key: Annotated[
         Text | None, Meta(description="File with the key of that certificate (PEM).")
     ] = None
     allowed_origins: Annotated[
         str,
-        Meta(
-            description="Origins whose pages may connect, separated by commas, * for all; empty for the same origin."
-        ),
+        Meta(description="Origins whose pages may connect, by comma; * for all; empty: the same."),
     ] = ""
     join_secret: Annotated[
         Text | None,
@@ -113,54 +102,50 @@ class Settings(Struct, frozen=True, kw_only=True):
     admin_token: Annotated[
         Text | None, Meta(description="Bearer token for /api/sessions and, when set, /metrics.")
     ] = None
-    max_members: Annotated[
-        Annotated[int, Meta(ge=1, le=1000)], Meta(description="Members a session takes.")
-    ] = 8
+    max_members: Annotated[int, Meta(ge=1, le=1000, description="Members a session takes.")] = 8
     leadership: Annotated[
         Literal["claim", "open"],
-        Meta(
-            description="claim: the lead is free only when nobody leads; open: anybody may take it at any time."
-        ),
+        Meta(description="claim: a free lead can be claimed; open: any lead, at any time."),
     ] = "claim"
     resume_grace_ms: Annotated[
-        Annotated[int, Meta(ge=0, le=3_600_000)],
-        Meta(description="How long a member without connection keeps its place, milliseconds."),
+        int,
+        Meta(
+            ge=0,
+            le=3_600_000,
+            description="How long a member without connection keeps its place, milliseconds.",
+        ),
     ] = 10000
     tick_interval_ms: Annotated[
-        Annotated[int, Meta(ge=0, le=60_000)],
-        Meta(description="How often playing sessions send scroll_tick, milliseconds; 0 for never."),
+        int,
+        Meta(
+            ge=0,
+            le=60_000,
+            description="How often playing sessions send scroll_tick, milliseconds; 0 for never.",
+        ),
     ] = 100
     max_idle_sessions: Annotated[
-        Annotated[int, Meta(ge=0)],
-        Meta(
-            description="Sessions without members kept in memory; beyond that the longest idle are forgotten first."
-        ),
+        int, Meta(ge=0, description="Empty sessions kept in memory; the longest idle go first.")
     ] = 10000
     max_connections: Annotated[Positive, Meta(description="Connections at a time.")] = 10000
     max_message_bytes: Annotated[
-        Annotated[int, Meta(ge=1024, le=1_048_576)],
-        Meta(description="Largest message of a client, bytes."),
+        int, Meta(ge=1024, le=1_048_576, description="Largest message of a client, bytes.")
     ] = 16384
     ping_interval_ms: Annotated[
         Milliseconds, Meta(description="How often the server pings each client, milliseconds.")
     ] = 5000
     connection_timeout_ms: Annotated[
         Milliseconds,
-        Meta(
-            description="How long a client may be silent, milliseconds; more than PING_INTERVAL_MS."
-        ),
+        Meta(description="How long a client may be silent, milliseconds; over PING_INTERVAL_MS."),
     ] = 30000
     outbox_limit_bytes: Annotated[
-        Annotated[int, Meta(ge=65_536)],
-        Meta(description="How much may wait for a slow client, bytes."),
+        int, Meta(ge=65_536, description="How much may wait for a slow client, bytes.")
     ] = 262144
     write_timeout_ms: Annotated[
         Milliseconds,
         Meta(description="How long a write to a client may go without progress, milliseconds."),
     ] = 10000
     rate_limit_factor: Annotated[
-        Annotated[float, Meta(ge=0)],
-        Meta(description="Multiplies the rate limits of the protocol; 0 lifts them."),
+        float, Meta(ge=0, description="Multiplies the rate limits of the protocol; 0 lifts them.")
     ] = 1.0
     drain_timeout_ms: Annotated[
         Milliseconds, Meta(description="How long a shutdown may take, milliseconds.")

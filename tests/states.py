@@ -1,0 +1,103 @@
+"""Sessions and commands for tests of the rules."""
+
+from msgspec.structs import replace
+
+from bandsync.commands import Refusal
+from bandsync.decide import Actor, Bind, Command, Decision, decide
+from bandsync.draft import Here
+from bandsync.messages import Snapshot, You
+from bandsync.session import Session
+from bandsync.tokens import parse_resume_token
+
+NOW = 1_800_000_000_000.0
+HERE = Here(server_id="stage", boot_id="boot-1", max_members=8)
+
+
+class Stage:
+    """One session and the rules, driven by name: every member has its own connection.
+
+    Attributes:
+        session: the state after the last command.
+        tokens: the latest resume token of each name.
+        ids: the member id of each name.
+        connections: the connection of each name.
+    """
+
+    def __init__(self, here: Here = HERE, now: float = NOW) -> None:
+        self.here = here
+        self.now = now
+        self.session: Session | None = None
+        self.ids: dict[str, str] = {}
+        self.tokens: dict[str, str] = {}
+        self.connections: dict[str, str] = {}
+        self._drawn = 0
+
+    def draw(self, kind: str) -> str:
+        """A fresh id."""
+        self._drawn += 1
+        return f"{kind}{self._drawn}"
+
+    def actor(self, name: str, **more: object) -> Actor:
+        """The member ``name`` on its connection."""
+        return Actor(
+            self.here,
+            self.connections.get(name, "nowhere"),
+            self.ids.get(name, ""),
+            self.draw("id"),
+            **more,
+        )
+
+    def do(self, name: str, command: Command, **more: object) -> Decision:
+        """Carry out a command that must be allowed."""
+        decision = self.attempt(name, command, **more)
+        assert isinstance(decision, Decision), decision
+        return decision
+
+    def attempt(self, name: str, command: Command, **more: object) -> Decision | Refusal:
+        """Carry out a command, if the rules allow it."""
+        decision = decide(self.session, command, self.actor(name, **more), self.now)
+        if isinstance(decision, Decision):
+            self.session = replace(decision.session, event_id=self.draw("event"))
+        return decision
+
+    def join(self, name: str, *, lead: bool = False, resume: bool = False) -> You:
+        """Join, or resume with the latest token, on a new connection."""
+        outcome = self.attempt_join(name, lead=lead, resume=resume)
+        assert isinstance(outcome, You), outcome
+        return outcome
+
+    def attempt_join(self, name: str, *, lead: bool = False, resume: bool = False) -> You | Refusal:
+        """Join if the rules allow it."""
+        token = parse_resume_token(self.tokens[name]) if resume else None
+        before = self.connections.get(name)
+        self.connections[name] = self.draw("connection")
+        bind = Bind(
+            "song", self.draw("epoch"), self.draw("secret"), name, lead, (token,) if token else ()
+        )
+        decision = decide(
+            self.session,
+            bind,
+            Actor(self.here, self.connections[name], "", self.draw("member")),
+            self.now,
+        )
+        if isinstance(decision, Refusal):
+            if before is not None:
+                self.connections[name] = before
+            return decision
+        self.session = replace(decision.session, event_id=self.draw("event"))
+        assert isinstance(decision.reply, Snapshot)
+        you = decision.reply.you
+        assert isinstance(you, You)
+        self.ids[name] = you.member_id
+        self.tokens[name] = you.resume_token
+        return you
+
+    @property
+    def leader(self) -> str | None:
+        """The name of the leader."""
+        assert self.session is not None
+        member_id = self.session.leader.member_id
+        member = self.session.members.get(member_id)
+        if member is None or not member.present:
+            return None
+        return next(name for name, known in self.ids.items() if known == member_id)
