@@ -249,7 +249,7 @@ def _diagnosis(payload: bytes, complaint: str) -> Undecodable:
     """What is wrong with ``payload``, found with a decoder that looks at one thing at a time."""
     try:
         # Every number as a float: an integer of 5000 digits is a number out of range, no error.
-        found = json.loads(payload, parse_int=float, parse_constant=_no_constant)
+        found = json.loads(payload.decode(), parse_int=float, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return _BAD_MESSAGE
     if not isinstance(found, dict):

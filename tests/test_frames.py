@@ -1,0 +1,144 @@
+"""The frame codec, against those of wsproto and websockets."""
+
+import os
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from websockets.frames import Frame
+from websockets.frames import Opcode as Op
+from wsproto import ConnectionType
+from wsproto.connection import Connection
+from wsproto.events import TextMessage
+
+from bandsync.frames import FrameReader, Opcode, ProtocolError, Received, ping_frame, text_frame
+
+
+def client_frame(opcode: Op, payload: bytes, fin: bool = True) -> bytes:
+    """A frame as the `websockets` library sends it."""
+    return Frame(opcode, payload, fin).serialize(mask=True)
+
+
+def read(data: bytes, limit: int = 16_384) -> list[Received]:
+    return list(FrameReader(limit).feed(data))
+
+
+texts = st.text(max_size=200).map(str.encode)
+sizes = st.integers(0, 70_000)
+
+
+@given(st.lists(texts, max_size=5), st.lists(st.integers(1, 400), max_size=20))
+def test_messages_come_out_whole_however_the_stream_is_cut(
+    messages: list[bytes], cuts: list[int]
+) -> None:
+    stream = b"".join(client_frame(Op.TEXT, message) for message in messages)
+    reader = FrameReader(16_384)
+    received: list[Received] = []
+    for cut in cuts:
+        received += reader.feed(stream[:cut])
+        stream = stream[cut:]
+    received += reader.feed(stream)
+    assert received == [Received(Opcode.TEXT, message) for message in messages]
+
+
+@given(sizes)
+def test_every_length_form(size: int) -> None:
+    payload = os.urandom(size).hex().encode()[:size]
+    assert read(client_frame(Op.TEXT, payload), 70_000) == [Received(Opcode.TEXT, payload)]
+
+
+@given(sizes)
+def test_what_we_send_is_what_wsproto_reads(size: int) -> None:
+    client = Connection(ConnectionType.CLIENT)
+    client.receive_data(text_frame(b"x" * size))
+    events = list(client.events())
+    assert "".join(event.data for event in events if isinstance(event, TextMessage)) == "x" * size
+    assert events[-1].message_finished
+
+
+@given(st.lists(texts, min_size=1, max_size=6), st.binary(max_size=125))
+def test_fragments_are_joined_and_control_frames_pass_between(
+    parts: list[bytes], note: bytes
+) -> None:
+    stream = b""
+    for index, part in enumerate(parts):
+        opcode = Op.TEXT if index == 0 else Op.CONT
+        stream += client_frame(opcode, part, fin=index == len(parts) - 1)
+        stream += client_frame(Op.PONG, note)
+    received = read(stream)
+    assert Received(Opcode.TEXT, b"".join(parts)) in received
+    assert received.count(Received(Opcode.PONG, note)) == len(parts)
+
+
+def test_pings_and_closes_stay_whole() -> None:
+    ping = client_frame(Op.PING, b"p")
+    close = client_frame(Op.CLOSE, struct.pack("!H", 1000))
+    assert read(ping + close) == [Received(Opcode.PING, ping), Received(Opcode.CLOSE, close)]
+
+
+def test_our_pings_are_readable() -> None:
+    assert ping_frame(b"12345678") == b"\x89\x0812345678"
+
+
+BROKEN = {
+    "reserved bit": (bytes([0xC1, 0x80, 0, 0, 0, 0]), 1002),
+    "unmasked": (b"\x81\x01x", 1002),
+    "opcode": (bytes([0x83, 0x80, 0, 0, 0, 0]), 1002),
+    "long ping": (bytes([0x89, 0xFE, 0, 126, 0, 0, 0, 0]), 1002),
+    "fragmented ping": (bytes([0x09, 0x80, 0, 0, 0, 0]), 1002),
+    "continuation of nothing": (client_frame(Op.CONT, b"x"), 1002),
+    "message in a message": (
+        client_frame(Op.TEXT, b"x", fin=False) + client_frame(Op.TEXT, b"y"),
+        1002,
+    ),
+    "not UTF-8": (client_frame(Op.TEXT, b"\xff\xfe"), 1007),
+    "surrogate in UTF-8": (client_frame(Op.TEXT, b"\xed\xa0\x80"), 1007),
+    "too big": (client_frame(Op.TEXT, b"x" * 101), 1009),
+    "announced too big": (b"\x81\xff" + struct.pack("!Q", 2**62) + b"mask", 1009),
+    "too big in parts": (
+        client_frame(Op.TEXT, b"x" * 60, fin=False) + client_frame(Op.CONT, b"x" * 60),
+        1009,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_the_protocol(name: str) -> None:
+    data, code = BROKEN[name]
+    good = client_frame(Op.TEXT, b"before")
+    reader = FrameReader(100)
+    received = []
+    with pytest.raises(ProtocolError) as caught:
+        for frame in reader.feed(good + data):
+            received.append(frame)  # noqa: PERF402 (what came before the error counts)
+    assert received == [Received(Opcode.TEXT, b"before")]
+    assert caught.value.code == code
+
+
+def test_endless_empty_fragments_are_too_big_too() -> None:
+    stream = client_frame(Op.TEXT, b"", fin=False) + client_frame(Op.CONT, b"", fin=False) * 200
+    with pytest.raises(ProtocolError) as caught:
+        read(stream, 100)
+    assert caught.value.code == 1009
+
+
+def test_after_a_message_too_big_the_close_frame_is_still_seen() -> None:
+    reader = FrameReader(100)
+    huge = client_frame(Op.TEXT, b"x" * 100_000)
+    close = client_frame(Op.CLOSE, struct.pack("!H", 1009))
+    with pytest.raises(ProtocolError):
+        list(reader.feed(huge[:5000]))
+    reader.discard()
+    assert list(reader.feed(huge[5000:50_000])) == []
+    assert list(reader.feed(huge[50_000:] + client_frame(Op.TEXT, b"more") + close)) == [
+        Received(Opcode.CLOSE, close)
+    ]
+
+
+@given(st.binary(max_size=400))
+def test_anything_is_read_or_refused(data: bytes) -> None:
+    try:
+        read(data)
+    except ProtocolError as error:
+        assert error.code in {1002, 1007, 1009}
