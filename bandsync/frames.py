@@ -87,8 +87,8 @@ class FrameReader:
         """What ``data`` completes, in order.
 
         Raises:
-            ProtocolError: on the first thing that is wrong. The stream cannot be read on, except
-                after `discard` when the error was a message too big.
+            ProtocolError: on the first thing that is wrong. With code 1002 the stream cannot be
+                read on; with another it can, after `discard`.
         """
         self._buffer = self._buffer + data if self._buffer else data
         while self._buffer:

@@ -322,7 +322,7 @@ class Connection:
                 else:
                     self._wire.deliver(frame.payload)
         except ProtocolError as error:
-            self._unreadable = error.code != 1009
+            self._unreadable = error.code == 1002
             self.close(error.code, error.reason)
 
     def _on_pong(self, payload: bytes) -> None:

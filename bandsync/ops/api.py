@@ -185,7 +185,7 @@ class Api:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         expected = self._admin_token or ""
         return scheme.lower() == "bearer" and hmac.compare_digest(
-            token.strip().encode(), expected.encode()
+            token.strip().encode("latin-1"), expected.encode()
         )
 
 

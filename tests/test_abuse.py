@@ -1,0 +1,251 @@
+"""Clients that are broken, slow or hostile, and what they cost the others: nothing."""
+
+import os
+import random
+import socket
+import ssl
+import struct
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+from websockets.frames import Frame, Opcode
+
+from tests.servers import PATIENCE_S, Musician, Server, band, musician, start_server
+
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
+)
+JUNK = [
+    b"",
+    b"\x00" * 100,
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"r" * 500,
+    b"GET /ws HTTP/1.1\r\nHos",
+    UPGRADE,
+    UPGRADE.replace(b"Host: x", b"Host: \xff\xfe") + b"\r\n",
+    UPGRADE.replace(b"Host: x\r\n", b"") + b"\r\n",
+    UPGRADE + b"Sec-WebSocket-Protocol: \xe9t\xe9\r\n\r\n",
+    UPGRADE + b"Sec-WebSocket-Extensions: \xff\r\n\r\n",
+    UPGRADE + b"Origin: http://\xff\r\n\r\n",
+    UPGRADE + b"Cookie: caf\xc3\xa9\r\n\r\n",
+    UPGRADE.replace(b"13", b"8") + b"\r\n",
+    UPGRADE.replace(b"AAAAAAAAAAAAAAAAAAAAAA==", b"short") + b"\r\n",
+    UPGRADE.replace(b"GET", b"POST") + b"\r\n",
+    UPGRADE + b"\r\n" + b"\xff" * 300,
+    UPGRADE + b"\r\n" + b"\x81\x05hello",
+    UPGRADE + b"\r\n" + Frame(Opcode.CLOSE, b"\x01").serialize(mask=True),
+    UPGRADE + b"\r\n" + Frame(Opcode.CLOSE, struct.pack("!H", 1005)).serialize(mask=True),
+    UPGRADE + b"\r\n" + Frame(Opcode.TEXT, b"\xff").serialize(mask=True),
+    UPGRADE + b"X: " + b"x" * 1_000_000 + b"\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"\r\n" * 9000,
+]
+
+
+async def throw(server: Server, junk: bytes, how: int) -> None:
+    """Send junk, then reset, close, or close half and read what comes."""
+    stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+    try:
+        await stream.send_all(junk)
+        if how == 0:
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif how == 1:
+            await stream.send_eof()
+            with trio.move_on_after(PATIENCE_S):
+                async for _ in stream:
+                    pass
+    except trio.BrokenResourceError:
+        pass
+    finally:
+        await stream.aclose()
+
+
+async def test_a_thousand_junk_handshakes(server: Server) -> None:
+    draw = random.Random(2)
+    async with band(server, "Ann", "Bob") as (ann, bob):
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        files = len(os.listdir("/proc/self/fd"))
+        limit = trio.CapacityLimiter(50)
+
+        async def one(junk: bytes, how: int) -> None:
+            async with limit:
+                await throw(server, junk, how)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(1000):
+                nursery.start_soon(one, JUNK[number % len(JUNK)], draw.randrange(3))
+        # Whatever is still being closed is closed by deadlines of seconds.
+        with trio.fail_after(PATIENCE_S):
+            while trio.lowlevel.current_statistics().tasks_living > tasks:
+                await ann.ok("heartbeat")
+        assert len(os.listdir("/proc/self/fd")) <= files
+        await ann.ok("play")
+        await bob.next("play")
+        async with musician(server) as third:
+            await third.join()
+    assert server.events("connection.failed") == []
+
+
+async def test_a_bad_message_is_told_and_the_tenth_closes(server: Server) -> None:
+    async with musician(server) as player:
+        await player.join()
+        for number in range(1, 11):
+            await player.socket.send(b"\x00" if number % 2 else "{")
+            assert (await player.next("error"))["code"] == "bad_message"
+            assert (number < 10) or await player.closed() == 1008
+
+
+async def test_a_message_too_big_closes_with_1009(server: Server) -> None:
+    for size in (16_385, 1_000_000):
+        async with musician(server) as player:
+            await player.socket.send("x" * size)
+            assert await player.closed() == 1009
+    async with musician(server) as player:
+        await player.socket.send('{"type":"heartbeat","x":"' + "x" * 16_300 + '"}')
+        await player.next("heartbeat")
+
+
+async def test_text_that_is_not_utf_8_closes_with_1007(server: Server) -> None:
+    async with musician(server) as player:
+        await player.socket.send(b"\xff", text=True)
+        assert await player.closed() == 1007
+
+
+async def test_rate_limits_drop_and_tell(nursery: trio.Nursery) -> None:
+    server = await start_server(nursery, rate_limit_factor=1.0)
+    async with musician(server) as player:
+        await player.join()
+        for _ in range(40):
+            await player.send("chat_message", text="x", requestId="r")
+        await player.until(lambda: len(player.all("ack", "error")) >= 41)
+        codes = [error["code"] for error in player.all("error")]
+        assert set(codes) == {"rate_limited"}
+        assert 20 <= len(codes) <= 30
+        assert len(player.all("chat_message")) == 40 - len(codes)
+        # Each type has its own bucket, and a refused message counts like any other.
+        await player.ok("heartbeat")
+        for _ in range(30):
+            await player.send("set_tempo", tempo=0)
+        await player.next("error", code="rate_limited")
+        await player.send("bogus")
+        await player.next("error", code="unknown_type")
+    await server.stop()
+
+
+async def test_a_full_server_says_so(nursery: trio.Nursery) -> None:
+    server = await start_server(nursery, max_connections=1)
+    async with musician(server) as player:
+        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+        await stream.send_all(UPGRADE + b"\r\n")
+        with trio.fail_after(PATIENCE_S):
+            answer = b""
+            while b"\x88" not in answer:
+                answer += await stream.receive_some()
+        assert answer.partition(b"\r\n\r\n")[2][2:4] == struct.pack("!H", 1013)
+        await stream.aclose()
+        await player.ok("heartbeat")
+    await server.stop()
+
+
+class Deaf:
+    """A member that joins and then never reads again."""
+
+    @staticmethod
+    async def join(server: Server, session: str) -> trio.SocketStream:
+        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+        # Before the window is announced with the first bytes, so that little fits in the kernel.
+        join = f'{{"type":"join_session","sessionId":"{session}","displayName":"Deaf"}}'.encode()
+        await stream.send_all(UPGRADE + b"\r\n" + Frame(Opcode.TEXT, join).serialize(mask=True))
+        answer = b""
+        while b"snapshot" not in answer:
+            answer += await stream.receive_some()
+        return stream
+
+
+async def flood(leader: Musician, until: trio.Event) -> None:
+    while not until.is_set():
+        await leader.ok("update_message", message="🎵" * 500)
+
+
+@pytest.mark.parametrize("outbox_limit", [65_536, 262_144])
+async def test_who_stops_reading_is_closed_and_nobody_waits(
+    nursery: trio.Nursery, outbox_limit: int
+) -> None:
+    server = await start_server(nursery, outbox_limit_bytes=outbox_limit, resume_grace_ms=500)
+    async with band(server, "Ann", "Bob") as (ann, bob):
+        stream = await Deaf.join(server, "song")
+        await ann.ok("play")
+        done = trio.Event()
+        nursery.start_soon(flood, ann, done)
+        gone = await bob.next("member_connection", connected=False)
+        left = await bob.next("user_left")
+        done.set()
+        assert left["memberId"] == gone["memberId"]
+        assert left["reason"] == "slow_consumer"
+        # What was begun is whole, and the close frame is the last thing.
+        answer = b""
+        with trio.fail_after(PATIENCE_S):
+            try:
+                async for part in stream:
+                    answer += part
+            except trio.BrokenResourceError:
+                pass
+        await stream.aclose()
+        await ann.ok("heartbeat")
+        assert server.events("connection.slow")
+        assert all(player.close_code is None for player in (ann, bob))
+        assert answer
+    await server.stop()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[trustme.CA, str, str]:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.private_key_pem.write_to_path(key)
+    for index, part in enumerate(issued.cert_chain_pems):
+        part.write_to_path(cert, append=index > 0)
+    return authority, str(cert), str(key)
+
+
+async def test_tls(nursery: trio.Nursery, certificate: tuple[trustme.CA, str, str]) -> None:
+    authority, cert, key = certificate
+    server = await start_server(nursery, tls_cert=cert, tls_key=key)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    assert server.lines[0].startswith("BandSync listening on https://127.0.0.1:")
+    async with musician(server, ssl=context) as ann, musician(server, ssl=context) as bob:
+        await ann.join()
+        await bob.join()
+        await ann.ok("play")
+        await bob.next("scroll_tick")
+        for number in range(50):
+            await ann.ok("update_message", message=str(number) * 250)
+        await bob.next("message_updated", message="49" * 250)
+        for junk in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\x16\x03\x01", b"\xff" * 5000):
+            await throw(server, junk, 1)
+        await ann.ok("heartbeat")
+    await server.stop()
+    assert server.events("connection.failed") == []
+
+
+async def test_a_bug_is_told_with_an_id_and_ends_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with band(server, "Ann", "Bob") as (ann, bob):
+        with monkeypatch.context() as patch:
+            patch.setattr("bandsync.rooms.decide", broken)
+            error = await ann.ask("play")
+        assert error["code"] == "internal"
+        (logged,) = server.events("command.failed")
+        assert logged["error_id"] == error["context"]["errorId"]
+        assert "a bug" in logged["exception"]
+        await ann.ok("play")
+        await bob.next("play")

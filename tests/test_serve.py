@@ -1,0 +1,167 @@
+"""`scripts/serve.py`, as an operator starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from bandsync.settings import OPTIONS
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "serve.py"
+PATIENCE_S = 30
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This one, without what would configure a server."""
+    ours = {option.name for option in OPTIONS}
+    return {name: text for name, text in os.environ.items() if name not in ours} | variables
+
+
+def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        cwd=tmp_path,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+@contextmanager
+def serving(
+    tmp_path: Path, *arguments: str, **variables: str
+) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A server that runs, and the two lines it announced."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--port", "0", *arguments],
+        cwd=tmp_path,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, [process.stdout.readline().strip() for _ in range(2)]
+    finally:
+        process.kill()
+        process.communicate(timeout=PATIENCE_S)
+
+
+def test_help_names_every_setting(tmp_path: Path) -> None:
+    result = run(tmp_path, "--help")
+    assert result.returncode == 0
+    words = " ".join(result.stdout.split())
+    for option in OPTIONS:
+        assert f"--{option.name.lower().replace('_', '-')} VALUE" in words
+        assert option.meaning.split(";")[0].split(",")[0] in words
+
+
+def test_each_source_is_stronger_than_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "SERVER_ID=file\nMAX_MEMBERS=3\nLOG_FORMAT=json\nHOST=127.0.0.1\n"
+    )
+    with serving(
+        tmp_path, "--server-id", "flag", SERVER_ID="environment", MAX_MEMBERS="4", LOG_FORMAT=""
+    ) as (process, lines):
+        url = lines[0].split()[-1].replace("http", "ws")
+        with connect(f"{url}/ws") as client:
+            welcome = json.loads(client.recv(PATIENCE_S))
+        assert (welcome["serverId"], welcome["limits"]["maxMembers"]) == ("flag", 4)
+        process.terminate()
+        _, logs = process.communicate(timeout=PATIENCE_S)
+        events = [json.loads(line) for line in logs.splitlines()]
+        assert [event["event"] for event in events] == [
+            "server.started",
+            "server.draining",
+            "server.stopped",
+        ]
+
+
+def test_without_configuration_it_serves_from_memory_and_says_so(tmp_path: Path) -> None:
+    with serving(tmp_path) as (_, lines):
+        assert lines[0].startswith("BandSync listening on http://127.0.0.1:")
+        assert lines[1].startswith("Storage: memory (")
+
+
+def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None:
+    result = run(tmp_path, "--port", "high", MAX_MEMBERS="none", TLS_KEY="key.pem")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "serve.py: these settings cannot be used:",
+        "  PORT='high': must be a whole number from 0 to 65535",
+        "  MAX_MEMBERS='none': must be a whole number from 1 to 1000",
+        "  TLS_CERT='': must name a file when the other of the pair does",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--host", "203.0.113.1"], "HOST='203.0.113.1'"),
+        (["--host", "no such host"], "HOST='no such host'"),
+        (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "TLS_CERT='a.pem'"),
+        (["--redis-required", "true"], "REDIS_REQUIRED=true"),
+    ],
+)
+def test_what_this_machine_cannot_do_stops_the_start(
+    tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    result = run(tmp_path, "--port", "0", *arguments)
+    assert result.returncode == 1
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with serving(tmp_path) as (_, lines):
+        port = lines[0].rpartition(":")[2]
+        result = run(tmp_path, "--port", port)
+    assert result.returncode == 1
+    assert f"PORT={port}" in result.stderr
+    assert "in use" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path) as (process, lines):
+        url = lines[0].split()[-1].replace("http", "ws")
+        with connect(f"{url}/ws/song") as client:
+            client.send('{"type":"join_session","requestId":"1"}')
+            while json.loads(client.recv(PATIENCE_S))["type"] != "ack":
+                pass
+            process.send_signal(number)
+            seen = []
+            with pytest.raises(ConnectionClosed) as closed:
+                while True:
+                    seen.append(json.loads(client.recv(PATIENCE_S)))
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+        (draining,) = [message for message in seen if message["type"] == "server_draining"]
+        assert draining["reconnectInMs"] >= 0
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-timeout-ms", "60000") as (process, lines):
+        url = lines[0].split()[-1].replace("http", "ws")
+        # A client that does not read cannot say goodbye: the drain waits for it.
+        with connect(f"{url}/ws/song", max_queue=1) as client:
+            client.recv(PATIENCE_S)
+            process.terminate()
+            while json.loads(client.recv(PATIENCE_S))["type"] != "server_draining":
+                pass
+            process.terminate()
+            assert process.wait(PATIENCE_S) == 0
