@@ -52,13 +52,19 @@ class Rota(Generic[T]):
                 self._filled = trio.Event()
                 await self._filled.wait()
                 due = trio.current_time()
-            due += self._step
+            # An empty slot is not worth waking up for.
+            steps = next(
+                steps
+                for steps in range(1, len(self._slots) + 1)
+                if self._slots[(self._next + steps) % len(self._slots)]
+            )
+            due += self._step * steps
             await trio.sleep_until(due)
             late = trio.current_time() - due
             if lag is not None:
                 lag(late)
             if late > self._step * len(self._slots):
                 due += late  # What was missed is missed: no burst to catch up.
-            self._next = (self._next + 1) % len(self._slots)
+            self._next = (self._next + steps) % len(self._slots)
             for thing in list(self._slots[self._next]):
                 visit(thing)

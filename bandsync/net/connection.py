@@ -55,6 +55,7 @@ PROTOCOL_VERSION = 1
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 MAX_BAD_MESSAGES = 10
+PING_SLOTS = 20
 DEFAULT_DISPLAY_NAME = "Musician"
 
 _RECEIVE_BYTES = 16_384
@@ -93,7 +94,7 @@ class Connections:
         )
         self.open: set[Connection] = set()
         self.timeout_s = settings.connection_timeout_ms / 1000
-        self.pings: Rota[Connection] = Rota(settings.ping_interval_ms / 1000, 50)
+        self.pings: Rota[Connection] = Rota(settings.ping_interval_ms / 1000, PING_SLOTS)
         self._empty = trio.Event()
 
     def add(self, connection: "Connection") -> None:

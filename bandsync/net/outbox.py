@@ -126,7 +126,16 @@ class Outbox:
         if self._dead:
             return
         if not self._writing:
-            sent = self._try_send(frames)
+            # The way of nearly every frame: one send and nothing else.
+            sent = 0
+            if self._send_nowait is not None:
+                try:
+                    sent = self._send_nowait(frames)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self._broken()
+                    return
             if sent == len(frames):
                 return
             self._writing = True
@@ -136,18 +145,6 @@ class Outbox:
                 self._size += len(self._rest)
                 return
         self._queue(frames, volatile=volatile)
-
-    def _try_send(self, frames: bytes) -> int:
-        """How many bytes went out at once; all of them when the connection is gone."""
-        if self._send_nowait is None:
-            return 0
-        try:
-            return self._send_nowait(frames)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            self._broken()
-            return len(frames)
 
     def _queue(self, frames: bytes, *, volatile: bool) -> None:
         if self._backlog is None:
