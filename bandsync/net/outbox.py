@@ -49,6 +49,7 @@ class Outbox:
         "_backlog",
         "_dead",
         "_flushed",
+        "_idle",
         "_nursery",
         "_on_broken",
         "_on_slow",
@@ -72,7 +73,7 @@ class Outbox:
         on_broken: Callable[[], None],
     ) -> None:
         self._stream = stream
-        self._send_nowait = send_nowait
+        self._send_nowait = send_nowait or _take_nothing
         self._policy = policy
         self._nursery = nursery
         self._on_slow = on_slow
@@ -86,24 +87,31 @@ class Outbox:
         self._writing = False
         self._stopped = False
         self._dead = False
+        # None of the three: what nearly every push finds, and all that it looks at.
+        self._idle = True
 
     def push(self, frames: bytes) -> None:
         """Send ``frames``, or queue them. Does nothing after `stop`."""
-        if not self._stopped:
-            self._push(frames, volatile=False)
+        if self._idle:
+            self._send(frames)
+        elif not self._stopped and not self._dead:
+            self._queue(frames, volatile=False)
 
     def push_volatile(self, frames: bytes) -> None:
         """The same for frames that nobody misses when the peer is slow."""
-        if self._stopped:
-            return
-        if self._size > self._policy.volatile_limit_bytes:
+        if self._idle:
+            self._send(frames)
+        elif self._size > self._policy.volatile_limit_bytes:
             self._policy.counters.dropped += 1
-            return
-        self._push(frames, volatile=True)
+        elif not self._stopped and not self._dead:
+            self._queue(frames, volatile=True)
 
     def push_last(self, frames: bytes) -> None:
-        """The same as `push`, also after `stop`: for the close frame."""
-        self._push(frames, volatile=False)
+        """The same as `push`, also after `stop`: for what trio-websocket sends."""
+        if self._writing:
+            self._queue(frames, volatile=False)
+        elif not self._dead:
+            self._send(frames)
 
     def stop(self) -> None:
         """Take no more frames but by `push_last`, and drop those that wait.
@@ -111,6 +119,7 @@ class Outbox:
         What is being written is written to its end, so that the stream stays whole.
         """
         self._stopped = True
+        self._idle = False
         if self._backlog:
             self._size -= sum(len(frames) for frames, _ in self._backlog)
             self._backlog.clear()
@@ -122,29 +131,21 @@ class Outbox:
                 self._flushed = trio.Event()
             await self._flushed.wait()
 
-    def _push(self, frames: bytes, *, volatile: bool) -> None:
-        if self._dead:
-            return
-        if not self._writing:
-            # The way of nearly every frame: one send and nothing else.
+    def _send(self, frames: bytes) -> None:
+        """Send at once; what the kernel does not take is left to the writer task."""
+        try:
+            sent = self._send_nowait(frames)
+        except BlockingIOError:
             sent = 0
-            if self._send_nowait is not None:
-                try:
-                    sent = self._send_nowait(frames)
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    self._broken()
-                    return
-            if sent == len(frames):
-                return
+        except OSError:
+            self._broken()
+            return
+        if sent != len(frames):
+            self._rest = frames[sent:]
+            self._size += len(self._rest)
             self._writing = True
+            self._idle = False
             self._nursery.start_soon(self._write)
-            if sent:
-                self._rest = frames[sent:]
-                self._size += len(self._rest)
-                return
-        self._queue(frames, volatile=volatile)
 
     def _queue(self, frames: bytes, *, volatile: bool) -> None:
         if self._backlog is None:
@@ -182,6 +183,7 @@ class Outbox:
             self._broken()
         finally:
             self._writing = False
+            self._idle = not self._stopped and not self._dead
             if self._flushed is not None:
                 self._flushed.set()
                 self._flushed = None
@@ -203,4 +205,10 @@ class Outbox:
     def _broken(self) -> None:
         if not self._dead:
             self._dead = True
+            self._idle = False
             self._on_broken()
+
+
+def _take_nothing(_: bytes) -> int:
+    """What a stream does that cannot send without waiting."""
+    return 0
