@@ -1,5 +1,6 @@
 """Settings: every name, every default, every problem at once."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_documented_names_and_defaults() -> None:
 def test_the_example_has_every_setting_with_its_default_and_a_line_of_explanation() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     found = {}
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in pairwise(lines):
         if "=" in line and not line.startswith("# "):
             assert above.startswith("# "), line
             name, _, value = line.lstrip("#").partition("=")

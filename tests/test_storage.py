@@ -1,6 +1,6 @@
 """The contract of a storage. One suite for every backend."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from msgspec.structs import replace
@@ -15,10 +15,14 @@ from bandsync.storage.memory import MemoryStorage
 from tests.states import HERE, NOW
 
 
-@pytest.fixture(params=["memory"])
-async def storage(request: pytest.FixtureRequest) -> AsyncIterator[Storage]:
-    assert request.param == "memory"
-    yield MemoryStorage("boot-1", "for a test")
+def memory() -> Storage:
+    return MemoryStorage("boot-1", "for a test")
+
+
+@pytest.fixture(params=[memory])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    made: Storage = request.param()
+    return made
 
 
 def bind(name: str) -> tuple[Bind, Actor]:
