@@ -17,7 +17,7 @@ from bandsync.draft import Here
 from bandsync.frames import text_frame
 from bandsync.messages import Ack, LeaveReason, Outgoing, ScrollTick, Snapshot, You, encode
 from bandsync.rota import Rota
-from bandsync.session import Session
+from bandsync.session import Session, tip
 from bandsync.storage.base import CONFLICT, MAX_ATTEMPTS, Committed, Storage
 from bandsync.transport import beat_at, in_force, position_at
 from bandsync.views import member_count, room_stats, snapshot
@@ -208,6 +208,7 @@ class Room:
         "_lock",
         "_opened",
         "_tick_pushes",
+        "_uncertain",
         "mirror",
         "peers",
         "session_id",
@@ -218,6 +219,8 @@ class Room:
         self._lock = trio.Lock()
         self._opened = False
         self._closed = False
+        # A commit was interrupted: it may have been carried out.
+        self._uncertain = False
         self.session_id = session_id
         self.mirror: Session | None = None
         self.peers: dict[str, Peer] = {}
@@ -236,14 +239,13 @@ class Room:
         async with _Held(self._lock):
             if self._closed:
                 return CLOSED
-            if not self._opened:
-                self.mirror = await self._hub.storage.get_session(self.session_id)
-                self._opened = True
-            here = self._hub.here
             own = peer.member_id if self.peers.get(peer.member_id) is peer else ""
-            actor = Actor(here, peer.connection_id, own, fresh_id)
+            actor = Actor(self._hub.here, peer.connection_id, own, fresh_id)
             settled = False
             try:
+                if not self._opened:
+                    self.mirror = await self._hub.storage.get_session(self.session_id)
+                    self._opened = True
                 outcome = await self._change(command, actor)
                 settled = True
                 if isinstance(outcome, Refusal):
@@ -252,8 +254,8 @@ class Room:
                 # registration that brings all that comes after it, belong together.
                 return self._register(peer, own, outcome, request_id)
             finally:
-                if not settled:
-                    # Cancelled in the middle of a commit: it may have been carried out.
+                if not settled and self._uncertain:
+                    # Whoever was bound by the commit that was interrupted has no connection.
                     for member_id in (fresh_id, *(token.member_id for token in command.resume)):
                         self._hub.finish(self.drop, member_id, peer.connection_id, "timeout")
                 self._close_if_empty()
@@ -293,6 +295,13 @@ class Room:
             if isinstance(outcome, _Outcome) and outcome.frames:
                 self._tell(outcome)
                 self._hub.start_grace(self, member_id, connection_id, reason)
+            self._close_if_empty()
+
+    async def refresh(self) -> None:
+        """Find out what became of a commit that was interrupted."""
+        async with _Held(self._lock):
+            if self._uncertain:
+                await self._read_again()
             self._close_if_empty()
 
     def unregister(self, peer: Peer, member_id: str) -> None:
@@ -342,6 +351,8 @@ class Room:
 
     async def _change(self, command: Command, actor: Actor) -> _Outcome | Refusal:
         """Decide and commit; the lock is held. What was committed is the mirror afterwards."""
+        if self._uncertain:
+            await self._read_again()
         stored = self.mirror
         for _ in range(MAX_ATTEMPTS):
             decision = decide(self.mirror, command, actor, self._hub.now())
@@ -350,7 +361,13 @@ class Room:
             if not decision.events:
                 return _Outcome(decision)
             events = [encode(event) for event in decision.events]
-            result = await self._hub.storage.commit(stored, decision.session, events)
+            self._uncertain = True
+            try:
+                result = await self._hub.storage.commit(stored, decision.session, events)
+                self._uncertain = False
+            finally:
+                if self._uncertain:
+                    self._hub.finish(self.refresh)
             if isinstance(result, Committed):
                 self._adopt(result.session)
                 return _Outcome(decision, b"".join([text_frame(event) for event in events]))
@@ -358,6 +375,12 @@ class Room:
             if stored is not None:
                 self._jump(stored)
         return CONFLICT
+
+    async def _read_again(self) -> None:
+        stored = await self._hub.storage.get_session(self.session_id)
+        self._uncertain = False
+        if stored is not None and (self.mirror is None or tip(stored) != tip(self.mirror)):
+            self._jump(stored)
 
     def _adopt(self, session: Session) -> None:
         """Take a state as the mirror."""
@@ -455,7 +478,9 @@ class Room:
 
     def _close_if_empty(self) -> None:
         """Let go of a session whose last member is gone; the storage still has it."""
-        if self.peers or (self.mirror is not None and member_count(self.mirror)):
+        if self.peers or self._uncertain:
+            return
+        if self.mirror is not None and member_count(self.mirror):
             return
         self._closed = True
         if self._hub.rooms.get(self.session_id) is self:

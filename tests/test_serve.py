@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +166,30 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
                 pass
             process.terminate()
             assert process.wait(PATIENCE_S) == 0
+
+
+def test_out_of_file_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
+    command = f'ulimit -n 40; exec "{sys.executable}" "{SCRIPT}" --port 0 --max-connections 1000'
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=environment(LOG_FORMAT="json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        port = int(process.stdout.readline().rpartition(":")[2])
+        assert "file descriptors" in process.stderr.readline()
+        sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+        while "accept.failed" not in process.stderr.readline():
+            pass
+        for sock in sockets:
+            sock.close()
+        with connect(f"ws://127.0.0.1:{port}/ws") as client:
+            assert json.loads(client.recv(PATIENCE_S))["type"] == "welcome"
+    finally:
+        process.kill()
+        process.communicate(timeout=PATIENCE_S)
