@@ -7,6 +7,7 @@ import httpx
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
+from trio.testing import MockClock, wait_all_tasks_blocked
 from websockets.exceptions import InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.trio.client import connect
@@ -254,3 +255,29 @@ async def test_websocket_in_the_first_packet(server: Server) -> None:
     assert answer.endswith(b"\x88\x02\x03\xe8")
     async with musician(server) as player:
         await player.ok("heartbeat")
+
+
+@pytest.mark.parametrize(
+    ("sent", "counted"),
+    [(b"", 1), (b"GET / HTTP/1.1\r\nHos", 1), (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 0)],
+)
+async def test_a_head_that_is_not_complete_in_ten_seconds_is_dropped(
+    nursery: trio.Nursery, mock_clock: MockClock, sent: bytes, counted: int
+) -> None:
+    server = await start_server(nursery)
+    stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+    await stream.send_all(sent)
+    if not counted:
+        assert b"404" in await stream.receive_some()
+    await wait_all_tasks_blocked()
+    mock_clock.jump(9.9)
+    with trio.move_on_after(0):
+        assert await stream.receive_some() == b"nothing yet"
+    await wait_all_tasks_blocked()
+    mock_clock.jump(0.2)
+    assert await stream.receive_some() == b""
+    await stream.aclose()
+    mock_clock.rate = 1
+    timeouts = 'bandsync_handshakes_refused_total{reason="timeout"} 1.0'
+    assert ((await get(server, "/metrics")).text.count(timeouts)) == counted
+    await server.stop()

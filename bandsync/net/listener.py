@@ -165,16 +165,19 @@ class Acceptor:
         send_nowait: Callable[[bytes], int] | None,
     ) -> None:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
+        head: Head | None = None
         while True:
             try:
-                with trio.fail_after(HEAD_TIMEOUT_S):
+                with trio.move_on_after(HEAD_TIMEOUT_S) as deadline:
                     head = await read_head(stream, http)
             except BadHeadError as bad:
                 self._counters.handshakes_refused[str(bad.response.status)] += 1
                 await self._respond(stream, http, bad.response)
                 break
-            if head is None:
-                return
+            if deadline.cancelled_caught and head is None:
+                self._counters.handshakes_refused["timeout"] += 1
+            if deadline.cancelled_caught or head is None:
+                return  # Also a client that keeps its connection for later: it can make another.
             request = head.request
             if is_upgrade(request):
                 refusal = self._upgrade_refusal(request)
