@@ -116,7 +116,6 @@ async def serve(
 
         await stopping.wait()
         log.info("server.draining", connections=len(connections.open))
-        acceptor.draining = True
         await drain(connections, settings.drain_timeout_ms / 1000)
         log.info("server.stopped", connections=len(connections.open))
         nursery.cancel_scope.cancel()

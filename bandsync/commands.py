@@ -23,7 +23,7 @@ PositionMs = Annotated[float, Meta(ge=0, le=MAX_POSITION_MS)]
 TempoBpm = Annotated[float, Meta(ge=MIN_TEMPO_BPM, le=MAX_TEMPO_BPM)]
 Version = Annotated[int, Meta(ge=0)]
 # A number that goes back as it came: a client may count in integer nanoseconds.
-Echoed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float
+Echoed = int | float
 
 
 class Message(Struct, frozen=True, kw_only=True, rename="camel", tag_field="type"):
@@ -116,9 +116,15 @@ class SyncRequest(Message, frozen=True, tag="sync_request"):
 class LatencyProbe(Message, frozen=True, tag="latency_probe"):
     timestamp: Echoed
 
+    def __post_init__(self) -> None:
+        _check_echoed(self.timestamp, "timestamp")
+
 
 class ClockSync(Message, frozen=True, tag="clock_sync"):
     t0: Echoed
+
+    def __post_init__(self) -> None:
+        _check_echoed(self.t0, "t0")
 
 
 class SyncReport(Message, frozen=True, tag="sync_report"):
@@ -173,7 +179,7 @@ _HINTS = {
     "tempoBpm": f"a number from {MIN_TEMPO_BPM:.0f} to {MAX_TEMPO_BPM:.0f}",
     "tempo": f"a number from {MIN_TEMPO_BPM:.0f} to {MAX_TEMPO_BPM:.0f}",
     "beatsPerBar": "a whole number from 1 to 16",
-    "timestamp": "a number (milliseconds), for `position_sync` at most 10 s from the session clock",
+    "timestamp": "a number; that of a position at most 10 s from the session clock (milliseconds)",
     "memberId": "a string, the id of a member",
     "message": "a string of at most 500 characters",
     "text": "a string of 1 to 1000 characters",
@@ -204,6 +210,18 @@ class Undecodable(Struct, frozen=True):
     refusal: Refusal
     kind: str | None = None
     request_id: str | UnsetType = UNSET
+
+
+def echoed(number: float) -> int | float:
+    """``number`` as it can be sent: what does not fit 64 bits as a float."""
+    return number if -(2**63) <= number < 2**64 else float(number)
+
+
+def _check_echoed(number: float, field: str) -> None:
+    try:
+        float(number)
+    except OverflowError:
+        raise ValueError(f"Number out of range - at `$.{field}`") from None
 
 
 def kind_of(message: ClientMessage) -> str:

@@ -199,6 +199,10 @@ def _bind(session: Session | None, command: Bind, actor: Actor, now: float) -> D
     here = actor.here
     base = session or new_session(command.session_id, command.epoch_id, here, now)
     draft = Draft(base, here, now)
+    known = bound(base, actor.fresh_id, actor.connection_id)
+    if known is not None:
+        # Decided before, and committed although its answer was lost.
+        return Decision(base, reply=snapshot(base, now, _you(base, known, command.secret)))
     token = next((token for token in command.resume if _resumable(base, token)), None)
     if token is not None:
         member = _resume(draft, base.members[token.member_id], token, actor)
@@ -209,13 +213,17 @@ def _bind(session: Session | None, command: Bind, actor: Actor, now: float) -> D
         member = _join(draft, command, actor)
         secret = command.secret
     after, events = draft.done()
-    you = You(
-        member_id=member.member_id,
-        role=role_of(after, member.member_id),
-        resume_token=str(ResumeToken(member.member_id, member.incarnation, secret)),
-        resumed=token is not None,
-    )
+    you = _you(after, member, secret, resumed=token is not None)
     return Decision(after, events, snapshot(after, now, you))
+
+
+def _you(session: Session, member: Member, secret: str, *, resumed: bool = False) -> You:
+    return You(
+        member_id=member.member_id,
+        role=role_of(session, member.member_id),
+        resume_token=str(ResumeToken(member.member_id, member.incarnation, secret)),
+        resumed=resumed,
+    )
 
 
 def _resumable(session: Session, token: ResumeToken) -> bool:
@@ -226,6 +234,7 @@ def _resumable(session: Session, token: ResumeToken) -> bool:
 def _resume(draft: Draft, member: Member, token: ResumeToken, actor: Actor) -> Member:
     """Bind ``member`` to the actor's connection."""
     other = bound(draft.session, actor.member_id, actor.connection_id)
+    same = member.connected and member.connection_id == actor.connection_id
     bound_member = draft.rewrite(
         member,
         incarnation=max(member.incarnation, token.incarnation) + 1,
@@ -233,7 +242,7 @@ def _resume(draft: Draft, member: Member, token: ResumeToken, actor: Actor) -> M
         server_id=actor.here.server_id,
         boot_id=actor.here.boot_id,
         connected=True,
-        connected_at=draft.now,
+        connected_at=member.connected_at if same else draft.now,
     )
     draft.emit(MemberConnection(*draft.head(), member.member_id, connected=True))
     if other is not None and other.member_id != member.member_id:
@@ -332,9 +341,10 @@ def _position_sync(draft: Draft, command: PositionSync, member: Member) -> Decis
         ours = arithmetic.position_at(arithmetic.in_force(transport, now), now)
         head = (session.session_id, session.version, now)
         return Decision(session, reply=DriftCorrection(*head, ours, difference, transport))
-    # A report from before the last anchor (it crossed the leader's own seek) says nothing about
-    # where the song is now.
-    if abs(difference) <= LEADER_RESYNC_MS or command.timestamp < then.anchor_time:
+    # A report from before the last anchor of a song that plays (it crossed the leader's own seek)
+    # says nothing about where the song is now.
+    crossed = then.is_playing and command.timestamp < then.anchor_time
+    if abs(difference) <= LEADER_RESYNC_MS or crossed:
         return Decision(session)
     shifted = arithmetic.shift(transport, now, difference)
     draft.move(shifted)

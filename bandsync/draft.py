@@ -188,8 +188,11 @@ class Draft:
         if self.session is self._base:
             return self._base, ()
         self._settle()
+        session = self.session
+        if session.members is not self._base.members:
+            session = without_old_tombstones(session, self.now)
         session = replace(
-            without_old_tombstones(self.session, self.now),
+            session,
             version=self._base.version + len(self._events),
             last_active_at=max(self.now, self._base.last_active_at),
         )

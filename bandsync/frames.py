@@ -1,8 +1,8 @@
 """WebSocket frames (RFC 6455), sans I/O: the server's side of the stream after the handshake.
 
-Data frames and pongs are taken apart here, because a message through wsproto and a memory
-channel costs several times what the rest of a command does; pings and closes are left whole, for
-trio-websocket to answer.
+Everything but the close is taken apart here, because a message through wsproto and a memory channel
+costs several times what the rest of a command does, and so that pings can be answered without
+waiting; a close is left whole, for trio-websocket to shake hands on.
 """
 
 import struct
@@ -52,8 +52,7 @@ class Received(Struct, frozen=True):
     """One message or control frame.
 
     Attributes:
-        payload: of a message or a pong the payload, unmasked; of a ping or close the whole frame
-            as it came.
+        payload: unmasked; of a close the whole frame as it came.
     """
 
     opcode: Opcode
@@ -67,11 +66,12 @@ class FrameReader:
         max_message_bytes: the largest message, fragments together, that is accepted.
     """
 
-    __slots__ = ("_buffer", "_discarding", "_max", "_opcode", "_parts", "_size", "_skip")
+    __slots__ = ("_at", "_buffer", "_discarding", "_max", "_opcode", "_parts", "_size", "_skip")
 
     def __init__(self, max_message_bytes: int) -> None:
         self._max = max_message_bytes
         self._buffer = b""
+        self._at = 0
         self._parts: list[bytes] | None = None
         self._opcode = Opcode.TEXT
         self._size = 0
@@ -90,61 +90,58 @@ class FrameReader:
             ProtocolError: on the first thing that is wrong. With code 1002 the stream cannot be
                 read on; with another it can, after `discard`.
         """
-        self._buffer = self._buffer + data if self._buffer else data
-        while self._buffer:
+        self._buffer = self._buffer[self._at :] + data
+        self._at = 0
+        while self._at < len(self._buffer):
             if self._skip:
-                skipped = min(self._skip, len(self._buffer))
-                self._buffer = self._buffer[skipped:]
+                skipped = min(self._skip, len(self._buffer) - self._at)
+                self._at += skipped
                 self._skip -= skipped
                 continue
             frame = self._take()
             if frame is None:
                 return
-            opcode, fin, raw, start, mask = frame
-            if opcode in _CONTROL:
-                payload = _unmasked(raw, start, mask) if opcode is Opcode.PONG else raw
-                yield Received(opcode, payload)
+            opcode, fin, raw, start = frame
+            if opcode is Opcode.CLOSE:
+                yield Received(opcode, raw)
+            elif opcode in _CONTROL:
+                yield Received(opcode, _unmasked(raw, start))
             elif not self._discarding:
-                message = self._message(opcode, fin, _unmasked(raw, start, mask))
+                message = self._message(opcode, fin, _unmasked(raw, start))
                 if message is not None:
                     yield message
 
-    def _take(self) -> tuple[Opcode, bool, bytes, int, bytes] | None:
-        """Cut the first frame off the buffer: opcode, fin, the frame, its payload's start, mask."""
-        buffer = self._buffer
-        available = len(buffer)
+    def _take(self) -> tuple[Opcode, bool, bytes, int] | None:
+        """The next frame of the buffer: opcode, fin, the frame, and where its payload starts."""
+        buffer, at = self._buffer, self._at
+        available = len(buffer) - at
         if available < 2:
             return None
-        first, second = buffer[0], buffer[1]
+        first, second = buffer[at], buffer[at + 1]
         opcode = _checked_opcode(first, second)
         length = second & 0x7F
         start = 6
         if length == 126:
             if available < 4:
                 return None
-            length = int.from_bytes(buffer[2:4], "big")
+            length = int.from_bytes(buffer[at + 2 : at + 4], "big")
             start = 8
         elif length == 127:
             if available < 10:
                 return None
-            length = int.from_bytes(buffer[2:10], "big")
+            length = int.from_bytes(buffer[at + 2 : at + 10], "big")
             start = 14
         end = start + length
         if opcode not in _CONTROL:
             if self._discarding:
                 self._skip = end
-                return opcode, True, b"", 0, b""
+                return opcode, True, b"", 0
             if self._size + length > self._max:
                 raise ProtocolError(1009, f"A message has at most {self._max} bytes.")
         if available < end:
             return None
-        if available == end:
-            raw = buffer
-            self._buffer = b""
-        else:
-            raw = buffer[:end]
-            self._buffer = buffer[end:]
-        return opcode, bool(first & _FIN), raw, start, raw[start - 4 : start]
+        self._at = at + end
+        return opcode, bool(first & _FIN), buffer[at : at + end], start
 
     def _message(self, opcode: Opcode, fin: bool, payload: bytes) -> Received | None:
         """The message that a data frame completes."""
@@ -158,11 +155,9 @@ class FrameReader:
         else:
             self._opcode = opcode
             self._parts = []
-        self._parts.append(payload)
-        # Fragments without a byte cost memory too.
-        self._size += len(payload) + 1
-        if self._size > self._max:
-            raise ProtocolError(1009, f"A message has at most {self._max} bytes.")
+        if payload:  # However many fragments there are, those without a byte cost no memory.
+            self._parts.append(payload)
+            self._size += len(payload)
         if not fin:
             return None
         whole = b"".join(self._parts)
@@ -179,6 +174,11 @@ def text_frame(payload: bytes) -> bytes:
 def ping_frame(payload: bytes) -> bytes:
     """A ping with at most `MAX_CONTROL_PAYLOAD` bytes of payload."""
     return _frame(_FIN | Opcode.PING, payload)
+
+
+def pong_frame(payload: bytes) -> bytes:
+    """The answer to a ping with this payload."""
+    return _frame(_FIN | Opcode.PONG, payload)
 
 
 def _frame(first: int, payload: bytes) -> bytes:
@@ -212,12 +212,12 @@ def _message(opcode: Opcode, payload: bytes) -> Received:
     return Received(opcode, payload)
 
 
-def _unmasked(raw: bytes, start: int, mask: bytes) -> bytes:
-    """The payload of a frame: XOR with the mask, as one big integer (section 5.3)."""
+def _unmasked(raw: bytes, start: int) -> bytes:
+    """The payload of a frame: XOR with the mask before it, as one big integer (section 5.3)."""
     length = len(raw) - start
     if not length:
         return b""
-    key = (mask * (length // 4 + 1))[:length]
+    key = (raw[start - 4 : start] * (length // 4 + 1))[:length]
     return (int.from_bytes(raw[start:], "little") ^ int.from_bytes(key, "little")).to_bytes(
         length, "little"
     )

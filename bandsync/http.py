@@ -12,7 +12,7 @@ class HttpRequest(Struct, frozen=True):
 
     Attributes:
         path: without the query.
-        headers: by lower-case name; of several with one name the last.
+        headers: by lower-case name; several with one name joined by commas.
     """
 
     method: str
@@ -55,14 +55,14 @@ def origin_allowed(request: HttpRequest, allowed: Collection[str]) -> bool:
     """Whether a page of the request's origin may connect.
 
     Args:
-        allowed: origins, such as ``https://band.example``, or ``*``; empty for the same origin
-            only. A client that sends no origin is no page and may always.
+        allowed: origins besides the server's own, such as ``https://band.example``, or ``*``. A
+            client that sends no origin is no page and may always.
     """
     origin = request.headers.get("origin")
     if origin is None:
         return True
-    if allowed:
-        return "*" in allowed or origin.lower() in allowed
+    if "*" in allowed or origin.lower() in allowed:
+        return True
     try:
         return urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
     except ValueError:

@@ -53,6 +53,9 @@ class Peer(Protocol):
     def push_volatile(self) -> Callable[[bytes], None]:
         """The same for frames that may be dropped when the peer is slow."""
 
+    def push_snapshot(self, frames: bytes) -> None:
+        """The same as ``push`` for frames with a snapshot, which may be large."""
+
     def close(self, code: int, reason: str) -> None:
         """Close the connection soon; never blocks."""
 
@@ -398,7 +401,7 @@ class Room:
         self._adopt(session)
         frame = _frame(snapshot(session, self._hub.now()))
         for peer in self.peers.values():
-            peer.push(frame)
+            peer.push_snapshot(frame)
 
     def _register(
         self, peer: Peer, own: str, outcome: _Outcome, request_id: str | UnsetType
@@ -415,7 +418,7 @@ class Room:
             replaced.close(4001, "the same member resumed on another connection")
         self._seat(member_id, peer)
         peer.member_id = member_id
-        peer.push(_frame(reply) + _ack(request_id, reply.version))
+        peer.push_snapshot(_frame(reply) + _ack(request_id, reply.version))
         self._hub.stats.add(self)
         self.send_stats()
         resumed = reply.you.resumed
@@ -456,7 +459,9 @@ class Room:
                 if peer is not caller:
                     peer.push(frames)
             self._hub.counters.deliveries += len(decision.events) * len(self.peers)
-        if caller is not None and (frames or answer):
+        if caller is not None and isinstance(decision.reply, Snapshot):
+            caller.push_snapshot(answer)
+        elif caller is not None and (frames or answer):
             caller.push(frames + answer)
         for member_id, message in decision.private:
             if member_id in self.peers:

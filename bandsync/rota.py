@@ -1,5 +1,6 @@
 """A rota: visits each of many things once a period, evenly spread, from one task."""
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -11,6 +12,10 @@ T = TypeVar("T")
 class Rota(Generic[T]):
     """Spreads things over a period, so that no moment has to bear them all.
 
+    Moments are the multiples of a step of Trio's clock, and slot ``m % slots`` is due at moment
+    ``m``. So rotas whose steps are multiples of each other wake the server up together: on an
+    idle core that is most of what a tick costs.
+
     Args:
         period_s: how often each thing is visited, seconds.
         slots: into how many moments the period is divided.
@@ -20,16 +25,25 @@ class Rota(Generic[T]):
         self._step = period_s / slots
         self._slots: list[dict[T, None]] = [{} for _ in range(slots)]
         self._where: dict[T, dict[T, None]] = {}
-        self._next = 0
-        self._filled = trio.Event()
+        self._moment = 0
+        self._target = math.inf
+        self._look_again = trio.Event()
 
     def add(self, thing: T) -> None:
         """Visit ``thing`` from now on; nothing happens if it is visited already."""
-        if thing not in self._where:
-            slot = min(self._slots[self._next :] + self._slots[: self._next], key=len)
-            slot[thing] = None
-            self._where[thing] = slot
-            self._filled.set()
+        if thing in self._where:
+            return
+        # The emptiest slot, of several the one that is due first.
+        now = self._now()
+        count = len(self._slots)
+        moment = min(
+            range(now + 1, now + 1 + count), key=lambda moment: len(self._slots[moment % count])
+        )
+        slot = self._slots[moment % count]
+        slot[thing] = None
+        self._where[thing] = slot
+        if moment < self._target:
+            self._look_again.set()
 
     def discard(self, thing: T) -> None:
         """Visit ``thing`` no more."""
@@ -46,33 +60,34 @@ class Rota(Generic[T]):
             visit: called with each thing. May add and discard.
             lag: called with how late each moment was, seconds.
         """
-        due = self._grid(trio.current_time())
+        count = len(self._slots)
+        self._moment = self._now()
         while True:
-            if not self._where:
-                self._filled = trio.Event()
-                await self._filled.wait()
-                due = self._grid(trio.current_time())
-            # An empty slot is not worth waking up for.
-            steps = next(
-                steps
-                for steps in range(1, len(self._slots) + 1)
-                if self._slots[(self._next + steps) % len(self._slots)]
-            )
-            due += self._step * steps
-            await trio.sleep_until(due)
-            now = trio.current_time()
+            self._target = self._next_moment()
+            self._look_again = trio.Event()
+            with trio.move_on_at(self._target * self._step) as due:
+                await self._look_again.wait()
+            if not due.cancelled_caught:
+                self._moment = max(self._moment, self._now())
+                continue
             if lag is not None:
-                lag(now - due)
-            if now - due > self._step * len(self._slots):
-                due = self._grid(now)  # What was missed is missed: no burst to catch up.
-            self._next = (self._next + steps) % len(self._slots)
-            for thing in list(self._slots[self._next]):
+                lag(trio.current_time() - self._target * self._step)
+            # What was missed by more than a period is missed: no burst to catch up.
+            self._moment = max(int(self._target), self._now() - count)
+            for thing in list(self._slots[self._moment % count]):
                 visit(thing)
 
-    def _grid(self, now: float) -> float:
-        """The last moment on this rota's grid.
+    def _now(self) -> int:
+        return math.floor(trio.current_time() / self._step)
 
-        All grids begin at 0, so that rotas whose steps are multiples of each other wake the
-        server up together: on an idle core that is most of what a tick costs.
-        """
-        return now - now % self._step
+    def _next_moment(self) -> float:
+        """The next moment with anything to visit: an empty slot is not worth waking up for."""
+        count = len(self._slots)
+        return next(
+            (
+                moment
+                for moment in range(self._moment + 1, self._moment + 1 + count)
+                if self._slots[moment % count]
+            ),
+            math.inf,
+        )

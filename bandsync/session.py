@@ -20,6 +20,8 @@ Role = Literal["leader", "follower"]
 EPSILON_MS = 0.001
 CHAT_RING = 50
 TOMBSTONE_MS = 60_000.0
+# Members who come and go all day must not make every change of the session more expensive.
+MAX_TOMBSTONES = 64
 
 
 class Rank(Struct, frozen=True, order=True):
@@ -226,13 +228,16 @@ def longest_connected(session: Session, boot_id: str | None, without: str = "") 
 
 
 def without_old_tombstones(session: Session, now: float) -> Session:
-    """``session`` without the tombstones that are older than `TOMBSTONE_MS`."""
+    """``session`` without tombstones older than `TOMBSTONE_MS`, and the last few of the rest."""
+    tombstones = [member for member in session.members.values() if not member.present]
     horizon = now - TOMBSTONE_MS
-    if all(member.present or member.time >= horizon for member in session.members.values()):
+    if len(tombstones) <= MAX_TOMBSTONES and all(stone.time >= horizon for stone in tombstones):
         return session
-    kept = {
+    tombstones.sort(key=lambda stone: stone.time)
+    kept = {stone.member_id for stone in tombstones[-MAX_TOMBSTONES:] if stone.time >= horizon}
+    members = {
         member.member_id: member
         for member in session.members.values()
-        if member.present or member.time >= horizon
+        if member.present or member.member_id in kept
     }
-    return replace(session, members=kept)
+    return replace(session, members=members)

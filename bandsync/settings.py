@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from msgspec import inspect as types
 
 Text = Annotated[str, Meta(min_length=1)]
+RedisUrl = Annotated[str, Meta(pattern="^(redis|rediss|unix)://.")]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
@@ -23,7 +24,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         bool, Meta(description="Whether to use Redis; false keeps sessions in memory.")
     ] = True
     redis_url: Annotated[
-        Text | None,
+        RedisUrl | None,
         Meta(
             description="Where Redis is: redis://, rediss:// or unix://; wins over the parts below."
         ),
@@ -93,7 +94,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = None
     allowed_origins: Annotated[
         str,
-        Meta(description="Origins whose pages may connect, by comma; * for all; empty: the same."),
+        Meta(description="Other origins whose pages may connect, by comma; * for all."),
     ] = ""
     join_secret: Annotated[
         Text | None,
@@ -252,6 +253,8 @@ def _allowed(kind: types.Type) -> str:
             if high is None:
                 return f"{noun}, {low} or more"
             return f"{noun} from {low} to {high}"
+        case types.StrType(pattern=pattern) if pattern is not None:
+            return "a URL that begins with redis://, rediss:// or unix://"
         case _:
             return "a text"
 

@@ -56,11 +56,15 @@ def proves(token: ResumeToken, token_hash: str) -> bool:
 
 
 class JoinClaims(Struct, frozen=True):
-    """What a join token asserts; ``role`` and ``name`` go before what the message says."""
+    """What a join token asserts; ``role`` and ``name`` go before what the message says.
+
+    Instants are in seconds since the Unix epoch, as in RFC 7519.
+    """
 
     sub: Annotated[str, Meta(min_length=1)]
     session: str
     exp: float
+    nbf: float = 0.0
     role: Role | None = None
     name: DisplayName | None = None
 
@@ -69,7 +73,7 @@ def verify_join_token(token: str, secret: str, session_id: str, now: float) -> J
     """The claims of a JSON Web Token (RFC 7519, HS256).
 
     Returns:
-        None if the token is not signed with ``secret``, lacks a claim, has expired by ``now``
+        None if the token is not signed with ``secret``, lacks a claim, is not valid at ``now``
         (milliseconds) or is for another session.
     """
     try:
@@ -88,6 +92,6 @@ def verify_join_token(token: str, secret: str, session_id: str, now: float) -> J
         claims = msgspec.convert(payload, JoinClaims)
     except (jwt.InvalidTokenError, msgspec.ValidationError):
         return None
-    if claims.session != session_id or claims.exp * 1000 <= now:
+    if claims.session != session_id or not claims.nbf * 1000 <= now < claims.exp * 1000:
         return None
     return claims

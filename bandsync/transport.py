@@ -45,10 +45,13 @@ class Transport(Segment, frozen=True, rename="camel"):
 
 
 def position_at(segment: Segment, instant: float) -> float:
-    """Position in milliseconds at ``instant`` if ``segment`` is in force then."""
+    """Position in milliseconds at ``instant`` if ``segment`` is in force then.
+
+    A song is at most `MAX_POSITION_MS` long: there the position stands, and only the beat goes on.
+    """
     if not segment.is_playing:
         return segment.position_ms
-    return segment.position_ms + (instant - segment.anchor_time)
+    return min(segment.position_ms + (instant - segment.anchor_time), MAX_POSITION_MS)
 
 
 def beat_at(segment: Segment, instant: float) -> float:
@@ -146,7 +149,7 @@ def seek(transport: Transport, now: float, position_ms: float, at: At) -> Transp
         return _scheduled(current, _boundary(current, at), position_ms, then=upcoming or current)
     if upcoming is None:
         return moved
-    return _scheduled(moved, upcoming.anchor_time, None, then=upcoming)
+    return _scheduled(moved, _requantised(before, moved), None, then=upcoming)
 
 
 def set_tempo(
@@ -176,10 +179,12 @@ def shift(transport: Transport, now: float, difference_ms: float) -> Transport:
     before = _settled(transport, now)
     current = _anchored(before, now)
     upcoming = before.next
+    position = _clamped(current.position_ms + difference_ms)
+    shifted = position - current.position_ms
     moved = replace(
         current,
-        position_ms=_clamped(current.position_ms + difference_ms),
-        beat=current.beat + beats_of(difference_ms, current.tempo_bpm),
+        position_ms=position,
+        beat=current.beat + beats_of(shifted, current.tempo_bpm),
     )
     if not current.is_playing:
         return replace(moved, next=upcoming and _standing_start(upcoming, moved))
@@ -228,6 +233,19 @@ def _moved_instant(before: Transport, after: Transport) -> float:
         return instant
     now = after.anchor_time
     return max(now, now + (round(beat) - after.beat) * 60_000 / after.tempo_bpm)
+
+
+def _requantised(before: Transport, after: Transport) -> float:
+    """When the change that ``before`` scheduled is due after a jump to ``after``.
+
+    A change that was to fall on a bar line or a beat falls on the next one of the new place.
+    """
+    assert before.next is not None
+    instant = before.next.anchor_time
+    beat = beat_at(before, instant)
+    if abs(beat - round(beat)) > _ON_THE_BEAT:
+        return instant
+    return _boundary(after, "beat" if round(beat) % before.beats_per_bar else "bar")
 
 
 def _jump(transport: Transport) -> float | None:

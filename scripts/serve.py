@@ -17,7 +17,7 @@ from dotenv import dotenv_values
 
 from bandsync import __version__
 from bandsync.app import StartError, serve
-from bandsync.ops.logs import make_logger
+from bandsync.ops.logs import Sink, make_logger
 from bandsync.settings import OPTIONS, Settings, SettingsError, parse
 
 
@@ -90,10 +90,12 @@ def main() -> int:
     raise_file_limit(settings.max_connections)
     relax_garbage_collection()
 
+    sink = Sink(sys.stderr)
+
     async def run() -> None:
         await serve(
             settings,
-            make_logger(settings),
+            make_logger(settings, sink),
             announce=lambda line: print(line, flush=True),
             signals=(signal.SIGTERM, signal.SIGINT),
         )
@@ -103,6 +105,8 @@ def main() -> int:
     except StartError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
+    finally:
+        sink.close()
     return 0
 
 

@@ -5,6 +5,7 @@ import random
 import socket
 import ssl
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,19 +151,28 @@ async def test_a_full_server_says_so(nursery: trio.Nursery) -> None:
     await server.stop()
 
 
-class Deaf:
-    """A member that joins and then never reads again."""
+async def join_and_stop_reading(server: Server, session: str) -> tuple[trio.SocketStream, bytes]:
+    """A member that never reads again; what it had read after the handshake."""
+    stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+    join = f'{{"type":"join_session","sessionId":"{session}","displayName":"Deaf"}}'.encode()
+    await stream.send_all(UPGRADE + b"\r\n" + Frame(Opcode.TEXT, join).serialize(mask=True))
+    answer = b""
+    while b"snapshot" not in answer:
+        answer += await stream.receive_some()
+    return stream, answer.partition(b"\r\n\r\n")[2]
 
-    @staticmethod
-    async def join(server: Server, session: str) -> trio.SocketStream:
-        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
-        # Before the window is announced with the first bytes, so that little fits in the kernel.
-        join = f'{{"type":"join_session","sessionId":"{session}","displayName":"Deaf"}}'.encode()
-        await stream.send_all(UPGRADE + b"\r\n" + Frame(Opcode.TEXT, join).serialize(mask=True))
-        answer = b""
-        while b"snapshot" not in answer:
-            answer += await stream.receive_some()
-        return stream
+
+def server_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Opcode and payload of every frame; the stream must end with a whole one or in the middle."""
+    while len(data) >= 4:
+        start = 4 if data[1] == 126 else 10 if data[1] == 127 else 2
+        size = data[1] if start == 2 else int.from_bytes(data[2:start], "big")
+        assert data[0] & 0x70 == 0
+        assert data[0] & 0x0F in {Opcode.TEXT, Opcode.CLOSE, Opcode.PING, Opcode.PONG}
+        if len(data) < start + size:
+            return
+        yield data[0] & 0x0F, data[start : start + size]
+        data = data[start + size :]
 
 
 async def flood(leader: Musician, until: trio.Event) -> None:
@@ -176,7 +186,7 @@ async def test_who_stops_reading_is_closed_and_nobody_waits(
 ) -> None:
     server = await start_server(nursery, outbox_limit_bytes=outbox_limit, resume_grace_ms=500)
     async with band(server, "Ann", "Bob") as (ann, bob):
-        stream = await Deaf.join(server, "song")
+        stream, left_over = await join_and_stop_reading(server, "song")
         await ann.ok("play")
         done = trio.Event()
         nursery.start_soon(flood, ann, done)
@@ -186,7 +196,7 @@ async def test_who_stops_reading_is_closed_and_nobody_waits(
         assert left["memberId"] == gone["memberId"]
         assert left["reason"] == "slow_consumer"
         # What was begun is whole, and the close frame is the last thing.
-        answer = b""
+        answer = left_over
         with trio.fail_after(PATIENCE_S):
             try:
                 async for part in stream:
@@ -197,8 +207,90 @@ async def test_who_stops_reading_is_closed_and_nobody_waits(
         await ann.ok("heartbeat")
         assert server.events("connection.slow")
         assert all(player.close_code is None for player in (ann, bob))
-        assert answer
+        frames = list(server_frames(answer))
+        assert len(frames) > 10
+        if frames[-1][0] == Opcode.CLOSE:  # Unless the deadline for saying goodbye came first.
+            assert frames[-1][1][:2] == struct.pack("!H", 1013)
     await server.stop()
+
+
+async def test_who_reads_is_never_too_slow_for_the_largest_snapshot(
+    nursery: trio.Nursery, certificate: tuple[trustme.CA, str, str]
+) -> None:
+    authority, cert, key = certificate
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    for options, tls in (({}, None), ({"tls_cert": cert, "tls_key": key}, context)):
+        server = await start_server(nursery, outbox_limit_bytes=65_536, **options)
+        security = {"ssl": tls} if tls else {}
+        async with musician(server, **security) as ann:
+            await ann.join()
+            for _ in range(50):
+                await ann.ok("chat_message", text="\x01" * 1000)
+            async with musician(server, **security, max_size=None) as bob:
+                await bob.send("join_session", sessionId="song")
+                await bob.send("clock_sync", t0=1)
+                for _ in range(20):
+                    await bob.send("sync_request")
+                await bob.ok("heartbeat")
+                assert len(bob.all("snapshot")) == 21
+        await server.stop()
+
+
+async def test_a_flood_of_pings_costs_the_others_nothing_and_is_answered(server: Server) -> None:
+    async with band(server, "Ann", "Bob") as (ann, bob):
+        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+        await stream.send_all(UPGRADE + b"\r\n")
+        pings = b"".join(Frame(Opcode.PING, b"%04d" % n).serialize(mask=True) for n in range(5000))
+        close = Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)
+
+        answer = b""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, pings + close)
+            async for part in stream:
+                answer += part
+        await ann.ok("play")
+        await bob.next("play")
+        pongs = [
+            payload
+            for opcode, payload in server_frames(answer.partition(b"\r\n\r\n")[2])
+            if opcode == Opcode.PONG
+        ]
+        # In order; when they pile up, some are dropped.
+        assert pongs == sorted(pongs)
+        assert len(pongs) > 100
+        await stream.aclose()
+    assert server.events("connection.failed") == []
+
+
+async def test_many_at_once_cannot_be_more_than_the_server_takes(nursery: trio.Nursery) -> None:
+    server = await start_server(nursery, max_connections=5)
+    streams = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(40)]
+    for stream in streams:
+        await stream.send_all(UPGRADE + b"\r\n")
+    firsts = []
+    for stream in streams:
+        with trio.fail_after(PATIENCE_S):
+            answer = b""
+            while len(answer.partition(b"\r\n\r\n")[2]) < 4:
+                answer += await stream.receive_some()
+        firsts.append(next(opcode for opcode, _ in server_frames(answer.partition(b"\r\n\r\n")[2])))
+    assert firsts.count(Opcode.TEXT) == 5
+    assert firsts.count(Opcode.CLOSE) == 35
+    for stream in streams:
+        await stream.aclose()
+    await server.stop()
+
+
+async def test_what_comes_after_a_close_is_not_done(server: Server) -> None:
+    async with band(server, "Ann") as (ann,):
+        stream, _ = await join_and_stop_reading(server, "song")
+        close = Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)
+        late = Frame(Opcode.TEXT, b'{"type":"chat_message","text":"late"}').serialize(mask=True)
+        await stream.send_all(close + late)
+        await ann.next("member_connection", connected=False)
+        assert ann.all("chat_message") == []
+        await stream.aclose()
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from bandsync.commands import (
     TYPES,
+    LatencyProbe,
     PositionSync,
     Refusal,
     SetTempo,
     Undecodable,
     decode,
+    echoed,
     kind_of,
     out_of_range,
 )
@@ -68,7 +70,7 @@ FIELDS: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "epoch": ("e", STRINGS),
     },
     "latency_probe": {"timestamp!": (-1.5e300, NUMBERS)},
-    "clock_sync": {"t0!": (2**63 - 1, [*NUMBERS, 2**400])},
+    "clock_sync": {"t0!": (2**63 - 1, [*NUMBERS, 10**400])},
     "sync_report": {"errorMs!": (0.5, [*NUMBERS, -1])},
     "heartbeat": {},
 }
@@ -180,6 +182,18 @@ def test_numbers_that_overflow_a_float_are_out_of_range() -> None:
     for number in ("1e999", "-1e999", "9" * 5000):
         text = '{"type":"latency_probe","timestamp":' + number + "}"
         assert undecodable(text).refusal.context == {"field": "timestamp"}
+
+
+@pytest.mark.parametrize("number", [0, -1.5, 2**53 + 1, 2**64 - 1, -(2**63), 1e300])
+def test_numbers_go_back_as_they_came(number: float) -> None:
+    assert echoed(number) == number
+    assert type(echoed(number)) is type(number)
+
+
+def test_what_no_64_bits_hold_goes_back_as_a_float() -> None:
+    decoded = decode(b'{"type":"latency_probe","timestamp":12345678901234567890123}')
+    assert isinstance(decoded, LatencyProbe)
+    assert echoed(decoded.timestamp) == 1.2345678901234568e22
 
 
 def test_timestamps_are_at_most_ten_seconds_away() -> None:

@@ -75,6 +75,9 @@ class Listener:
     def push_volatile(self) -> Callable[[bytes], None]:
         return self._take
 
+    def push_snapshot(self, frames: bytes) -> None:
+        self._take(frames)
+
     def _take(self, frames: bytes) -> None:
         self._data += frames
 

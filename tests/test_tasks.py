@@ -82,7 +82,7 @@ class House:
         assert head is not None
         async with trio.open_nursery() as nursery:
             connection = Connection(self.connections, nursery, stream, None, head, "song")
-            await connection.run(full=False)
+            await connection.run()
         await stream.aclose()
 
     @asynccontextmanager
@@ -221,6 +221,10 @@ async def test_a_drain_tells_everybody_and_closes_in_time(
         assert (ann.close_code, bob.close_code) == (1012, 1012)
         waits = {player.last("server_draining")["reconnectInMs"] for player in (ann, bob)}
         assert len(waits) == 2
+        # Whose handshake was under way then is let go, too.
+        with pytest.raises(ConnectionClosed):
+            async with house.player("Cid"):
+                raise AssertionError("welcomed by a server that drains")
 
 
 async def test_a_drain_does_not_wait_for_ever(house: House, autojump_clock: MockClock) -> None:

@@ -161,10 +161,11 @@ def test_a_shift_moves_position_and_beat_together(
     if shifted.next is not None and shifted.next.anchor_time <= now:
         return  # The shift went past a scheduled change, which is then in force.
     expected = max(0.0, position + difference)
+    moved = expected - position
     assert sample(shifted, now) == (
         playing,
         pytest.approx(expected, abs=NOISE_MS),
-        pytest.approx(beat + difference * tempo / 60_000, abs=NOISE_BEATS),
+        pytest.approx(beat + moved * tempo / 60_000, abs=NOISE_BEATS),
     )
 
 
@@ -194,6 +195,27 @@ def test_a_tempo_change_moves_a_scheduled_seek_with_its_bar() -> None:
     assert slower.next is not None
     assert slower.next.anchor_time == pytest.approx(NOW + 3000)
     assert (slower.next.position_ms, slower.next.tempo_bpm) == (60_000.0, 60.0)
+
+
+def test_a_seek_now_puts_a_scheduled_tempo_on_the_next_bar_of_the_new_place() -> None:
+    playing = play(initial(NOW), NOW, 0.0, 0)
+    pending = set_tempo(playing, NOW + 100, 60.0, None, "bar")
+    sought = seek(pending, NOW + 200, 10_250.0, "now")  # Beat 20.5: 3.5 beats to the bar line.
+    assert sought.next is not None
+    assert sought.next.anchor_time == pytest.approx(NOW + 200 + 1750)
+    assert (sought.next.beat, sought.next.tempo_bpm) == (pytest.approx(24.0), 60.0)
+
+
+def test_a_shift_before_the_start_moves_the_beat_as_far_as_the_position() -> None:
+    playing = play(initial(NOW), NOW, 1000.0, 0)
+    shifted = shift(playing, NOW, -5000.0)
+    assert (shifted.position_ms, shifted.beat) == (0.0, 0.0)
+
+
+def test_a_song_is_at_most_a_day_long() -> None:
+    playing = play(initial(NOW), NOW, 86_399_000.0, 0)
+    assert position_at(playing, NOW + 5000) == 86_400_000.0
+    assert pause(playing, NOW + 5000).position_ms == 86_400_000.0
 
 
 def test_a_promised_start_of_a_playing_song_keeps_its_instant() -> None:

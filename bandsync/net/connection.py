@@ -21,13 +21,21 @@ from bandsync.commands import (
     SyncReport,
     Undecodable,
     decode,
+    echoed,
     invalid_field,
     is_session_id,
     kind_of,
     out_of_range,
 )
 from bandsync.decide import NOT_JOINED, Bind
-from bandsync.frames import FrameReader, Opcode, ProtocolError, ping_frame, text_frame
+from bandsync.frames import (
+    FrameReader,
+    Opcode,
+    ProtocolError,
+    ping_frame,
+    pong_frame,
+    text_frame,
+)
 from bandsync.limits import AbuseCounter, RateLimits
 from bandsync.messages import (
     Ack,
@@ -56,10 +64,11 @@ HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 MAX_BAD_MESSAGES = 10
 PING_SLOTS = 20
+RESTARTS = "the server restarts: reconnect"
 DEFAULT_DISPLAY_NAME = "Musician"
 
 _RECEIVE_BYTES = 16_384
-# After so many messages out of one read, others get their turn.
+# After so many frames out of one read, others get their turn.
 _TURN = 16
 # RFC 6298 section 2: one wild round trip must not decide how long a band waits for a start.
 _SMOOTHING = 1 / 8
@@ -76,6 +85,9 @@ class Connections:
     Args:
         hub: the rooms.
         command_seconds: told how long each message took, from its bytes to its answer.
+
+    Attributes:
+        draining: set to turn new connections away.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class Connections:
         self.open: set[Connection] = set()
         self.timeout_s = settings.connection_timeout_ms / 1000
         self.pings: Rota[Connection] = Rota(settings.ping_interval_ms / 1000, PING_SLOTS)
+        self.draining = False
         self._empty = trio.Event()
 
     def add(self, connection: "Connection") -> None:
@@ -147,7 +160,6 @@ class Connection:
     """
 
     __slots__ = (
-        "__weakref__",
         "_abuse",
         "_closing",
         "_connections",
@@ -159,6 +171,7 @@ class Connection:
         "_limits",
         "_nursery",
         "_path_session",
+        "_pinged",
         "_received_at",
         "_room",
         "_stream",
@@ -171,6 +184,7 @@ class Connection:
         "member_id",
         "outbox",
         "push",
+        "push_snapshot",
         "push_volatile",
         "sync_error_ms",
         "wants_ticks",
@@ -200,6 +214,7 @@ class Connection:
             on_broken=self._broken,
         )
         self.push = self.outbox.push
+        self.push_snapshot = self.outbox.push_snapshot
         self.push_volatile = self.outbox.push_volatile
         self._connections = connections
         self._hub = connections.hub
@@ -215,19 +230,24 @@ class Connection:
         self._room: Room | None = None
         self._token: ResumeToken | None = None
         self._heard = trio.current_time()
+        self._pinged = self._heard
         self._received_at = 0.0
         self._leave_reason: LeaveReason = "timeout"
         self._closing = False
         self._unreadable = False
 
-    async def run(self, *, full: bool) -> None:
-        """Shake hands and serve until the connection is gone; close at once if ``full``."""
+    async def run(self) -> None:
+        """Shake hands and serve until the connection is gone; at once if there is no place."""
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 request = await wrap_server_stream(self._nursery, self._wire, 1)
                 self._websocket = await request.accept()
+            # Counted and looked at in one step: any number of handshakes may be under way.
+            full = len(self._connections.open) >= self._connections.settings.max_connections
             self._connections.add(self)
-            if full:
+            if self._connections.draining:
+                self.close(1012, RESTARTS)
+            elif full:
                 self.close(1013, "the server is full, try again later")
             else:
                 welcome = text_frame(encode(self._connections.welcome(self.connection_id)))
@@ -256,8 +276,9 @@ class Connection:
         self._send(ServerDraining(reconnect_in_ms))
 
     def ping(self) -> None:
-        """Ping the client, or close if it has been silent for too long."""
-        if trio.current_time() - self._heard > self._connections.timeout_s:
+        """Ping the client, or close if it has been silent for too long, our last ping included."""
+        silence = trio.current_time() - self._heard
+        if silence > self._connections.timeout_s and self._heard < self._pinged:
             self.close(4000, "connection timeout")
         else:
             self.push_volatile(self._ping())
@@ -308,19 +329,23 @@ class Connection:
         self._received_at = self._hub.now()
         if self._unreadable:
             return
-        messages = 0
         try:
-            for frame in self._frames.feed(data):
+            for number, frame in enumerate(self._frames.feed(data), 1):
+                if self.outbox.behind:
+                    # Who does not take what it asked for asks for no more.
+                    await self.outbox.caught_up()
+                elif number % _TURN == 0:
+                    await trio.lowlevel.checkpoint()
                 if frame.opcode is Opcode.TEXT:
                     await self._on_text(frame.payload)
-                    messages += 1
-                    if messages % _TURN == 0:
-                        await trio.lowlevel.checkpoint()
                 elif frame.opcode is Opcode.PONG:
                     self._on_pong(frame.payload)
+                elif frame.opcode is Opcode.PING:
+                    self.push_volatile(pong_frame(frame.payload))
                 elif frame.opcode is Opcode.BINARY:
                     await self._on_text(b"")
                 else:
+                    self._frames.discard()
                     self._wire.deliver(frame.payload)
         except ProtocolError as error:
             self._unreadable = error.code == 1002
@@ -376,11 +401,13 @@ class Connection:
             case JoinSession():
                 return await self._join(message)
             case LatencyProbe():
-                self._answer(LatencyResponse(message.timestamp, self._hub.now()), message)
+                timestamp = echoed(message.timestamp)
+                self._answer(LatencyResponse(timestamp, self._hub.now()), message)
                 return None
             case ClockSync():
                 # Encoded last, so that t2 is as close to the send as it can be.
-                reply = ClockSyncReply(message.t0, self._received_at, self._hub.now())
+                t0 = echoed(message.t0)
+                reply = ClockSyncReply(t0, self._received_at, self._hub.now())
                 self._answer(reply, message)
                 return None
             case Heartbeat():
@@ -474,7 +501,8 @@ class Connection:
         self.push(text_frame(encode(message)))
 
     def _ping(self) -> bytes:
-        return ping_frame(_PING.pack(trio.current_time()))
+        self._pinged = trio.current_time()
+        return ping_frame(_PING.pack(self._pinged))
 
 
 # A ping carries the moment it was sent, so that whichever pong comes tells its round trip.

@@ -4,7 +4,7 @@ import random
 
 import trio
 
-from bandsync.net.connection import Connection, Connections
+from bandsync.net.connection import RESTARTS, Connection, Connections
 
 # The rate at which clients are let go, and so come back elsewhere, as far as the time allows.
 _CLOSES_PER_S = 200.0
@@ -17,11 +17,14 @@ async def drain(connections: Connections, timeout_s: float) -> None:
     Args:
         timeout_s: after this many seconds, whoever is left is left.
     """
+    connections.draining = True
     waiting = list(connections.open)
     window_s = min(timeout_s / 2, len(waiting) / _CLOSES_PER_S)
-    for connection in waiting:
-        # Drawn, not counted: servers that drain together must not agree on a rhythm.
-        connection.drain(round(random.uniform(0, 1000 * window_s + 1000)))  # noqa: S311 (jitter)
+    # Drawn, not counted: servers that drain together must not agree on a rhythm.
+    latest_ms = max(1000, round(1000 * window_s), 10 * len(waiting))
+    delays_ms = random.sample(range(latest_ms), len(waiting))
+    for connection, delay_ms in zip(waiting, delays_ms, strict=True):
+        connection.drain(delay_ms)
     random.shuffle(waiting)
     with trio.move_on_after(timeout_s):
         async with trio.open_nursery() as nursery:
@@ -35,5 +38,5 @@ async def _close_all(waiting: list[Connection], window_s: float) -> None:
     steps = max(1, round(window_s / _STEP_S))
     for step in range(steps):
         for connection in waiting[step::steps]:
-            connection.close(1012, "the server restarts: reconnect")
+            connection.close(1012, RESTARTS)
         await trio.sleep(_STEP_S)

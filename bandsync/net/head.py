@@ -57,7 +57,12 @@ async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Hea
         raw += data
         http.receive_data(bytes(data))
     rest, _ = http.trailing_data
-    headers = {name.decode("ascii"): value.decode("latin-1") for name, value in event.headers}
+    if len(raw) - len(rest) > MAX_HEAD_BYTES:
+        raise _bad_head(431)
+    headers: dict[str, str] = {}
+    for name, value in event.headers:
+        key, text = name.decode("ascii"), value.decode("latin-1")
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
     path = event.target.decode("ascii").partition("?")[0]
     request = HttpRequest(event.method.decode("ascii"), path, headers)
     return Head(request, raw[: len(raw) - len(rest)], rest)

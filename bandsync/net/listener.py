@@ -71,9 +71,6 @@ class Acceptor:
     Args:
         answer: answers plain HTTP requests.
         tls: serve TLS with this context; None for plain TCP.
-
-    Attributes:
-        draining: set to turn WebSockets away; HTTP is answered all the same.
     """
 
     def __init__(
@@ -85,14 +82,13 @@ class Acceptor:
         log: FilteringBoundLogger,
     ) -> None:
         settings = connections.settings
-        self.draining = False
         self._connections = connections
         self._counters = connections.hub.counters
         self._answer = answer
         self._tls = tls
         self._log = log
         self._origins = frozenset(
-            origin.strip().lower() for origin in settings.allowed_origins.split(",") if origin
+            origin.strip().rstrip("/").lower() for origin in settings.allowed_origins.split(",")
         )
         self._max_connections = settings.max_connections
         self._sockets = 0
@@ -114,6 +110,7 @@ class Acceptor:
                 listener.close()
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+        short = False  # Of file descriptors or memory: said once, not ten times a second.
         while True:
             await trio.lowlevel.wait_readable(listener)
             for _ in range(_BATCH):
@@ -123,7 +120,9 @@ class Acceptor:
                     break
                 except OSError as error:
                     if error.errno in _OUT_OF_RESOURCES:
-                        self._log.error("accept.failed", error=str(error), retry_in_s=_RETRY_S)
+                        if not short:
+                            self._log.error("accept.failed", error=str(error))
+                        short = True
                         await trio.sleep(_RETRY_S)
                         break
                     if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
@@ -133,6 +132,7 @@ class Acceptor:
                     self._counters.handshakes_refused["full"] += 1
                     sock.close()
                     continue
+                short = False
                 sock.setblocking(False)
                 self._sockets += 1
                 self._counters.accepted += 1
@@ -188,12 +188,19 @@ class Acceptor:
                 self._counters.handshakes_refused[str(refusal.status)] += 1
                 response = refusal
             else:
-                response = await self._answer(request)
+                response = await self._answered(request)
             await self._respond(stream, http, response, with_body=request.method != "HEAD")
             if not next_exchange(http):
                 break
         with trio.move_on_after(_LINGER_S):
             await tcp.linger(_LINGER_BYTES)
+
+    async def _answered(self, request: HttpRequest) -> HttpResponse:
+        try:
+            return await self._answer(request)
+        except Exception:
+            self._log.exception("request.failed", path=request.path)
+            return problem(500, "internal", "The server failed at this; its log says how.")
 
     async def _respond(
         self,
@@ -216,17 +223,16 @@ class Acceptor:
             return problem(400, "bad_request", "The headers of the handshake are ASCII.")
         if not origin_allowed(request, self._origins):
             return problem(403, "origin_not_allowed", "Pages of this origin may not connect.")
-        if self.draining:
+        if self._connections.draining:
             return problem(503, "draining", "This server is about to restart; try again.")
         return None
 
     async def _upgrade(
         self, stream: trio.abc.Stream, send_nowait: Callable[[bytes], int] | None, head: Head
     ) -> None:
-        full = len(self._connections.open) >= self._max_connections
         path_session = unquote(head.request.path[len("/ws/") :])
         async with trio.open_nursery() as nursery:
             connection = Connection(
                 self._connections, nursery, stream, send_nowait, head, path_session
             )
-            await connection.run(full=full)
+            await connection.run()

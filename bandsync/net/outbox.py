@@ -1,8 +1,9 @@
 """The write side of one connection: never blocks who pushes, bounded in bytes.
 
 While the peer keeps up, a push is one send. When it does not, frames wait in a backlog that a
-writer task empties. Past `VOLATILE_LIMIT_BYTES` volatile frames are dropped; past the limit the
-peer is too slow and is let go.
+writer task empties. Past `VOLATILE_LIMIT_BYTES` volatile frames are dropped, and `caught_up` makes
+who asks for more wait; past the limit the peer is too slow and is let go. A snapshot may be larger
+than the limit: the latest one does not count.
 """
 
 from collections import deque
@@ -46,7 +47,9 @@ class Outbox:
     """
 
     __slots__ = (
+        "_allowance",
         "_backlog",
+        "_caught_up",
         "_dead",
         "_flushed",
         "_idle",
@@ -81,6 +84,9 @@ class Outbox:
         # Made when first needed: most peers keep up all their life.
         self._backlog: deque[tuple[bytes, bool]] | None = None
         self._flushed: trio.Event | None = None
+        self._caught_up: trio.Event | None = None
+        # How much of the backlog is the latest snapshot.
+        self._allowance = 0
         # The end of a frame whose beginning the kernel has already.
         self._rest = b""
         self._size = 0
@@ -106,6 +112,13 @@ class Outbox:
         elif not self._stopped and not self._dead:
             self._queue(frames, volatile=True)
 
+    def push_snapshot(self, frames: bytes) -> None:
+        """The same as `push` for a frame that may be larger than the limit."""
+        self._allowance = len(frames)
+        self.push(frames)
+        if self._idle:
+            self._allowance = 0
+
     def push_last(self, frames: bytes) -> None:
         """The same as `push`, also after `stop`: for what trio-websocket sends."""
         if self._writing:
@@ -114,15 +127,10 @@ class Outbox:
             self._send(frames)
 
     def stop(self) -> None:
-        """Take no more frames but by `push_last`, and drop those that wait.
-
-        What is being written is written to its end, so that the stream stays whole.
-        """
+        """Take no more frames but by `push_last`; volatile ones that wait are dropped."""
         self._stopped = True
         self._idle = False
-        if self._backlog:
-            self._size -= sum(len(frames) for frames, _ in self._backlog)
-            self._backlog.clear()
+        self._drop(volatile_only=True)
 
     async def flush(self) -> None:
         """Wait until all that was pushed is with the kernel. Who calls sets the deadline."""
@@ -130,6 +138,18 @@ class Outbox:
             if self._flushed is None:
                 self._flushed = trio.Event()
             await self._flushed.wait()
+
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits for the peer that it should not ask for more."""
+        return self._writing and self._size > self._policy.volatile_limit_bytes
+
+    async def caught_up(self) -> None:
+        """Wait until the peer is no longer `behind`; the write timeout ends that at the latest."""
+        while self.behind:
+            if self._caught_up is None:
+                self._caught_up = trio.Event()
+            await self._caught_up.wait()
 
     def _send(self, frames: bytes) -> None:
         """Send at once; what the kernel does not take is left to the writer task."""
@@ -150,22 +170,30 @@ class Outbox:
     def _queue(self, frames: bytes, *, volatile: bool) -> None:
         if self._backlog is None:
             self._backlog = deque()
-        if self._size + len(frames) > self._policy.limit_bytes:
-            self._shed()
-            if self._size + len(frames) > self._policy.limit_bytes and not self._stopped:
-                self.stop()
-                self._on_slow()
+        limit = self._policy.limit_bytes + self._allowance
+        if self._size + len(frames) > limit:
+            self._drop(volatile_only=True)
+            if self._size + len(frames) > limit:
+                if not self._stopped:
+                    # What is being written is written to its end, so that the stream stays
+                    # whole and a close frame can follow.
+                    self._drop(volatile_only=False)
+                    self.stop()
+                    self._on_slow()
                 return
         self._backlog.append((frames, volatile))
         self._size += len(frames)
 
-    def _shed(self) -> None:
-        """Drop what is volatile."""
-        assert self._backlog is not None
-        kept = deque(entry for entry in self._backlog if not entry[1])
-        self._policy.counters.dropped += len(self._backlog) - len(kept)
+    def _drop(self, *, volatile_only: bool) -> None:
+        """Drop frames that wait, and count those that were volatile."""
+        kept: deque[tuple[bytes, bool]] = deque()
+        for frames, volatile in self._backlog or ():
+            if volatile_only and not volatile:
+                kept.append((frames, volatile))
+            else:
+                self._size -= len(frames)
+                self._policy.counters.dropped += volatile
         self._backlog = kept
-        self._size = len(self._rest) + sum(len(frames) for frames, _ in kept)
 
     async def _write(self) -> None:
         """Empty the backlog."""
@@ -179,28 +207,37 @@ class Outbox:
                     self._on_slow()
                     return
                 self._size = max(0, self._size - len(chunk))
+                if self._size <= self._policy.volatile_limit_bytes:
+                    self._release()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._broken()
         finally:
             self._writing = False
             self._idle = not self._stopped and not self._dead
+            self._size = 0
+            self._allowance = 0
+            self._release()
             if self._flushed is not None:
                 self._flushed.set()
                 self._flushed = None
 
     def _take(self) -> bytes:
-        """What to write next: whole frames, as many as make a good batch."""
-        if self._rest:
-            chunk = self._rest
-            self._rest = b""
-            return chunk
-        batch: list[bytes] = []
-        size = 0
-        while self._backlog and size < _BATCH_BYTES:
-            frames, _ = self._backlog.popleft()
-            batch.append(frames)
-            size += len(frames)
-        return b"".join(batch)
+        """What to write next: a piece small enough that a slow peer shows progress."""
+        if not self._rest:
+            batch: list[bytes] = []
+            size = 0
+            while self._backlog and size < _BATCH_BYTES:
+                frames, _ = self._backlog.popleft()
+                batch.append(frames)
+                size += len(frames)
+            self._rest = b"".join(batch)
+        chunk, self._rest = self._rest[:_BATCH_BYTES], self._rest[_BATCH_BYTES:]
+        return chunk
+
+    def _release(self) -> None:
+        if self._caught_up is not None:
+            self._caught_up.set()
+            self._caught_up = None
 
     def _broken(self) -> None:
         if not self._dead:

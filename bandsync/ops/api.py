@@ -115,6 +115,7 @@ class Api:
         self._admin_token = admin_token
         self._degraded = degraded
         self._started_at = server.now()
+        self._pages = {path: _page(path) for path in _PAGE}
 
     async def answer(self, request: HttpRequest) -> HttpResponse:
         """The answer to a request that asks for no WebSocket."""
@@ -128,17 +129,19 @@ class Api:
                     return await self._sessions(request)
                 case "/metrics":
                     return self._exposition(request)
-                case path if path in _PAGE:
-                    return _page(path)
+                case path if path in self._pages:
+                    return self._pages[path]
         return problem(
-            404, "not_found", "There are /, /api/health, /api/storage/status, /metrics and /ws."
+            404,
+            "not_found",
+            "There are /, /api/health, /api/storage/status, /api/sessions, /metrics and /ws.",
         )
 
     async def _health(self) -> HttpResponse:
         storage = await self._storage.health_check()
         server = self._server
         health = Health(
-            storage.healthy,
+            storage.healthy and not server.draining,
             storage.storage_type,
             storage.initialized,
             storage.fallback_reason,

@@ -1,15 +1,65 @@
 """Structured logs on standard error: events with names, for people or for machines."""
 
+import queue
 import sys
-from typing import TextIO
+import threading
+from typing import TextIO, cast
 
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
 from bandsync.settings import Settings
 
+_QUEUE_LINES = 10_000
 
-def make_logger(settings: Settings, out: TextIO = sys.stderr) -> FilteringBoundLogger:
+
+class Sink:
+    """Writes lines to ``out`` from a thread of its own.
+
+    A log that nobody reads, a full disk, a reader that is gone: none of it may stop the music.
+    Lines that cannot be written, or wait behind too many others, are dropped and counted.
+
+    Attributes:
+        dropped: how many.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self.dropped = 0
+        self._out = out
+        self._lines: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
+        # A daemon: a write that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        """Queue ``text``; never blocks, never fails."""
+        try:
+            self._lines.put_nowait(text)
+        except queue.Full:
+            self.dropped += 1
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: each line is flushed by the thread that writes it."""
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Write what waits, for at most ``timeout_s`` seconds."""
+        try:
+            self._lines.put(None, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (text := self._lines.get()) is not None:
+            try:
+                self._out.write(text)
+                self._out.flush()
+            except (OSError, ValueError):
+                self.dropped += 1
+
+
+def make_logger(settings: Settings, out: Sink | TextIO) -> FilteringBoundLogger:
     """A logger that writes to ``out`` what the settings ask for."""
     processors: list[Processor] = [
         structlog.processors.add_log_level,
@@ -21,9 +71,9 @@ def make_logger(settings: Settings, out: TextIO = sys.stderr) -> FilteringBoundL
             structlog.processors.JSONRenderer(),
         ]
     else:
-        processors.append(structlog.dev.ConsoleRenderer(colors=out.isatty()))
+        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
     logger: FilteringBoundLogger = structlog.wrap_logger(
-        structlog.PrintLogger(out),
+        structlog.PrintLogger(cast("TextIO", out)),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -44,7 +44,6 @@ class Metrics:
             registry=self.registry,
         )
         ProcessCollector(namespace="bandsync", registry=self.registry)
-        PlatformCollector(registry=self.registry)
 
     def watch(self, counters: Counters, gauges: Gauges, storage_type: str) -> None:
         """Export ``counters`` and ``gauges`` from now on."""
