@@ -11,6 +11,8 @@ from bandsync.rota import Rota
 
 PERIOD = 1.0
 
+Moves = list[tuple[float, str, bool]]
+
 
 async def scenario(
     moves: Moves,

@@ -10,7 +10,10 @@ MAX_HEAD_BYTES = 16_384
 
 
 class Head(Struct, frozen=True):
-    """A request, the bytes of its head, and what came after them."""
+    """A request, its head as bytes again, and what came after it.
+
+    In ``raw`` headers of one name are one header: not every parser joins them itself.
+    """
 
     request: HttpRequest
     raw: bytes
@@ -65,7 +68,9 @@ async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Hea
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     path = event.target.decode("ascii").partition("?")[0]
     request = HttpRequest(event.method.decode("ascii"), path, headers)
-    return Head(request, raw[: len(raw) - len(rest)], rest)
+    lines = [f"{request.method} {event.target.decode('ascii')} HTTP/1.1"]
+    lines += [f"{name}: {text}" for name, text in headers.items()]
+    return Head(request, "\r\n".join([*lines, "", ""]).encode("latin-1"), rest)
 
 
 def _bad_head(status: int) -> BadHeadError:
