@@ -193,3 +193,17 @@ def test_out_of_file_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate(timeout=PATIENCE_S)
+
+
+def test_a_server_whose_log_pipe_broke_plays_on(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, lines):
+        assert process.stderr is not None
+        process.stderr.close()
+        process.stderr = None
+        url = lines[0].split()[-1].replace("http", "ws")
+        with connect(f"{url}/ws/song") as client:
+            for type_ in ("join_session", "play", "leave_session", "join_session"):
+                client.send(json.dumps({"type": type_, "requestId": type_}))
+                while json.loads(client.recv(PATIENCE_S)).get("requestId") != type_:
+                    pass
+        assert process.poll() is None

@@ -1,5 +1,7 @@
 """The HTTP head of a connection: bounded, timed, taken apart by h11."""
 
+from http import HTTPStatus
+
 import h11
 import trio
 from msgspec import Struct
@@ -87,7 +89,8 @@ def response_bytes(http: h11.Connection, response: HttpResponse, *, with_body: b
         ("Content-Length", str(len(response.body))),
         *response.headers,
     ]
-    parts = [http.send(h11.Response(status_code=response.status, headers=headers))]
+    reason = HTTPStatus(response.status).phrase
+    parts = [http.send(h11.Response(status_code=response.status, headers=headers, reason=reason))]
     if with_body:
         parts.append(http.send(h11.Data(data=response.body)))
     parts.append(http.send(h11.EndOfMessage()))
