@@ -193,6 +193,8 @@ def test_whatever_a_band_does(
         if before is not None:
             assert after.epoch == before.epoch
             assert after.last_active_at >= before.last_active_at
+            if after.leader != before.leader:
+                assert after.leader.rank.time > before.leader.rank.time
             new = registers(after)
             for register, (order, content) in registers(before).items():
                 if register not in new:
@@ -510,6 +512,33 @@ def test_the_chat_keeps_the_last_fifty() -> None:
     assert stage.session is not None
     assert [chat.text for chat in stage.session.chat] == [str(n) for n in range(7, CHAT_RING + 7)]
     assert sorted(chat.slot for chat in stage.session.chat) == list(range(CHAT_RING))
+
+
+def test_chat_stays_in_order_when_the_clock_does_not() -> None:
+    stage = Stage()
+    stage.join("Ann")
+    for text in ("first", "second", "third"):
+        stage.now -= 1000
+        stage.do("Ann", ChatMessage(text=text))
+    assert stage.session is not None
+    ring = [(chat.sent_at, chat.text) for chat in stage.session.chat]
+    assert [text for _, text in sorted(ring)] == ["first", "second", "third"]
+    assert len({sent_at for sent_at, _ in ring}) == 3
+
+
+def test_a_snapshot_shows_where_the_song_is_now() -> None:
+    stage = Stage()
+    stage.join("Ann")
+    stage.do("Ann", Play(position_ms=10_000))
+    stage.now += 2500
+    stage.do("Ann", SetTempo(tempo=90, at="bar"))
+    reply = stage.do("Ann", SyncRequest()).reply
+    assert isinstance(reply, Snapshot)
+    assert (reply.position, reply.tempo, reply.is_playing) == (12_500, 120.0, True)
+    stage.now += 5000
+    reply = stage.do("Ann", SyncRequest()).reply
+    assert isinstance(reply, Snapshot)
+    assert (reply.position, reply.tempo, reply.tempo_bpm) == (17_500, 90.0, 90.0)
 
 
 def test_tombstones_are_pruned() -> None:

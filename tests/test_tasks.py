@@ -1,5 +1,6 @@
 """What happens by the clock: graces, ticks, statistics, pings, drains. On virtual time."""
 
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -186,6 +187,18 @@ async def test_statistics_come_on_joins_and_every_five_seconds(
             stats = ann.last("room_stats")
             assert stats["connectedCount"] == 2
             assert stats["members"][0]["latencyMs"] is not None
+
+
+async def test_a_latency_is_a_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
+    async with house.player():
+        (connection,) = house.connections.open
+        # The peer answers at once; what it answers may be older than our last ping.
+        for sent_ago, expected in ((0.08, 10.0), (0.08, 18.75), (-1.0, 18.75), (1e6, 18.75)):
+            sent = trio.current_time() - sent_ago
+            connection.heard_pong(struct.pack("!d", sent))
+            assert connection.latency_ms == pytest.approx(expected, abs=0.5)
+        connection.heard_pong(b"what?")
+        assert connection.latency_ms == pytest.approx(18.75, abs=0.5)
 
 
 async def test_a_silent_client_is_closed(house: House, autojump_clock: MockClock) -> None:

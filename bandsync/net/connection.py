@@ -339,7 +339,7 @@ class Connection:
                 if frame.opcode is Opcode.TEXT:
                     await self._on_text(frame.payload)
                 elif frame.opcode is Opcode.PONG:
-                    self._on_pong(frame.payload)
+                    self.heard_pong(frame.payload)
                 elif frame.opcode is Opcode.PING:
                     self.push_volatile(pong_frame(frame.payload))
                 elif frame.opcode is Opcode.BINARY:
@@ -351,7 +351,8 @@ class Connection:
             self._unreadable = error.code == 1002
             self.close(error.code, error.reason)
 
-    def _on_pong(self, payload: bytes) -> None:
+    def heard_pong(self, payload: bytes) -> None:
+        """Take the round trip of a pong into `latency_ms`; one that is not ours says nothing."""
         if len(payload) != _PING.size:
             return
         (sent,) = _PING.unpack(payload)
