@@ -13,12 +13,12 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.draft import Here
-from bandsync.net.connection import Connections
+from bandsync.hub import Hub
+from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
-from bandsync.rooms import Hub
 from bandsync.settings import Settings
 from bandsync.storage.memory import MemoryStorage
 

@@ -50,7 +50,7 @@ from benchload import (
     total,
 )
 
-from bandsync.rooms import TICK_SLOTS
+from bandsync.hub import TICK_SLOTS
 
 _TICK_S = 0.1
 # The bursts of the yardsticks are those of the server.

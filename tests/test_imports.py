@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "bandsync"
 ROWS = [
     {"app"},
     {"net", "ops"},
-    {"rooms", "rota"},
+    {"hub", "rooms", "rota"},
     {"storage"},
     {"redis_link"},
 ]

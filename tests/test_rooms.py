@@ -14,7 +14,8 @@ from bandsync.clock import SessionClock
 from bandsync.commands import ChatMessage, Play, Refusal, UpdateMessage
 from bandsync.counters import Counters
 from bandsync.decide import Actor, Bind, Decision, decide
-from bandsync.rooms import Hub, Room
+from bandsync.hub import Hub
+from bandsync.rooms import Room
 from bandsync.session import Session, leader_of, present
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage

@@ -17,10 +17,11 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 
 from bandsync.clock import SessionClock
 from bandsync.counters import Counters
-from bandsync.net.connection import Connection, Connections
+from bandsync.hub import Hub
+from bandsync.net.connection import Connection
+from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.head import read_head
-from bandsync.rooms import Hub
 from bandsync.settings import Settings
 from bandsync.storage.memory import MemoryStorage
 from tests.servers import TEST_SETTINGS

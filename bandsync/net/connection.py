@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import trio
 from msgspec import UNSET, UnsetType
-from structlog.typing import FilteringBoundLogger
 from trio_websocket import WebSocketConnection, wrap_server_stream
 
 from bandsync.commands import (
@@ -40,30 +39,24 @@ from bandsync.limits import AbuseCounter, RateLimits
 from bandsync.messages import (
     Ack,
     ClockSyncReply,
-    ConnectionLimits,
     Error,
     HeartbeatReply,
     LatencyResponse,
     LeaveReason,
     Outgoing,
     ServerDraining,
-    Welcome,
     encode,
 )
+from bandsync.net.connections import Connections
 from bandsync.net.head import Head
-from bandsync.net.outbox import Outbox, OutboxPolicy
+from bandsync.net.outbox import Outbox
 from bandsync.net.wire import Wire
-from bandsync.rooms import Hub, Room
-from bandsync.rota import Rota
-from bandsync.settings import Settings
+from bandsync.rooms import Room
 from bandsync.tokens import ResumeToken, parse_resume_token, verify_join_token
-from bandsync.transport import MAX_TEMPO_BPM, MIN_TEMPO_BPM
 
-PROTOCOL_VERSION = 1
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 MAX_BAD_MESSAGES = 10
-PING_SLOTS = 20
 RESTARTS = "the server restarts: reconnect"
 DEFAULT_DISPLAY_NAME = "Musician"
 
@@ -77,76 +70,6 @@ _RATE_LIMITED = Refusal("rate_limited", "Slow down: too many messages of this ty
 _UNAUTHORIZED = Refusal(
     "unauthorized", "Joining needs a valid `token` for this session; get a new one."
 )
-
-
-class Connections:
-    """All WebSocket connections of this server, and what they have in common.
-
-    Args:
-        hub: the rooms.
-        command_seconds: told how long each message took, from its bytes to its answer.
-
-    Attributes:
-        draining: set to turn new connections away.
-    """
-
-    def __init__(
-        self,
-        hub: Hub,
-        settings: Settings,
-        log: FilteringBoundLogger,
-        command_seconds: Callable[[float], None],
-    ) -> None:
-        self.hub = hub
-        self.settings = settings
-        self.log = log
-        self.command_seconds = command_seconds
-        self.policy = OutboxPolicy(
-            settings.outbox_limit_bytes, settings.write_timeout_ms / 1000, hub.counters
-        )
-        self.open: set[Connection] = set()
-        self.timeout_s = settings.connection_timeout_ms / 1000
-        self.pings: Rota[Connection] = Rota(settings.ping_interval_ms / 1000, PING_SLOTS)
-        self.draining = False
-        self._empty = trio.Event()
-
-    def add(self, connection: "Connection") -> None:
-        """Count and ping a connection from now on."""
-        self.open.add(connection)
-        self.pings.add(connection)
-
-    def discard(self, connection: "Connection") -> None:
-        """The connection is gone."""
-        self.open.discard(connection)
-        self.pings.discard(connection)
-        if not self.open:
-            self._empty.set()
-
-    async def all_gone(self) -> None:
-        """Wait until no connection is open."""
-        while self.open:
-            self._empty = trio.Event()
-            await self._empty.wait()
-
-    async def run_pings(self, lag: Callable[[float], None]) -> None:
-        """Ping every connection once per interval and close those that are silent, for ever."""
-        await self.pings.run(Connection.ping, lag)
-
-    def welcome(self, connection_id: str) -> Welcome:
-        """What a new connection is told."""
-        settings = self.settings
-        limits = ConnectionLimits(
-            settings.max_message_bytes, settings.max_members, MIN_TEMPO_BPM, MAX_TEMPO_BPM
-        )
-        return Welcome(
-            PROTOCOL_VERSION,
-            self.hub.here.server_id,
-            connection_id,
-            self.hub.now(),
-            self.hub.storage.storage_type,
-            settings.ping_interval_ms,
-            limits,
-        )
 
 
 class Connection:

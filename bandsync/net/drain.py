@@ -4,7 +4,8 @@ import random
 
 import trio
 
-from bandsync.net.connection import RESTARTS, Connection, Connections
+from bandsync.net.connection import RESTARTS, Connection
+from bandsync.net.connections import Connections
 
 # The rate at which clients are let go, and so come back elsewhere, as far as the time allows.
 _CLOSES_PER_S = 200.0

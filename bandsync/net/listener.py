@@ -12,7 +12,8 @@ from structlog.typing import FilteringBoundLogger
 from trio_websocket import ConnectionClosed
 
 from bandsync.http import HttpRequest, HttpResponse, is_upgrade, origin_allowed, problem
-from bandsync.net.connection import Connection, Connections
+from bandsync.net.connection import Connection
+from bandsync.net.connections import Connections
 from bandsync.net.head import BadHeadError, Head, next_exchange, read_head, response_bytes
 from bandsync.net.stream import SEND_BUFFER_BYTES, TcpStream
 
