@@ -211,7 +211,7 @@ def parse(texts: Mapping[str, str]) -> Settings:
         except msgspec.ValidationError:
             shown = "(not shown)" if option.attribute in SECRETS else repr(text)
             problems.append(f"{option.name}={shown}: must be {option.allowed}")
-    settings = Settings(**values)  # type: ignore[arg-type]  # each was converted to its own type
+    settings = msgspec.convert(values, Settings)
     problems += _contradictions(settings)
     if problems:
         raise SettingsError(problems)

@@ -24,6 +24,7 @@ PURE = {
     "draft",
     "frames",
     "http",
+    "joining",
     "limits",
     "messages",
     "session",

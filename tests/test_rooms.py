@@ -189,18 +189,18 @@ async def test_nobody_hears_of_a_change_before_it_is_committed(
     assert [message["version"] for message in ann.heard("ack")] == [3, 4, 5]
 
 
+async def cancel_when_all_wait(scope: trio.CancelScope) -> None:
+    await wait_all_tasks_blocked()
+    scope.cancel()
+
+
 async def test_a_connection_that_dies_while_its_join_is_committed_leaves_no_ghost(
     stage: Stage, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     bob, room = await stage.join("Bob")
     stage.storage.gate = trio.Event()
     with trio.CancelScope() as connection:
-
-        async def die() -> None:
-            await wait_all_tasks_blocked()
-            connection.cancel()
-
-        nursery.start_soon(die)
+        nursery.start_soon(cancel_when_all_wait, connection)
         await stage.join("Ann")
     assert len(list(present(await stage.stored()))) == 2
     stage.storage.gate.set()
@@ -220,12 +220,7 @@ async def test_a_change_whose_leader_dies_while_it_is_committed_reaches_the_othe
     bob, _ = await stage.join("Bob")
     stage.storage.gate = trio.Event()
     with trio.CancelScope() as connection:
-
-        async def die() -> None:
-            await wait_all_tasks_blocked()
-            connection.cancel()
-
-        nursery.start_soon(die)
+        nursery.start_soon(cancel_when_all_wait, connection)
         await room.command(ann, UpdateMessage(message="last words"), "", "r1")
     stage.storage.gate.set()
     await stage.hub.finished()

@@ -21,12 +21,10 @@ from bandsync.commands import (
     Undecodable,
     decode,
     echoed,
-    invalid_field,
-    is_session_id,
     kind_of,
     out_of_range,
 )
-from bandsync.decide import NOT_JOINED, Bind
+from bandsync.decide import NOT_JOINED
 from bandsync.frames import (
     FrameReader,
     Opcode,
@@ -35,6 +33,7 @@ from bandsync.frames import (
     pong_frame,
     text_frame,
 )
+from bandsync.joining import Doorway, admit
 from bandsync.limits import AbuseCounter, RateLimits
 from bandsync.messages import (
     Ack,
@@ -52,13 +51,12 @@ from bandsync.net.head import Head
 from bandsync.net.outbox import Outbox
 from bandsync.net.wire import Wire
 from bandsync.rooms import Room
-from bandsync.tokens import ResumeToken, parse_resume_token, verify_join_token
+from bandsync.tokens import ResumeToken, parse_resume_token
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 MAX_BAD_MESSAGES = 10
 RESTARTS = "the server restarts: reconnect"
-DEFAULT_DISPLAY_NAME = "Musician"
 
 _RECEIVE_BYTES = 16_384
 # After so many frames out of one read, others get their turn.
@@ -67,9 +65,6 @@ _TURN = 16
 _SMOOTHING = 1 / 8
 
 _RATE_LIMITED = Refusal("rate_limited", "Slow down: too many messages of this type in a second.")
-_UNAUTHORIZED = Refusal(
-    "unauthorized", "Joining needs a valid `token` for this session; get a new one."
-)
 
 
 class Connection:
@@ -353,36 +348,22 @@ class Connection:
         return refusal
 
     async def _join(self, message: JoinSession) -> Refusal | None:
-        session_id = self._path_session if message.session_id is UNSET else message.session_id
-        if not is_session_id(session_id):
-            return invalid_field("sessionId")
-        name = DEFAULT_DISPLAY_NAME if message.display_name is UNSET else message.display_name
-        role = message.role
-        join_secret = self._connections.settings.join_secret
-        if join_secret is not None:
-            token = "" if message.token is UNSET else message.token
-            claims = verify_join_token(token, join_secret, session_id, self._hub.now())
-            if claims is None:
-                return _UNAUTHORIZED
-            name = claims.name or name
-            role = claims.role or role
-        tokens: list[ResumeToken] = []
-        if message.resume_token is not UNSET:
-            given = parse_resume_token(message.resume_token)
-            if given is not None:
-                tokens.append(given)
         old_room, old_member = self._room, self.member_id
-        if old_room is not None and old_room.session_id == session_id and self._token is not None:
-            # Asked twice on one connection: still the same member.
-            tokens.append(self._token)
-        command = Bind(
-            session_id=session_id,
+        doorway = Doorway(
+            self._path_session,
+            "" if old_room is None else old_room.session_id,
+            self._token,
+            self._connections.settings.join_secret,
+        )
+        command = admit(
+            message,
+            doorway,
             epoch_id=secrets.token_hex(8),
             secret=secrets.token_urlsafe(24),
-            display_name=name,
-            wants_lead=role == "leader",
-            resume=tuple(tokens),
+            now=self._hub.now(),
         )
+        if isinstance(command, Refusal):
+            return command
         wanted_ticks, self.wants_ticks = self.wants_ticks, message.ticks
         outcome = await self._hub.bind(self, command, secrets.token_hex(8), message.request_id)
         if isinstance(outcome, Refusal):

@@ -206,7 +206,7 @@ class Outbox:
                     self._dead = True
                     self._on_slow()
                     return
-                self._size = max(0, self._size - len(chunk))
+                self._size -= len(chunk)
                 if self._size <= self._policy.volatile_limit_bytes:
                     self._release()
         except (trio.BrokenResourceError, trio.ClosedResourceError):

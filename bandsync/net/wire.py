@@ -1,4 +1,4 @@
-"""The stream that trio-websocket sees: control frames in, and out by the outbox."""
+"""The stream that trio-websocket sees: the two handshakes, opening and close."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ class Wire(trio.abc.Stream):
 
     Args:
         head: the bytes of the HTTP head, given back for trio-websocket to answer.
-        outbox: takes what trio-websocket sends: the handshake, pongs and closes.
+        outbox: takes what trio-websocket sends: the answers of the two handshakes.
         on_closed: called when trio-websocket is done with the connection.
     """
 
@@ -24,12 +24,12 @@ class Wire(trio.abc.Stream):
         self._closed = False
 
     def deliver(self, frame: bytes) -> None:
-        """Give trio-websocket a ping or close frame."""
+        """Give trio-websocket a close frame."""
         self._incoming += frame
         self._wake()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Wait for control frames; no bytes once closed."""
+        """Wait for the head or a close frame; no bytes once closed."""
         while not self._incoming and not self._closed:
             self._arrived = trio.Event()
             await self._arrived.wait()
