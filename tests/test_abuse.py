@@ -325,6 +325,22 @@ async def test_tls(nursery: trio.Nursery, certificate: tuple[trustme.CA, str, st
     assert server.events("connection.failed") == []
 
 
+async def test_a_bug_in_one_connection_ends_that_connection_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with band(server, "Ann", "Bob") as (ann, bob):
+        with monkeypatch.context() as patch:
+            patch.setattr("bandsync.net.connection.Connection.run", broken)
+            await throw(server, UPGRADE + b"\r\n", 1)
+        (logged,) = server.events("connection.failed")
+        assert "a bug" in logged["exception"]
+        await ann.ok("play")
+        await bob.next("play")
+
+
 async def test_a_bug_is_told_with_an_id_and_ends_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

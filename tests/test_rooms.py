@@ -213,6 +213,23 @@ async def test_a_connection_that_dies_while_its_join_is_committed_leaves_no_ghos
     assert bob.heard("user_left")
 
 
+async def test_a_room_stays_until_it_is_known_who_is_in_it(
+    stage: Stage, nursery: trio.Nursery
+) -> None:
+    stage.storage.gate = trio.Event()
+    with trio.CancelScope() as connection:
+        nursery.start_soon(cancel_when_all_wait, connection)
+        await stage.join("Ann")
+    room = stage.hub.rooms["song"]
+    stage.storage.gate.set()
+    await stage.hub.finished()
+    assert stage.hub.rooms == {"song": room}
+    (ann,) = present(await stage.stored())
+    assert not ann.connected
+    _, joined = await stage.join("Bob")
+    assert joined is room
+
+
 async def test_a_change_whose_leader_dies_while_it_is_committed_reaches_the_others(
     stage: Stage, nursery: trio.Nursery
 ) -> None:

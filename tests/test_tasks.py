@@ -1,7 +1,7 @@
 """What happens by the clock: graces, ticks, statistics, pings, drains. On virtual time."""
 
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock, memory_stream_pair
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+from websockets.frames import Frame, Opcode
 
 from bandsync.clock import SessionClock
 from bandsync.counters import Counters
@@ -22,7 +23,9 @@ from bandsync.net.connection import Connection
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.head import read_head
+from bandsync.session import Session
 from bandsync.settings import Settings
+from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
 from tests.servers import TEST_SETTINGS
 from tests.states import HERE, NOW
@@ -33,8 +36,9 @@ Message = dict[str, Any]
 class Player:
     """A client on a stream in memory."""
 
-    def __init__(self, websocket: WebSocketConnection) -> None:
+    def __init__(self, websocket: WebSocketConnection, stream: trio.abc.SendStream) -> None:
         self.websocket = websocket
+        self.stream = stream
         self.inbox: list[tuple[float, Message]] = []
         self.close_code: int | None = None
 
@@ -94,7 +98,7 @@ class House:
         self.nursery.start_soon(self._serve, ours)
         async with trio.open_nursery() as nursery:
             websocket = await wrap_client_stream(nursery, theirs, "stage", "/ws/song")
-            player = Player(websocket)
+            player = Player(websocket, theirs)
             nursery.start_soon(player.read)
             await player.send("join_session", displayName=name, **fields)
             yield player
@@ -190,6 +194,34 @@ async def test_statistics_come_on_joins_and_every_five_seconds(
             assert stats["members"][0]["latencyMs"] is not None
 
 
+class SlowStorage(MemoryStorage):
+    """Takes half a second for every commit."""
+
+    async def commit(
+        self, base: Session | None, change: Session, events: Sequence[bytes]
+    ) -> Committed | Conflict:
+        await trio.sleep(0.5)
+        return await super().commit(base, change, events)
+
+
+async def test_clock_answers_tell_when_the_question_came_and_when_the_answer_left(
+    house: House, autojump_clock: MockClock
+) -> None:
+    house.hub.storage = SlowStorage("boot-1", "for a test")
+    async with house.player() as ann:
+        await trio.sleep(1)
+        asked = house.hub.now()
+        both = (b'{"type":"play"}', b'{"type":"clock_sync","t0":1}')
+        await ann.stream.send_all(
+            b"".join(Frame(Opcode.TEXT, text).serialize(mask=True) for text in both)
+        )
+        await trio.sleep(1)
+        reply = ann.last("clock_sync")
+        # It waited behind the command; neither stamp hides that.
+        assert reply["t1"] == pytest.approx(asked, abs=0.01)
+        assert reply["t2"] == pytest.approx(asked + 500, abs=0.01)
+
+
 async def test_a_latency_is_a_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
     async with house.player():
         (connection,) = house.connections.open
@@ -240,6 +272,18 @@ async def test_a_drain_tells_everybody_and_closes_in_time(
             await trio.sleep(0.01)
             assert late.close_code == 1012
             assert late.inbox == []
+
+
+async def test_a_drain_waits_until_the_storage_knows_who_is_gone(
+    house: House, autojump_clock: MockClock
+) -> None:
+    house.hub.storage = SlowStorage("boot-1", "for a test")
+    async with house.player("Ann"), house.player("Bob"):
+        await trio.sleep(2)
+        await drain(house.connections, 10)
+        session = await house.hub.storage.get_session("song")
+        assert session is not None
+        assert [member.connected for member in session.members.values()] == [False, False]
 
 
 async def test_a_drain_does_not_wait_for_ever(house: House, autojump_clock: MockClock) -> None:
