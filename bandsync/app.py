@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import Callable, Collection
 
+import msgspec
 import trio
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
@@ -14,16 +15,22 @@ from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.draft import Here
 from bandsync.hub import Hub
+from bandsync.messages import StorageStatus
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
+from bandsync.redis_link.address import Address, parse_address
 from bandsync.settings import Settings
+from bandsync.storage.base import Presence
+from bandsync.storage.health import HealthCheck
+from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.redis import Keys
+from bandsync.sweeper import Sweeper
 
 _EXPIRY_PERIOD_S = 1.0
-_NOT_BUILT = "this version of BandSync keeps sessions in memory only"
 
 
 class StartError(Exception):
@@ -61,10 +68,24 @@ async def serve(
     Raises:
         StartError: the settings cannot be used on this machine.
     """
-    if settings.redis_required:
-        raise StartError(f"REDIS_REQUIRED=true: cannot be met, {_NOT_BUILT}")
-    reason = _NOT_BUILT if settings.redis_enabled else "REDIS_ENABLED=false"
+    refused: BaseExceptionGroup[StartError] | None = None
+    try:
+        await _serve(settings, log, announce, signals, task_status)
+    except* StartError as group:
+        refused = group
+    if refused is not None:
+        raise refused.exceptions[0]
+
+
+async def _serve(
+    settings: Settings,
+    log: FilteringBoundLogger,
+    announce: Callable[[str], None],
+    signals: Collection[int],
+    task_status: trio.TaskStatus[Serving],
+) -> None:
     tls = _tls_context(settings)
+    address = _redis_address(settings)
     listeners = await _open_listeners(settings)
     port: int = listeners[0].getsockname()[1]
     server_id = settings.server_id or f"{socket.gethostname()}-{port}"
@@ -73,44 +94,78 @@ async def serve(
     clock = SessionClock(wall_ms=_wall_ms(), monotonic_s=started)
     counters = Counters()
     metrics = Metrics()
-    storage = MemoryStorage(boot_id, reason)
+    keys = Keys(settings.redis_key_prefix)
     stopping = trio.Event()
+    serving = trio.Event()
+
+    def now() -> float:
+        return clock.at(trio.current_time())
 
     async with trio.open_nursery() as nursery:
+        manager = StorageManager(
+            settings,
+            address,
+            memory=MemoryStorage(boot_id, "memory of a server"),
+            health=HealthCheck(
+                interval_s=settings.redis_health_interval_ms / 1000,
+                timeout_s=settings.redis_health_timeout_ms / 1000,
+                clock=clock,
+                presence_key=keys.server(server_id),
+                presence=lambda: state.presence(),
+                serving=serving.is_set,
+            ),
+            keys=keys,
+            server_id=server_id,
+            boot_id=boot_id,
+            now=now,
+            counters=counters,
+            recovery_seconds=metrics.recovery_seconds.observe,
+            log=log,
+        )
         hub = Hub(
             nursery,
-            storage=storage,
+            stores=manager,
             clock=clock,
             here=Here(server_id, boot_id, settings.max_members, settings.leadership),
             counters=counters,
             log=log,
             grace_s=settings.resume_grace_ms / 1000,
             tick_s=settings.tick_interval_ms / 1000,
+            commit_seconds=metrics.commit_seconds.observe,
         )
         connections = Connections(hub, settings, log, metrics.command_seconds.observe)
-        state = _State(hub, connections, stopping, started)
-        metrics.watch(counters, state, storage.storage_type)
-        api = Api(
-            state,
-            storage,
-            metrics,
-            admin_token=settings.admin_token,
-            degraded=settings.redis_enabled,
-        )
+        state = _State(hub, connections, manager, clock, stopping, _url(settings, port))
+        metrics.watch(counters, state)
+        api = Api(state, manager, metrics, admin_token=settings.admin_token)
         acceptor = Acceptor(connections, api.answer, tls=tls, log=log)
 
+        def tell_storage() -> None:
+            loss = manager.last_failover if manager.degraded else None
+            connections.tell_storage(
+                StorageStatus(
+                    manager.storage_type,
+                    manager.degraded,
+                    None if loss is None else loss.reason,
+                )
+            )
+
+        nursery.start_soon(manager.run, hub.migrate, state.sessions, tell_storage)
+        await _settled(manager, settings)
         nursery.start_soon(hub.run_ticker)
         nursery.start_soon(hub.run_stats)
         nursery.start_soon(hub.run_graces)
         nursery.start_soon(connections.run_pings, metrics.loop_lag_seconds.observe)
-        nursery.start_soon(_run_expiry, storage, hub, settings, log)
+        nursery.start_soon(hub.run_comparisons)
+        nursery.start_soon(Sweeper(hub).run)
+        nursery.start_soon(_run_expiry, manager.memory, hub, settings, log)
         if signals:
             nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
+        serving.set()
         await nursery.start(acceptor.run, listeners)
 
         url = _url(settings, port)
         announce(f"BandSync listening on {url}")
-        announce(f"Storage: {storage.storage_type} ({reason})")
+        announce(f"Storage: {manager.storage_type} ({manager.reason or address})")
         log.info("server.started", url=url, server_id=server_id, boot_id=boot_id)
         task_status.started(Serving(url, port, server_id, stopping.set))
 
@@ -122,15 +177,24 @@ async def serve(
 
 
 class _State:
-    """What operators are shown of the running server."""
+    """What operators, and other servers, are shown of the running server."""
 
     def __init__(
-        self, hub: Hub, connections: Connections, stopping: trio.Event, started: float
+        self,
+        hub: Hub,
+        connections: Connections,
+        storage: StorageManager,
+        clock: SessionClock,
+        stopping: trio.Event,
+        url: str,
     ) -> None:
+        self.storage = storage
+        self.clock = clock
         self._hub = hub
         self._connections = connections
         self._stopping = stopping
-        self._started = started
+        self._url = url
+        self._started = trio.current_time()
 
     @property
     def server_id(self) -> str:
@@ -154,6 +218,57 @@ class _State:
 
     def members(self) -> int:
         return sum(len(room.peers) for room in self._hub.rooms.values())
+
+    def sessions(self) -> int:
+        kept = self.storage.memory.ids()
+        return len(self._hub.rooms) + sum(id_ not in self._hub.rooms for id_ in kept)
+
+    def presence(self) -> bytes:
+        """What other servers, and whoever debugs, can read of this one in Redis."""
+        return msgspec.json.encode(
+            Presence(
+                self._hub.here.boot_id,
+                self.now() - self.uptime_ms(),
+                self._url,
+                list(self._hub.rooms),
+                self.connections(),
+            )
+        )
+
+
+async def _settled(manager: StorageManager, settings: Settings) -> None:
+    """Wait for Redis, a little: a server that starts without it is of use too.
+
+    Raises:
+        StartError: it is required and cannot be used.
+    """
+    patience_ms = settings.redis_health_timeout_ms
+    if settings.redis_required:
+        patience_ms += settings.redis_connect_timeout
+    with trio.move_on_after(patience_ms / 1000):
+        await manager.settled.wait()
+    if settings.redis_required and manager.storage_type != "redis":
+        raise StartError(
+            f"REDIS_REQUIRED=true: Redis cannot be used: {manager.reason}. "
+            "Start Redis, correct the REDIS_ settings, or set REDIS_REQUIRED=false"
+        )
+
+
+def _redis_address(settings: Settings) -> Address | None:
+    if not settings.redis_enabled:
+        return None
+    if settings.redis_url is None:
+        return Address(
+            host=settings.redis_host,
+            port=settings.redis_port,
+            username=settings.redis_username,
+            password=settings.redis_password,
+            db=settings.redis_db,
+        )
+    try:
+        return parse_address(settings.redis_url)
+    except ValueError as error:
+        raise StartError(f"REDIS_URL=(not shown): {error}") from error
 
 
 async def _run_expiry(

@@ -15,17 +15,25 @@ class Counters:
         closed: WebSocket connections the server closed, by close code.
         errors: ``error`` answers, by code.
         joins: members that joined or resumed, by which of the two.
+        conflicts: commits that others were faster than.
+        reconciled: merges that had to be written back to Redis.
+        unreadable: times that something stored could not be read.
+        failovers: losses of Redis, by reason.
     """
 
     __slots__ = (
         "accepted",
         "closed",
+        "conflicts",
         "deliveries",
         "dropped",
         "errors",
+        "failovers",
         "handshakes_refused",
         "joins",
         "received",
+        "reconciled",
+        "unreadable",
     )
 
     def __init__(self) -> None:
@@ -33,6 +41,10 @@ class Counters:
         self.received = 0
         self.deliveries = 0
         self.dropped = 0
+        self.conflicts = 0
+        self.reconciled = 0
+        self.unreadable = 0
+        self.failovers: Counter[str] = Counter()
         self.handshakes_refused: Counter[str] = Counter()
         self.closed: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()

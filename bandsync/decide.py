@@ -47,6 +47,7 @@ from bandsync.messages import (
     UserJoined,
     You,
 )
+from bandsync.reconcile import audit
 from bandsync.session import Member, Session, bound, find, leader_of, role_of
 from bandsync.tokens import ResumeToken, hash_secret, proves
 from bandsync.views import member_count, member_view, snapshot, sync_response
@@ -93,7 +94,7 @@ class Bind(Struct, frozen=True):
 
 
 class Drop(Struct, frozen=True):
-    """The actor's connection is gone; its member's grace starts."""
+    """The actor's connection is gone, or its server is; its member's grace starts."""
 
 
 class Expire(Struct, frozen=True):
@@ -102,8 +103,15 @@ class Expire(Struct, frozen=True):
     reason: LeaveReason
 
 
+class Audit(Struct, frozen=True):
+    """Assert what the actor's server knows of its own members: see `reconcile.audit`."""
+
+    own: Mapping[str, Member]
+
+
 Command = (
     Bind
+    | Audit
     | Drop
     | Expire
     | LeaveSession
@@ -159,6 +167,8 @@ def decide(
         return _bind(session, command, actor, now)
     if session is None:
         return NOT_JOINED
+    if isinstance(command, Audit):
+        return _audit(Draft(session, actor.here, now), command, actor.here)
     member = bound(session, actor.member_id, actor.connection_id)
     if member is None:
         return Decision(session) if isinstance(command, Drop | Expire) else NOT_JOINED
@@ -192,6 +202,23 @@ def decide(
         case Expire():
             if not member.connected:
                 draft.remove(member, command.reason)
+    return Decision(*draft.done())
+
+
+def _audit(draft: Draft, command: Audit, here: Here) -> Decision:
+    known = draft.session.members
+    for member in audit(draft.session, command.own, here, draft.now).members.values():
+        record = known.get(member.member_id)
+        if member is record:
+            continue
+        draft.add(member)
+        if record is not None and record.present:
+            connected = member.connected
+            draft.emit(MemberConnection(*draft.head(), member.member_id, connected))
+        else:
+            view = member_view(draft.session, member)
+            draft.emit(UserJoined(*draft.head(), view, member_count(draft.session)))
+    draft.settle()
     return Decision(*draft.done())
 
 

@@ -30,7 +30,9 @@ from bandsync.session import (
     TransportRegister,
     after,
     leader_of,
+    led_by,
     longest_connected,
+    settle,
     without_old_tombstones,
 )
 from bandsync.transport import Transport, initial
@@ -126,9 +128,7 @@ class Draft:
 
     def lead(self, member_id: str) -> None:
         """Name the leader; nobody if ``member_id`` is empty."""
-        rank = self.session.leader.rank
-        new = Rank(rank.term + 1, after(self.now, rank.time), self._here.boot_id)
-        self.session = replace(self.session, leader=Leader(new, member_id))
+        self.session = led_by(self.session, member_id, self.now, self._here.boot_id)
 
     def change_role(self, member_id: str, role: Role, reason: RoleReason) -> None:
         """Tell of a role that the leader register already gives."""
@@ -149,8 +149,7 @@ class Draft:
         Returns:
             False if there is nobody to elect.
         """
-        reachable = self._here.boot_id if self._here.isolated else None
-        candidate = longest_connected(self.session, reachable, without)
+        candidate = longest_connected(self.session, self._reachable(), without)
         if candidate is None:
             return False
         self.lead(candidate.member_id)
@@ -187,7 +186,7 @@ class Draft:
         """
         if self.session is self._base:
             return self._base, ()
-        self._settle()
+        self.settle()
         session = self.session
         if session.members is not self._base.members:
             session = without_old_tombstones(session, self.now)
@@ -198,19 +197,16 @@ class Draft:
         )
         return session, tuple(self._events)
 
-    def _settle(self) -> None:
-        """Elect a leader if there is none: leadership is not left vacant.
+    def settle(self) -> None:
+        """Elect a leader if there is none: see `session.settle`."""
+        settled = settle(self.session, self.now, self._here.boot_id, self._reachable())
+        if settled is not self.session:
+            self.session = settled
+            self.change_role(settled.leader.member_id, "leader", "elected")
 
-        Except after the only connected member stepped down: it is not elected again.
-        """
-        if leader_of(self.session) is not None:
-            return
-        if not self.session.leader.member_id:
-            connected = sum(member.connected for member in self.session.members.values())
-            if connected < 2:
-                return
-        if self.elect():
-            self.change_role(self.session.leader.member_id, "leader", "elected")
+    def _reachable(self) -> str | None:
+        """Whose members can be elected: in memory mode those of this server process only."""
+        return self._here.boot_id if self._here.isolated else None
 
     def _stamp(self, replaced: Stamp) -> Stamp:
         rank = self.session.leader.rank

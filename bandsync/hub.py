@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 from msgspec import Struct, UnsetType
+from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.clock import SessionClock
@@ -13,11 +14,20 @@ from bandsync.counters import Counters
 from bandsync.decide import Bind
 from bandsync.draft import Here
 from bandsync.messages import LeaveReason, You
+from bandsync.mirror import House, Stores
 from bandsync.rooms import CLOSED, Peer, Room
 from bandsync.rota import Rota
-from bandsync.storage.base import Storage
+from bandsync.session import tip
+from bandsync.storage.base import Lost
+from bandsync.storage.era import Era
 
 STATS_PERIOD_S = 5.0
+# Anti-entropy: how often the tips of all hosted sessions are compared with what is stored.
+COMPARE_PERIOD_S = 5.0
+_COMPARED_AT_ONCE = 100
+# Rooms that migrate at the same time: enough to fill the round trips, few enough that commands
+# get their turn in between.
+_MOVERS = 8
 
 # Each slot costs a wake-up, and keeps everybody else waiting for its share: a quarter of a
 # thousand ticks take about three milliseconds.
@@ -46,6 +56,7 @@ class Hub:
         nursery: parent of what must be finished although the connection that caused it is gone.
         clock: the session clock.
         here: what the rules need to know of this server.
+        commit_seconds: told how long each commit took.
         grace_s: how long a member is kept without a connection, seconds.
         tick_s: how often playing rooms send a ``scroll_tick``, seconds; 0 for never.
     """
@@ -54,16 +65,28 @@ class Hub:
         self,
         nursery: trio.Nursery,
         *,
-        storage: Storage,
+        stores: Stores,
         clock: SessionClock,
         here: Here,
         counters: Counters,
         log: FilteringBoundLogger,
         grace_s: float,
         tick_s: float,
+        commit_seconds: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self.storage = storage
+        self.stores = stores
         self.here = here
+        self.house = House(
+            stores=stores,
+            isolated=replace(here, isolated=True),
+            connected=replace(here, isolated=False),
+            now=self.now,
+            timer=trio.current_time,
+            finish=self.finish,
+            counters=counters,
+            commit_seconds=commit_seconds,
+            log=log,
+        )
         self.counters = counters
         self.log = log
         self.rooms: dict[str, Room] = {}
@@ -94,6 +117,61 @@ class Hub:
                 return room, outcome
             if outcome is not CLOSED:
                 return outcome
+
+    async def migrate(self, era: Era, moved: Callable[[], None]) -> None:
+        """Bring every session that is hosted or kept here to Redis, until ``era`` is over.
+
+        Args:
+            moved: told of each one that is done with, whether it moved or has to stay.
+        """
+        # Those that are played now come first.
+        waiting = iter(dict.fromkeys([*self.rooms, *self.stores.memory.ids()]))
+
+        async def move_some() -> None:
+            for session_id in waiting:
+                if era.over:
+                    return
+                await self._move(session_id, era)
+                moved()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(_MOVERS):
+                nursery.start_soon(move_some)
+
+    async def run_comparisons(self) -> None:
+        """Compare what is hosted with what is stored, and put it off expiry, for ever."""
+        while True:
+            await trio.sleep(COMPARE_PERIOD_S)
+            era = self.stores.era
+            if era is not None:
+                await self.compare(era)
+
+    async def compare(self, era: Era) -> None:
+        """Catch up with whatever was written, or lost, behind our back."""
+        session_ids = list(self.rooms)
+        for start in range(0, len(session_ids), _COMPARED_AT_ONCE):
+            batch = session_ids[start : start + _COMPARED_AT_ONCE]
+            stored = await era.storage.touch(batch)
+            if isinstance(stored, Lost):
+                return
+            for session_id in batch:
+                room = self.rooms.get(session_id)
+                if room is None:
+                    continue
+                session = room.mirror.session
+                if room.mirror.era is not era:
+                    # It stayed in memory when the others moved.
+                    await room.move(era)
+                elif (None if session is None else tip(session)) != stored[session_id]:
+                    await room.catch_up()
+
+    async def _move(self, session_id: str, era: Era) -> None:
+        room = self.rooms.get(session_id)
+        if room is None:
+            if self.stores.memory.find(session_id) is None:
+                return
+            room = self.rooms[session_id] = Room(self, session_id)
+        await room.move(era)
 
     def dropped(self, room: Room, peer: Peer, reason: LeaveReason) -> None:
         """A connection is gone: its member's grace starts. Never blocks."""

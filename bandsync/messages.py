@@ -97,6 +97,12 @@ class ServerDraining(Outgoing, frozen=True, tag="server_draining"):
     reconnect_in_ms: int
 
 
+class StorageStatus(Outgoing, frozen=True, tag="storage_status"):
+    storage_type: str
+    degraded: bool
+    reason: str | None
+
+
 class Event(Outgoing, frozen=True):
     """A committed change of a session; ``version`` is the one it made."""
 

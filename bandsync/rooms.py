@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import trio
-from msgspec import UNSET, Struct, UnsetType
-from msgspec.structs import replace
+from msgspec import UNSET, UnsetType
 
 from bandsync.commands import LeaveSession, Play, Refusal
-from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
+from bandsync.decide import Audit, Bind, Command, Drop, Expire
 from bandsync.frames import text_frame
-from bandsync.messages import Ack, LeaveReason, Outgoing, ScrollTick, Snapshot, You, encode
-from bandsync.session import Session, tip
-from bandsync.storage.base import CONFLICT, MAX_ATTEMPTS, Committed
+from bandsync.messages import (
+    Ack,
+    LeaveReason,
+    Outgoing,
+    RoleChanged,
+    ScrollTick,
+    Snapshot,
+    You,
+    encode,
+)
+from bandsync.mirror import Mirror, Outcome
+from bandsync.reconcile import superseded
+from bandsync.session import Member, Session, present
+from bandsync.storage.era import Era
 from bandsync.transport import beat_at, in_force, position_at
-from bandsync.views import member_count, room_stats, snapshot
+from bandsync.views import room_stats, snapshot
 
 if TYPE_CHECKING:
     from bandsync.hub import Hub
@@ -52,32 +62,27 @@ class Peer(Protocol):
         """Close the connection soon; never blocks."""
 
 
+REPLACED = "the same member resumed on another connection"
+
 # The room was let go of while somebody waited for it; there is another by now.
 CLOSED = Refusal("conflict", "The session was closed and opened again; try again.")
-
-
-class _Outcome(Struct, frozen=True):
-    """A committed decision, and the frames of its events."""
-
-    decision: Decision
-    frames: bytes = b""
 
 
 class Room:
     """One hosted session.
 
     Attributes:
-        mirror: the session as this server knows it; None before the first member joined.
+        mirror: the session as this server knows it.
         peers: the connections of its members, by member id.
     """
 
     __slots__ = (
+        "_bound",
         "_closed",
+        "_graces",
         "_hub",
         "_lock",
-        "_opened",
         "_tick_pushes",
-        "_uncertain",
         "mirror",
         "peers",
         "session_id",
@@ -86,13 +91,14 @@ class Room:
     def __init__(self, hub: Hub, session_id: str) -> None:
         self._hub = hub
         self._lock = trio.Lock()
-        self._opened = False
         self._closed = False
-        # A commit was interrupted: it may have been carried out.
-        self._uncertain = False
         self.session_id = session_id
-        self.mirror: Session | None = None
+        self.mirror = Mirror(session_id, hub.house, self, self.catch_up)
         self.peers: dict[str, Peer] = {}
+        # The members of ``peers`` as they were bound, for the audit.
+        self._bound: dict[str, Member] = {}
+        # The connections whose graces run.
+        self._graces: set[str] = set()
         # What a tick needs of the peers: each object more that it touched would be a cache miss
         # more per delivery.
         self._tick_pushes: tuple[Callable[[bytes], None], ...] = ()
@@ -109,13 +115,10 @@ class Room:
             if self._closed:
                 return CLOSED
             own = peer.member_id if self.peers.get(peer.member_id) is peer else ""
-            actor = Actor(self._hub.here, peer.connection_id, own, fresh_id)
             settled = False
             try:
-                if not self._opened:
-                    self.mirror = await self._hub.storage.get_session(self.session_id)
-                    self._opened = True
-                outcome = await self._change(command, actor)
+                await self._open()
+                outcome = await self.mirror.change(command, peer.connection_id, own, fresh_id)
                 settled = True
                 if isinstance(outcome, Refusal):
                     return outcome
@@ -123,7 +126,7 @@ class Room:
                 # registration that brings all that comes after it, belong together.
                 return self._register(peer, own, outcome, request_id)
             finally:
-                if not settled and self._uncertain:
+                if not settled and self.mirror.uncertain:
                     # Whoever was bound by the commit that was interrupted has no connection.
                     for member_id in (fresh_id, *(token.member_id for token in command.resume)):
                         self._hub.finish(self.drop, member_id, peer.connection_id, "timeout")
@@ -133,17 +136,18 @@ class Room:
         self, peer: Peer, command: Command, fresh_id: str, request_id: str | UnsetType
     ) -> Refusal | None:
         """Carry out a member's command and tell everybody, or return why not."""
-        actor = Actor(self._hub.here, peer.connection_id, peer.member_id, fresh_id)
-        if isinstance(command, Play):
-            actor = replace(actor, latencies_ms=self._latencies())
+        latencies_ms = self._latencies() if isinstance(command, Play) else None
+        member_id = peer.member_id
         async with _Held(self._lock):
-            outcome = await self._change(command, actor)
+            outcome = await self.mirror.change(
+                command, peer.connection_id, member_id, fresh_id, latencies_ms
+            )
             if isinstance(outcome, Refusal):
                 return outcome
             self._tell(outcome, peer, request_id)
             if isinstance(command, LeaveSession):
-                self.unregister(peer, peer.member_id)
-                self._left(peer.member_id, "left")
+                self.unregister(peer, member_id)
+                self._left(member_id, "left")
             return None
 
     async def leave(self, member_id: str, connection_id: str) -> None:
@@ -152,24 +156,79 @@ class Room:
 
     async def expire(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
         """Remove a member whose grace is over, unless it has come back."""
+        self._graces.discard(connection_id)
         await self._on_behalf(Expire(reason), member_id, connection_id, reason)
 
     async def drop(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
         """Show a member as disconnected and start its grace, if this is its connection."""
         async with _Held(self._lock):
-            actor = Actor(self._hub.here, connection_id, member_id)
-            outcome = await self._change(Drop(), actor)
-            if isinstance(outcome, _Outcome) and outcome.frames:
+            if self._closed:
+                return
+            outcome = await self.mirror.change(Drop(), connection_id, member_id)
+            if isinstance(outcome, Outcome) and outcome.frames:
                 self._tell(outcome)
-                self._hub.start_grace(self, member_id, connection_id, reason)
+                self._start_grace(member_id, connection_id, reason)
             self._close_if_empty()
 
-    async def refresh(self) -> None:
-        """Find out what became of a commit that was interrupted."""
+    async def sweep(self, member: Member) -> None:
+        """The member's server is gone: disconnect it, and remove it after the grace."""
+        if member.connected:
+            await self.drop(member.member_id, member.connection_id, "server_lost")
+        else:
+            self._start_grace(member.member_id, member.connection_id, "server_lost")
+
+    async def catch_up(self) -> None:
+        """Take over what others stored, and what became of a commit that was interrupted."""
         async with _Held(self._lock):
-            if self._uncertain:
-                await self._read_again()
-            self._close_if_empty()
+            if not self._closed:
+                await self.mirror.catch_up()
+                self._close_if_empty()
+
+    async def move(self, era: Era) -> bool:
+        """Bring the session to Redis; False if it stays in memory.
+
+        A room that only holds what a band has left is closed afterwards.
+        """
+        async with _Held(self._lock):
+            if self._closed or self.mirror.era is era:
+                return True
+            try:
+                await self._open()
+                return self.mirror.era is era or await self.mirror.move(era)
+            finally:
+                self._close_if_empty()
+
+    def own(self) -> Mapping[str, Member]:
+        """The members that are bound to connections here, as they were bound."""
+        return self._bound
+
+    def changed(self, session: Session) -> None:
+        """The session moves or stands still from now on."""
+        ticker = self._hub.ticker
+        if ticker is not None:
+            transport = session.transport.value
+            if transport.is_playing or transport.next is not None:
+                ticker.add(self)
+            else:
+                ticker.discard(self)
+
+    def jumped(self, shown: Session, events: Sequence[RoleChanged]) -> None:
+        """Show everybody a state that came from outside, then what follows from it.
+
+        Whose member is bound elsewhere by now is closed; whose connection is gone gets its grace.
+        """
+        for member_id in superseded(shown, self._bound):
+            peer = self._seat(member_id, None)
+            if peer is not None:
+                peer.close(4001, REPLACED)
+        frame = _frame(snapshot(shown, self._hub.now()))
+        frames = b"".join([_frame(event) for event in events])
+        for peer in self.peers.values():
+            peer.push_snapshot(frame)
+            if frames:
+                peer.push(frames)
+        self._hub.counters.deliveries += len(self.peers) * (1 + len(events))
+        self._start_graces(shown)
 
     def unregister(self, peer: Peer, member_id: str) -> None:
         """Send nothing more to ``peer`` as this member."""
@@ -178,10 +237,11 @@ class Room:
 
     def tick(self) -> None:
         """Tell the position to those who want ticks, while the song plays."""
-        if self.mirror is None:
+        session = self.mirror.session
+        if session is None:
             return
         now = self._hub.now()
-        segment = in_force(self.mirror.transport.value, now)
+        segment = in_force(session.transport.value, now)
         if not segment.is_playing:
             return
         position = position_at(segment, now)
@@ -193,83 +253,55 @@ class Room:
 
     def send_stats(self) -> None:
         """Tell everybody how well everybody is connected."""
-        if self.mirror is None or not self.peers:
-            return
+        session = self.mirror.session
         peers = self.peers
+        if session is None or not peers:
+            return
         latencies = {member_id: peer.latency_ms for member_id, peer in peers.items()}
         sync_errors = {member_id: peer.sync_error_ms for member_id, peer in peers.items()}
-        frame = _frame(room_stats(self.mirror, self._hub.now(), latencies, sync_errors))
+        frame = _frame(room_stats(session, self._hub.now(), latencies, sync_errors))
         for peer in peers.values():
             peer.push_volatile(frame)
         self._hub.counters.deliveries += len(peers)
+
+    async def _open(self) -> None:
+        """Read the session; members that an earlier room of ours left behind get their graces."""
+        mirror = self.mirror
+        if mirror.opened:
+            return
+        await mirror.open()
+        if mirror.session is not None:
+            outcome = await mirror.change(Audit(self._bound), "")
+            if isinstance(outcome, Outcome):
+                self._tell(outcome)
+            self._start_graces(mirror.session)
 
     async def _on_behalf(
         self, command: Command, member_id: str, connection_id: str, reason: LeaveReason
     ) -> None:
         """Remove a member that is not there to ask for it."""
         async with _Held(self._lock):
-            actor = Actor(self._hub.here, connection_id, member_id)
-            outcome = await self._change(command, actor)
-            if isinstance(outcome, _Outcome) and outcome.frames:
+            if self._closed:
+                return
+            outcome = await self.mirror.change(command, connection_id, member_id)
+            if isinstance(outcome, Outcome) and outcome.frames:
                 self._tell(outcome)
                 self._left(member_id, reason)
             else:
                 self._close_if_empty()
 
-    async def _change(self, command: Command, actor: Actor) -> _Outcome | Refusal:
-        """Decide and commit; the lock is held. What was committed is the mirror afterwards."""
-        if self._uncertain:
-            await self._read_again()
-        stored = self.mirror
-        for _ in range(MAX_ATTEMPTS):
-            decision = decide(self.mirror, command, actor, self._hub.now())
-            if isinstance(decision, Refusal):
-                return decision
-            if not decision.events:
-                return _Outcome(decision)
-            events = [encode(event) for event in decision.events]
-            self._uncertain = True
-            try:
-                result = await self._hub.storage.commit(stored, decision.session, events)
-                self._uncertain = False
-            finally:
-                if self._uncertain:
-                    self._hub.finish(self.refresh)
-            if isinstance(result, Committed):
-                self._adopt(result.session)
-                return _Outcome(decision, b"".join([text_frame(event) for event in events]))
-            stored = result.stored
-            if stored is not None:
-                self._jump(stored)
-        return CONFLICT
+    def _start_graces(self, session: Session) -> None:
+        """Start the graces of our members without a connection that have none yet."""
+        for member in present(session):
+            if member.boot_id == self._hub.here.boot_id and not member.connected:
+                self._start_grace(member.member_id, member.connection_id, "timeout")
 
-    async def _read_again(self) -> None:
-        stored = await self._hub.storage.get_session(self.session_id)
-        self._uncertain = False
-        if stored is not None and (self.mirror is None or tip(stored) != tip(self.mirror)):
-            self._jump(stored)
+    def _start_grace(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
+        if connection_id not in self._graces:
+            self._graces.add(connection_id)
+            self._hub.start_grace(self, member_id, connection_id, reason)
 
-    def _adopt(self, session: Session) -> None:
-        """Take a state as the mirror."""
-        self.mirror = session
-        ticker = self._hub.ticker
-        if ticker is not None:
-            transport = session.transport.value
-            if transport.is_playing or transport.next is not None:
-                ticker.add(self)
-            else:
-                ticker.discard(self)
-
-    def _jump(self, session: Session) -> None:
-        """Take a state that did not come from our mirror, and show it to everybody."""
-        self._adopt(session)
-        frame = _frame(snapshot(session, self._hub.now()))
-        for peer in self.peers.values():
-            peer.push_snapshot(frame)
-
-    def _register(
-        self, peer: Peer, own: str, outcome: _Outcome, request_id: str | UnsetType
-    ) -> You:
+    def _register(self, peer: Peer, own: str, outcome: Outcome, request_id: str | UnsetType) -> You:
         """Put ``peer`` in its member's place, after telling the others."""
         reply = outcome.decision.reply
         assert isinstance(reply, Snapshot)
@@ -279,8 +311,9 @@ class Room:
         self._seat(own, None)
         self._tell(outcome)
         if replaced is not None and replaced is not peer:
-            replaced.close(4001, "the same member resumed on another connection")
+            replaced.close(4001, REPLACED)
         self._seat(member_id, peer)
+        self._bound[member_id] = outcome.decision.session.members[member_id]
         peer.member_id = member_id
         peer.push_snapshot(_frame(reply) + _ack(request_id, reply.version))
         self._hub.stats.add(self)
@@ -299,6 +332,7 @@ class Room:
     def _seat(self, member_id: str, peer: Peer | None) -> Peer | None:
         """Put ``peer`` (None for nobody) in a member's place; who had it before."""
         before = self.peers.pop(member_id, None)
+        self._bound.pop(member_id, None)
         if peer is not None:
             self.peers[member_id] = peer
         self._tick_pushes = tuple(
@@ -307,7 +341,7 @@ class Room:
         return before
 
     def _tell(
-        self, outcome: _Outcome, caller: Peer | None = None, request_id: str | UnsetType = UNSET
+        self, outcome: Outcome, caller: Peer | None = None, request_id: str | UnsetType = UNSET
     ) -> None:
         """Push what was committed: the events to everybody, the answer to the caller."""
         decision = outcome.decision
@@ -346,10 +380,14 @@ class Room:
         }
 
     def _close_if_empty(self) -> None:
-        """Let go of a session whose last member is gone; the storage still has it."""
-        if self.peers or self._uncertain:
+        """Let go of a session whose last member here is gone; the storage still has it."""
+        mirror = self.mirror
+        if self.peers or mirror.uncertain:
             return
-        if self.mirror is not None and member_count(self.mirror):
+        boot_id = self._hub.here.boot_id
+        if mirror.session is not None and any(
+            member.boot_id == boot_id for member in present(mirror.session)
+        ):
             return
         self._closed = True
         if self._hub.rooms.get(self.session_id) is self:

@@ -24,7 +24,7 @@ TOMBSTONE_MS = 60_000.0
 MAX_TOMBSTONES = 64
 
 
-class Rank(Struct, frozen=True, order=True):
+class Rank(Struct, frozen=True, order=True, rename="camel"):
     """Rank of a leader: the greater wins a merge.
 
     Attributes:
@@ -38,7 +38,7 @@ class Rank(Struct, frozen=True, order=True):
     boot_id: str
 
 
-class Stamp(Struct, frozen=True, order=True):
+class Stamp(Struct, frozen=True, order=True, rename="camel"):
     """Stamp of a register's content: under which leader, when, and by which server process.
 
     Leading with the rank means that a change made under the winning leader is never lost to one
@@ -50,28 +50,28 @@ class Stamp(Struct, frozen=True, order=True):
     boot_id: str
 
 
-class Epoch(Struct, frozen=True, order=True):
+class Epoch(Struct, frozen=True, order=True, rename="camel"):
     """The life of a session: of two, the one born first wins a merge."""
 
     created_at: float
     id: str
 
 
-class Leader(Struct, frozen=True):
+class Leader(Struct, frozen=True, rename="camel"):
     """Who leads. ``member_id`` is empty after the only member stepped down."""
 
     rank: Rank
     member_id: str
 
 
-class TransportRegister(Struct, frozen=True):
+class TransportRegister(Struct, frozen=True, rename="camel"):
     """The transport and its stamp."""
 
     stamp: Stamp
     value: Transport
 
 
-class HeadlineRegister(Struct, frozen=True):
+class HeadlineRegister(Struct, frozen=True, rename="camel"):
     """The session's message (its headline) and its stamp."""
 
     stamp: Stamp
@@ -84,14 +84,14 @@ class Settings(Struct, frozen=True, rename="camel"):
     max_members: int
 
 
-class SettingsRegister(Struct, frozen=True):
+class SettingsRegister(Struct, frozen=True, rename="camel"):
     """The session's settings and their stamp."""
 
     stamp: Stamp
     value: Settings
 
 
-class Member(Struct, frozen=True):
+class Member(Struct, frozen=True, rename="camel"):
     """One member, present or, once removed, a tombstone.
 
     Attributes:
@@ -161,7 +161,7 @@ class Session(Struct, frozen=True):
     last_active_at: float
 
 
-class Tip(Struct, frozen=True):
+class Tip(Struct, frozen=True, rename="camel"):
     """What identifies a state of a session; its version alone does not (design.md section 4)."""
 
     epoch: str
@@ -225,6 +225,37 @@ def longest_connected(session: Session, boot_id: str | None, without: str = "") 
         key=lambda member: (member.connected_at, member.joined_at, member.member_id),
         default=None,
     )
+
+
+def led_by(session: Session, member_id: str, now: float, boot_id: str) -> Session:
+    """``session`` with another leader: a new term, written by the server process ``boot_id``."""
+    rank = session.leader.rank
+    new = Rank(rank.term + 1, after(now, rank.time), boot_id)
+    return replace(session, leader=Leader(new, member_id))
+
+
+def settle(session: Session, now: float, boot_id: str, reachable: str | None) -> Session:
+    """``session`` with a leader if one can be had: leadership is not left vacant.
+
+    Except after the only connected member stepped down: it is not elected again.
+
+    Args:
+        boot_id: the server process that writes.
+        reachable: elect a member of this server process only; None for any.
+
+    Returns:
+        The very same object when somebody leads or nobody can be elected.
+    """
+    if leader_of(session) is not None:
+        return session
+    candidate = longest_connected(session, reachable)
+    if candidate is None:
+        return session
+    if not session.leader.member_id:
+        others = longest_connected(session, reachable, without=candidate.member_id)
+        if others is None:
+            return session
+    return led_by(session, candidate.member_id, now, boot_id)
 
 
 def without_old_tombstones(session: Session, now: float) -> Session:

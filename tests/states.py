@@ -1,9 +1,24 @@
 """Sessions and commands for tests of the rules."""
 
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.commands import Refusal
-from bandsync.decide import Actor, Bind, Command, Decision, decide
+from bandsync.commands import (
+    ChatMessage,
+    DenyLeader,
+    LeaveSession,
+    Pause,
+    Play,
+    PositionSync,
+    Refusal,
+    RequestLeader,
+    Seek,
+    SetRole,
+    SetTempo,
+    Stop,
+    UpdateMessage,
+)
+from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
 from bandsync.draft import Here
 from bandsync.messages import Snapshot, You
 from bandsync.session import Session
@@ -17,13 +32,15 @@ class Stage:
     """One session and the rules, driven by name: every member has its own connection.
 
     Attributes:
+        prefix: what its ids begin with, where there are other stages.
         session: the state after the last command.
         tokens: the latest resume token of each name.
         ids: the member id of each name.
         connections: the connection of each name.
     """
 
-    def __init__(self, here: Here = HERE, now: float = NOW) -> None:
+    def __init__(self, here: Here = HERE, now: float = NOW, prefix: str = "") -> None:
+        self.prefix = prefix
         self.here = here
         self.now = now
         self.session: Session | None = None
@@ -35,7 +52,7 @@ class Stage:
     def draw(self, kind: str) -> str:
         """A fresh id."""
         self._drawn += 1
-        return f"{kind}{self._drawn}"
+        return f"{self.prefix}{kind}{self._drawn}"
 
     def actor(self, name: str, **more: object) -> Actor:
         """The member ``name`` on its connection."""
@@ -101,3 +118,89 @@ class Stage:
         if member is None or not member.present:
             return None
         return next(name for name, known in self.ids.items() if known == member_id)
+
+
+NAMES = ["Ann", "Bob", "Cid", "Dan"]
+
+WHAT = [
+    "join",
+    "lead",
+    "resume",
+    "leave",
+    "drop",
+    "expire",
+    "claim",
+    "down",
+    "hand",
+    "ask",
+    "play",
+    "pause",
+    "stop",
+    "seek",
+    "tempo",
+    "sync",
+    "headline",
+    "chat",
+    "deny",
+]
+
+# What members do, in words: (name, what, argument, milliseconds passed before).
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(NAMES),
+        st.sampled_from(WHAT),
+        st.integers(0, 3),
+        # Clocks of several servers may disagree: time may run backwards, too.
+        st.floats(-50, 70_000),
+    ),
+    max_size=40,
+)
+
+
+def command_for(stage: Stage, what: str, number: int) -> Command:
+    other = stage.ids.get(NAMES[number], "nobody")
+    match what:
+        case "leave":
+            return LeaveSession()
+        case "drop":
+            return Drop()
+        case "expire":
+            return Expire("timeout")
+        case "claim":
+            return SetRole(role="leader")
+        case "down":
+            return SetRole(role="follower")
+        case "hand":
+            return SetRole(role="leader", member_id=other)
+        case "ask":
+            return RequestLeader()
+        case "deny":
+            return DenyLeader(member_id=other)
+        case "play":
+            return Play(count_in_beats=number)
+        case "pause":
+            return Pause()
+        case "stop":
+            return Stop()
+        case "seek":
+            return Seek(position_ms=number * 1000, at=("now", "beat", "bar", "bar")[number])
+        case "tempo":
+            return SetTempo(tempo=60 + number * 30)
+        case "sync":
+            return PositionSync(position_ms=number * 100, timestamp=stage.now)
+        case "headline":
+            return UpdateMessage(message=str(number))
+        case _:
+            return ChatMessage(text=str(number))
+
+
+def step(stage: Stage, name: str, what: str, number: int) -> Decision | Refusal | None:
+    """Do it; None for a join, whose decision the stage keeps to itself."""
+    if what in {"join", "lead", "resume"}:
+        stage.attempt_join(
+            name, lead=what == "lead", resume=what == "resume" and name in stage.tokens
+        )
+        return None
+    if stage.session is None:
+        return None
+    return stage.attempt(name, command_for(stage, what, number))

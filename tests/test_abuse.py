@@ -349,7 +349,7 @@ async def test_a_bug_is_told_with_an_id_and_ends_nothing(
 
     async with band(server, "Ann", "Bob") as (ann, bob):
         with monkeypatch.context() as patch:
-            patch.setattr("bandsync.rooms.decide", broken)
+            patch.setattr("bandsync.mirror.decide", broken)
             error = await ann.ask("play")
         assert error["code"] == "internal"
         (logged,) = server.events("command.failed")

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from bandsync.commands import (
     ChatMessage,
-    DenyLeader,
     LeaveSession,
-    Pause,
     Play,
     PositionSync,
     Refusal,
@@ -20,9 +18,8 @@ from bandsync.commands import (
     SetTempo,
     Stop,
     SyncRequest,
-    UpdateMessage,
 )
-from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
+from bandsync.decide import Actor, Bind, Decision, Drop, Expire, decide
 from bandsync.draft import Here
 from bandsync.messages import (
     Event,
@@ -45,97 +42,11 @@ from bandsync.session import (
 )
 from bandsync.tokens import parse_resume_token
 from bandsync.transport import in_force
-from tests.states import HERE, NOW, Stage
-
-NAMES = ["Ann", "Bob", "Cid", "Dan"]
+from tests.states import HERE, NOW, Stage, step, steps
 
 
 def kinds(events: Sequence[Event]) -> list[str]:
     return [type(event).__name__ for event in events]
-
-
-# What members do, in words: (name, what, argument).
-steps = st.lists(
-    st.tuples(
-        st.sampled_from(NAMES),
-        st.sampled_from(
-            [
-                "join",
-                "lead",
-                "resume",
-                "leave",
-                "drop",
-                "expire",
-                "claim",
-                "down",
-                "hand",
-                "ask",
-                "play",
-                "pause",
-                "stop",
-                "seek",
-                "tempo",
-                "sync",
-                "headline",
-                "chat",
-                "deny",
-            ]
-        ),
-        st.integers(0, 3),
-        # Clocks of several servers may disagree: time may run backwards, too.
-        st.floats(-50, 70_000),
-    ),
-    max_size=40,
-)
-
-
-def command_for(stage: Stage, what: str, number: int) -> Command:
-    other = stage.ids.get(NAMES[number], "nobody")
-    match what:
-        case "leave":
-            return LeaveSession()
-        case "drop":
-            return Drop()
-        case "expire":
-            return Expire("timeout")
-        case "claim":
-            return SetRole(role="leader")
-        case "down":
-            return SetRole(role="follower")
-        case "hand":
-            return SetRole(role="leader", member_id=other)
-        case "ask":
-            return RequestLeader()
-        case "deny":
-            return DenyLeader(member_id=other)
-        case "play":
-            return Play(count_in_beats=number)
-        case "pause":
-            return Pause()
-        case "stop":
-            return Stop()
-        case "seek":
-            return Seek(position_ms=number * 1000, at=("now", "beat", "bar", "bar")[number])
-        case "tempo":
-            return SetTempo(tempo=60 + number * 30)
-        case "sync":
-            return PositionSync(position_ms=number * 100, timestamp=stage.now)
-        case "headline":
-            return UpdateMessage(message=str(number))
-        case _:
-            return ChatMessage(text=str(number))
-
-
-def step(stage: Stage, name: str, what: str, number: int) -> Decision | Refusal | None:
-    """Do it; None for a join, whose decision the stage keeps to itself."""
-    if what in {"join", "lead", "resume"}:
-        stage.attempt_join(
-            name, lead=what == "lead", resume=what == "resume" and name in stage.tokens
-        )
-        return None
-    if stage.session is None:
-        return None
-    return stage.attempt(name, command_for(stage, what, number))
 
 
 def registers(session: Session) -> dict[str, tuple[object, object]]:

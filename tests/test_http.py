@@ -43,7 +43,12 @@ async def test_health_is_the_seeds_document_and_more(server: Server) -> None:
         "initialized": True,
         "fallbackReason": "REDIS_ENABLED=false",
         "totalSessions": 1,
-        "redisStatus": {"connected": False, "connectionAttempts": 0},
+        "redisStatus": {
+            "connected": False,
+            "connectionAttempts": 0,
+            "address": None,
+            "outstanding": 0,
+        },
         "serverId": "stage",
         "version": __version__,
         "connections": 2,
@@ -54,7 +59,7 @@ async def test_health_is_the_seeds_document_and_more(server: Server) -> None:
 
 async def test_storage_status(server: Server) -> None:
     status = (await get(server, "/api/storage/status")).json()
-    assert (status["mode"], status["degraded"]) == ("memory", False)
+    assert (status["mode"], status["degraded"]) == ("memory (disabled)", False)
     assert status["lastFailover"] is None
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "bandsync"
 ROWS = [
     {"app"},
     {"net", "ops"},
-    {"hub", "rooms", "rota"},
+    {"sweeper", "hub", "rooms", "mirror", "rota"},
     {"storage"},
     {"redis_link"},
 ]
@@ -26,7 +26,9 @@ PURE = {
     "http",
     "joining",
     "limits",
+    "merge",
     "messages",
+    "reconcile",
     "session",
     "settings",
     "tokens",

@@ -21,9 +21,10 @@ PATIENCE_S = 30
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This one, without what would configure a server."""
+    """This one, without what would configure a server, nor the Redis that may run here."""
     ours = {option.name for option in OPTIONS}
-    return {name: text for name, text in os.environ.items() if name not in ours} | variables
+    plain = {name: text for name, text in os.environ.items() if name not in ours}
+    return {"REDIS_ENABLED": "false"} | plain | variables
 
 
 def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -114,7 +115,12 @@ def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None
         (["--host", "203.0.113.1"], "HOST='203.0.113.1'"),
         (["--host", "no such host"], "HOST='no such host'"),
         (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "TLS_CERT='a.pem'"),
-        (["--redis-required", "true"], "REDIS_REQUIRED=true"),
+        (["--redis-url", "redis://a/b", "--redis-enabled", "true"], "REDIS_URL=(not shown)"),
+        (
+            ["--redis-enabled", "true", "--redis-required", "true"]
+            + ["--redis-port", "1", "--redis-max-retries", "0"],
+            "REDIS_REQUIRED=true: Redis cannot be used: refused",
+        ),
     ],
 )
 def test_what_this_machine_cannot_do_stops_the_start(

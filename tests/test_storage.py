@@ -1,8 +1,9 @@
 """The contract of a storage. One suite for every backend."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import trio
 from msgspec.structs import replace
 
 from bandsync.commands import Play, Refusal, SetTempo
@@ -12,17 +13,21 @@ from bandsync.messages import Snapshot
 from bandsync.session import Session, find, present, tip
 from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
 from bandsync.storage.memory import MemoryStorage
+from tests.redis_storages import redis_storage
 from tests.states import HERE, NOW
 
 
-def memory() -> Storage:
-    return MemoryStorage("boot-1", "for a test")
-
-
-@pytest.fixture(params=[memory])
-def storage(request: pytest.FixtureRequest) -> Storage:
-    made: Storage = request.param()
-    return made
+@pytest.fixture(params=["memory", "fakeredis", "redis"])
+async def storage(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[Storage]:
+    if request.param == "memory":
+        yield MemoryStorage("boot-1", "for a test")
+        return
+    if request.param == "fakeredis":
+        url = request.getfixturevalue("fake_redis")
+    else:
+        url = request.getfixturevalue("shared_redis").url()
+    async with redis_storage(url) as made:
+        yield made
 
 
 def bind(name: str) -> tuple[Bind, Actor]:
@@ -47,6 +52,7 @@ async def test_there_is_nothing_at_first(storage: Storage) -> None:
 
 async def test_create_get_list_delete(storage: Storage) -> None:
     session = new_session("song", "epoch-1", HERE, NOW)
+    session = replace(session, version=1)
     created = await storage.create_session(session)
     assert isinstance(created, Committed)
     assert created.session.event_id

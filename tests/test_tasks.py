@@ -29,6 +29,7 @@ from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
 from tests.servers import TEST_SETTINGS
 from tests.states import HERE, NOW
+from tests.stores import FixedStores
 
 Message = dict[str, Any]
 
@@ -67,9 +68,10 @@ class House:
 
     def __init__(self, nursery: trio.Nursery, settings: Settings) -> None:
         self.nursery = nursery
+        self.stores = FixedStores()
         self.hub = Hub(
             nursery,
-            storage=MemoryStorage("boot-1", "for a test"),
+            stores=self.stores,
             clock=SessionClock(NOW, trio.current_time()),
             here=HERE,
             counters=Counters(),
@@ -207,7 +209,7 @@ class SlowStorage(MemoryStorage):
 async def test_clock_answers_tell_when_the_question_came_and_when_the_answer_left(
     house: House, autojump_clock: MockClock
 ) -> None:
-    house.hub.storage = SlowStorage("boot-1", "for a test")
+    house.stores.memory = SlowStorage("boot-1", "for a test")
     async with house.player() as ann:
         await trio.sleep(1)
         asked = house.hub.now()
@@ -277,11 +279,11 @@ async def test_a_drain_tells_everybody_and_closes_in_time(
 async def test_a_drain_waits_until_the_storage_knows_who_is_gone(
     house: House, autojump_clock: MockClock
 ) -> None:
-    house.hub.storage = SlowStorage("boot-1", "for a test")
+    house.stores.memory = SlowStorage("boot-1", "for a test")
     async with house.player("Ann"), house.player("Bob"):
         await trio.sleep(2)
         await drain(house.connections, 10)
-        session = await house.hub.storage.get_session("song")
+        session = await house.stores.memory.get_session("song")
         assert session is not None
         assert [member.connected for member in session.members.values()] == [False, False]
 
@@ -313,5 +315,5 @@ async def test_rooms_close_when_the_last_member_is_gone(
         assert len(house.hub.rooms) == 1
     await trio.sleep(11)
     assert house.hub.rooms == {}
-    sessions = await house.hub.storage.list_sessions()
+    sessions = await house.stores.memory.list_sessions()
     assert [session.session_id for session in sessions] == ["song"]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from bandsync.frames import text_frame
 from bandsync.hub import Hub
-from bandsync.messages import ConnectionLimits, Welcome
+from bandsync.messages import ConnectionLimits, StorageStatus, Welcome, encode
 from bandsync.net.outbox import OutboxPolicy
 from bandsync.rota import Rota
 from bandsync.settings import Settings
@@ -75,6 +76,12 @@ class Connections:
         """Ping every connection once per interval and close those that are silent, for ever."""
         await self.pings.run(lambda connection: connection.ping(), lag)
 
+    def tell_storage(self, status: StorageStatus) -> None:
+        """Tell every client where sessions are kept from now on."""
+        frame = text_frame(encode(status))
+        for connection in self.open:
+            connection.push(frame)
+
     def welcome(self, connection_id: str) -> Welcome:
         """What a new connection is told."""
         settings = self.settings
@@ -86,7 +93,7 @@ class Connections:
             self.hub.here.server_id,
             connection_id,
             self.hub.now(),
-            self.hub.storage.storage_type,
+            self.hub.stores.storage_type,
             settings.ping_interval_ms,
             limits,
         )

@@ -7,10 +7,12 @@ from typing import Protocol
 from msgspec import Struct
 
 from bandsync import __version__
+from bandsync.clock import SessionClock
 from bandsync.http import HttpRequest, HttpResponse, json_response, problem
 from bandsync.ops.metrics import Metrics
 from bandsync.session import Session
-from bandsync.storage.base import RedisStatus, Storage, StorageHealth
+from bandsync.storage.base import RedisStatus, StorageHealth
+from bandsync.storage.manager import Failover, Migration, Mode, Recovery, StorageManager
 from bandsync.transport import in_force
 from bandsync.views import member_count
 
@@ -42,8 +44,12 @@ class Server(Protocol):
     def draining(self) -> bool:
         """Whether it is about to stop."""
 
+    @property
+    def clock(self) -> SessionClock:
+        """The session clock."""
+
     def now(self) -> float:
-        """The session clock, milliseconds since the Unix epoch."""
+        """What it shows, milliseconds since the Unix epoch."""
 
     def uptime_ms(self) -> float:
         """Since it started."""
@@ -53,6 +59,9 @@ class Server(Protocol):
 
     def rooms(self) -> int:
         """Sessions with a room on this server."""
+
+    def sessions(self) -> int:
+        """Sessions that this server hosts or keeps."""
 
 
 class Health(StorageHealth, frozen=True, rename="camel"):
@@ -67,20 +76,31 @@ class Health(StorageHealth, frozen=True, rename="camel"):
 
 
 class StorageStatus(Struct, frozen=True, rename="camel"):
-    """``/api/storage/status``; what never happened is null."""
+    """``/api/storage/status``; what never happened is null.
 
-    mode: str
+    Attributes:
+        since: when ``mode`` began, session clock.
+        kept_in_memory: sessions that are not in Redis, or not yet.
+        clock_offset_ms: the session clock minus this machine's wall clock.
+        clock_error_ms: Redis's clock as best known minus the session clock.
+        clock_uncertainty_ms: by how much that may be wrong.
+    """
+
+    mode: Mode
     storage_type: str
     since: float
     degraded: bool
     reason: str | None
     total_sessions: int
+    kept_in_memory: int
     redis_status: RedisStatus
-    last_failover: None = None
-    last_recovery: None = None
-    migration: None = None
-    clock_offset_ms: float = 0.0
-    link_round_trip_ms: float | None = None
+    last_failover: Failover | None
+    last_recovery: Recovery | None
+    migration: Migration | None
+    clock_offset_ms: float
+    clock_error_ms: float | None
+    clock_uncertainty_ms: float | None
+    link_round_trip_ms: float | None
 
 
 class SessionSummary(Struct, frozen=True, rename="camel"):
@@ -97,24 +117,20 @@ class Api:
 
     Args:
         admin_token: what ``/api/sessions`` and ``/metrics`` need; None when none is configured.
-        degraded: whether this storage is not the one that was asked for.
     """
 
     def __init__(
         self,
         server: Server,
-        storage: Storage,
+        storage: StorageManager,
         metrics: Metrics,
         *,
         admin_token: str | None,
-        degraded: bool,
     ) -> None:
         self._server = server
         self._storage = storage
         self._metrics = metrics
         self._admin_token = admin_token
-        self._degraded = degraded
-        self._started_at = server.now()
         self._pages = {path: _page(path) for path in _PAGE}
 
     async def answer(self, request: HttpRequest) -> HttpResponse:
@@ -122,9 +138,9 @@ class Api:
         if request.method in {"GET", "HEAD"}:
             match request.path:
                 case "/api/health":
-                    return await self._health()
+                    return self._health()
                 case "/api/storage/status":
-                    return await self._storage_status()
+                    return self._storage_status()
                 case "/api/sessions":
                     return await self._sessions(request)
                 case "/metrics":
@@ -137,35 +153,44 @@ class Api:
             "There are /, /api/health, /api/storage/status, /api/sessions, /metrics and /ws.",
         )
 
-    async def _health(self) -> HttpResponse:
-        storage = await self._storage.health_check()
+    def _health(self) -> HttpResponse:
+        storage = self._storage
         server = self._server
         health = Health(
-            storage.healthy and not server.draining,
-            storage.storage_type,
-            storage.initialized,
-            storage.fallback_reason,
-            storage.total_sessions,
-            storage.redis_status,
-            server.server_id,
-            __version__,
-            server.uptime_ms(),
-            server.connections(),
-            server.rooms(),
-            server.draining,
+            healthy=not server.draining,
+            storage_type=storage.storage_type,
+            initialized=storage.settled.is_set(),
+            fallback_reason=storage.reason,
+            total_sessions=server.sessions(),
+            redis_status=storage.redis_status,
+            server_id=server.server_id,
+            version=__version__,
+            uptime_ms=server.uptime_ms(),
+            connections=server.connections(),
+            rooms=server.rooms(),
+            draining=server.draining,
         )
         return json_response(503 if server.draining else 200, health)
 
-    async def _storage_status(self) -> HttpResponse:
-        storage = await self._storage.health_check()
+    def _storage_status(self) -> HttpResponse:
+        storage = self._storage
+        clock = self._server.clock
         status = StorageStatus(
-            mode=storage.storage_type,
+            mode=storage.mode,
             storage_type=storage.storage_type,
-            since=self._started_at,
-            degraded=self._degraded,
-            reason=storage.fallback_reason,
-            total_sessions=storage.total_sessions,
+            since=storage.since,
+            degraded=storage.degraded,
+            reason=storage.reason,
+            total_sessions=self._server.sessions(),
+            kept_in_memory=len(storage.memory),
             redis_status=storage.redis_status,
+            last_failover=storage.last_failover,
+            last_recovery=storage.last_recovery,
+            migration=storage.migration,
+            clock_offset_ms=clock.offset_ms,
+            clock_error_ms=clock.error_ms,
+            clock_uncertainty_ms=clock.uncertainty_ms,
+            link_round_trip_ms=storage.round_trip_ms,
         )
         return json_response(200, status)
 

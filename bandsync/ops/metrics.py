@@ -7,9 +7,13 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from bandsync.clock import SessionClock
 from bandsync.counters import Counters
+from bandsync.storage.manager import StorageManager
 
 _COMMAND_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+_COMMIT_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0)
+_RECOVERY_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -24,6 +28,14 @@ class Gauges(Protocol):
 
     def members(self) -> int:
         """Members connected to this server."""
+
+    @property
+    def storage(self) -> StorageManager:
+        """Where sessions are kept."""
+
+    @property
+    def clock(self) -> SessionClock:
+        """The session clock."""
 
 
 class Metrics:
@@ -43,11 +55,23 @@ class Metrics:
             buckets=_LAG_BUCKETS_S,
             registry=self.registry,
         )
+        self.commit_seconds = Histogram(
+            "bandsync_commit_seconds",
+            "Time that the storage took to keep a change.",
+            buckets=_COMMIT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.recovery_seconds = Histogram(
+            "bandsync_storage_recovery_seconds",
+            "Time from the decision to go back to Redis until the last session was there.",
+            buckets=_RECOVERY_BUCKETS_S,
+            registry=self.registry,
+        )
         ProcessCollector(namespace="bandsync", registry=self.registry)
 
-    def watch(self, counters: Counters, gauges: Gauges, storage_type: str) -> None:
+    def watch(self, counters: Counters, gauges: Gauges) -> None:
         """Export ``counters`` and ``gauges`` from now on."""
-        self.registry.register(_ServerCollector(counters, gauges, storage_type))
+        self.registry.register(_ServerCollector(counters, gauges))
 
     def exposition(self) -> tuple[bytes, str]:
         """The text that Prometheus reads, and its content type."""
@@ -57,10 +81,9 @@ class Metrics:
 class _ServerCollector:
     """Turns the server's plain numbers into metrics when asked."""
 
-    def __init__(self, counters: Counters, gauges: Gauges, storage_type: str) -> None:
+    def __init__(self, counters: Counters, gauges: Gauges) -> None:
         self._counters = counters
         self._gauges = gauges
-        self._storage_type = storage_type
 
     def collect(self) -> Iterable[Metric]:
         counters = self._counters
@@ -77,9 +100,11 @@ class _ServerCollector:
         storage = GaugeMetricFamily(
             "bandsync_storage_mode", "1 for the storage in use.", labels=["mode"]
         )
-        for mode in ("redis", "memory"):
-            storage.add_metric([mode], float(mode == self._storage_type))
+        mode = gauges.storage.mode.partition(" ")[0]
+        for name in ("redis", "memory", "migrating"):
+            storage.add_metric([name], float(name == mode))
         yield storage
+        yield from self._storage()
         yield _counter("bandsync_accepted", "TCP connections accepted.", counters.accepted)
         yield _counter("bandsync_received", "Messages received from clients.", counters.received)
         yield _counter(
@@ -107,6 +132,57 @@ class _ServerCollector:
             "Connections turned away before they were WebSockets, by HTTP status or reason.",
             "reason",
             counters.handshakes_refused,
+        )
+
+    def _storage(self) -> Iterable[Metric]:
+        counters = self._counters
+        storage = self._gauges.storage
+        clock = self._gauges.clock
+        status = storage.redis_status
+        yield _gauge(
+            "bandsync_storage_degraded",
+            "1 while sessions are in memory although Redis was asked for.",
+            float(storage.degraded),
+        )
+        yield _gauge(
+            "bandsync_sessions_in_memory",
+            "Sessions that are not in Redis, or not yet.",
+            float(len(storage.memory)),
+        )
+        yield _gauge(
+            "bandsync_redis_connected", "1 while the link is open.", float(status.connected)
+        )
+        yield _gauge(
+            "bandsync_link_queue", "Commands that wait for Redis.", float(status.outstanding)
+        )
+        if storage.round_trip_ms is not None:
+            yield _gauge(
+                "bandsync_link_round_trip_seconds",
+                "Round trip of the last health check.",
+                storage.round_trip_ms / 1000,
+            )
+        if clock.error_ms is not None:
+            yield _gauge(
+                "bandsync_clock_error_seconds",
+                "Redis's clock minus the session clock.",
+                clock.error_ms / 1000,
+            )
+        yield _labelled(
+            "bandsync_storage_failovers",
+            "Times that Redis was lost while in use, by reason.",
+            "reason",
+            counters.failovers,
+        )
+        yield _counter(
+            "bandsync_conflicts", "Commits that others were faster than.", counters.conflicts
+        )
+        yield _counter(
+            "bandsync_reconciled", "Merges that were written back to Redis.", counters.reconciled
+        )
+        yield _counter(
+            "bandsync_unreadable_sessions",
+            "Stored sessions that could not be read, and stayed in memory.",
+            counters.unreadable,
         )
 
 

@@ -10,7 +10,7 @@ from bandsync.commands import LeaveSession, Refusal
 from bandsync.decide import NOT_JOINED, NOT_MEMBER, Actor, Bind, Decision, decide
 from bandsync.draft import Here
 from bandsync.messages import encode
-from bandsync.session import Session, find
+from bandsync.session import Session, Tip, find
 
 StorageType = Literal["redis", "memory"]
 
@@ -31,11 +31,51 @@ class Conflict(Struct, frozen=True):
     stored: Session | None
 
 
+class Unreadable(Struct, frozen=True):
+    """What is stored is no session that this server can read; it is left as it is."""
+
+    detail: str
+
+
+class Lost(Struct, frozen=True):
+    """The storage cannot be used any more. A commit may have been carried out or not."""
+
+    reason: str
+
+
+Unusable = Unreadable | Lost
+
+
 class RedisStatus(Struct, frozen=True, rename="camel"):
-    """How the link to Redis is."""
+    """How the link to Redis is.
+
+    Attributes:
+        connection_attempts: since it was last in use.
+        address: without secrets; None if Redis is not to be used.
+        outstanding: commands that wait for their answer.
+    """
 
     connected: bool
     connection_attempts: int
+    address: str | None = None
+    outstanding: int = 0
+
+
+class Presence(Struct, frozen=True, rename="camel"):
+    """Who is alive: one server, as it stands in Redis (protocol.md section 8).
+
+    Attributes:
+        boot_id: names the process.
+        started_at: session clock, milliseconds.
+        address: where it listens.
+        sessions: the ids of those it hosts.
+    """
+
+    boot_id: str
+    started_at: float
+    address: str
+    sessions: list[str]
+    connections: int
 
 
 class StorageHealth(Struct, frozen=True, rename="camel"):
@@ -62,13 +102,13 @@ class Storage(ABC):
         """Where the sessions are kept now."""
 
     @abstractmethod
-    async def get_session(self, session_id: str) -> Session | None:
+    async def get_session(self, session_id: str) -> Session | Unusable | None:
         """The stored session; None if there is none."""
 
     @abstractmethod
     async def commit(
         self, base: Session | None, change: Session, events: Sequence[bytes]
-    ) -> Committed | Conflict:
+    ) -> Committed | Conflict | Unusable:
         """Put ``change`` in the place of ``base``, if that is still what is stored.
 
         Args:
@@ -76,35 +116,47 @@ class Storage(ABC):
             events: the encoded events of the change, for other servers.
 
         Returns:
-            The session with its new event id, or what is stored instead of ``base``.
+            The session with its new event id, what is stored instead of ``base``, or why this
+            storage cannot be used for this session.
         """
 
     @abstractmethod
-    async def delete_session(self, session_id: str) -> bool:
+    async def delete_session(self, session_id: str) -> bool | Lost:
         """Forget a session; False if there was none."""
 
     @abstractmethod
-    async def list_sessions(self) -> list[Session]:
-        """All sessions, those without members included."""
+    async def list_sessions(self) -> list[Session] | Lost:
+        """All sessions that can be read, those without members included."""
+
+    @abstractmethod
+    async def touch(self, session_ids: Sequence[str]) -> dict[str, Tip | Unreadable | None] | Lost:
+        """The tips that are stored, None where nothing is; what is there expires later."""
+
+    @abstractmethod
+    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
+        """Those of these servers that are alive, as far as the storage knows."""
 
     @abstractmethod
     async def health_check(self) -> StorageHealth:
         """Whether the storage can be used, and how it is."""
 
-    async def create_session(self, session: Session) -> Committed | Conflict:
+    async def create_session(self, session: Session) -> Committed | Conflict | Unusable:
         """Store a session that does not exist yet."""
         return await self.commit(None, session, ())
 
     async def update_session(
         self, session_id: str, change: Callable[[Session | None], Decision | Refusal]
-    ) -> Decision | Refusal:
+    ) -> Decision | Refusal | Unusable:
         """Read, decide and commit, again if somebody else was faster.
 
         Returns:
-            The committed decision, the refusal of ``change``, or `CONFLICT`.
+            The committed decision, the refusal of ``change``, `CONFLICT`, or why this storage
+            cannot be used for this session.
         """
         base = await self.get_session(session_id)
         for _ in range(MAX_ATTEMPTS):
+            if isinstance(base, Unusable):
+                return base
             decision = change(base)
             if isinstance(decision, Refusal) or decision.session is base:
                 return decision
@@ -114,11 +166,13 @@ class Storage(ABC):
                     return Decision(session, decision.events, decision.reply, decision.private)
                 case Conflict(stored=stored):
                     base = stored
+                case unusable:
+                    return unusable
         return CONFLICT
 
     async def add_member(
         self, session_id: str, join: Bind, actor: Actor, now: float
-    ) -> Decision | Refusal:
+    ) -> Decision | Refusal | Unusable:
         """Join or resume a member at the instant ``now``; creates the session if need be."""
         return await self.update_session(
             session_id, lambda session: decide(session, join, actor, now)
@@ -126,7 +180,7 @@ class Storage(ABC):
 
     async def remove_member(
         self, session_id: str, member_id: str, here: Here, now: float
-    ) -> Decision | Refusal:
+    ) -> Decision | Refusal | Unusable:
         """Remove a member at the instant ``now``, whatever connection it is bound to."""
 
         def leave(session: Session | None) -> Decision | Refusal:

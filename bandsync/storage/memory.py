@@ -4,14 +4,16 @@ from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
-from bandsync.session import Session, tip
+from bandsync.session import Session, Tip, tip
 from bandsync.storage.base import (
     Committed,
     Conflict,
+    Presence,
     RedisStatus,
     Storage,
     StorageHealth,
     StorageType,
+    Unreadable,
 )
 
 
@@ -37,6 +39,27 @@ class MemoryStorage(Storage):
     async def get_session(self, session_id: str) -> Session | None:
         return self._sessions.get(session_id)
 
+    def find(self, session_id: str) -> Session | None:
+        """The session, without waiting."""
+        return self._sessions.get(session_id)
+
+    def keep(self, session: Session) -> None:
+        """Have this state, whatever was there before."""
+        if self._sessions.get(session.session_id) is not session:
+            self._sessions.pop(session.session_id, None)
+            self._sessions[session.session_id] = session
+
+    def discard(self, session_id: str) -> None:
+        """Forget a session, without waiting."""
+        self._sessions.pop(session_id, None)
+
+    def ids(self) -> list[str]:
+        """The sessions that are here."""
+        return list(self._sessions)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
     async def commit(
         self, base: Session | None, change: Session, events: Sequence[bytes]
     ) -> Committed | Conflict:
@@ -54,6 +77,16 @@ class MemoryStorage(Storage):
 
     async def list_sessions(self) -> list[Session]:
         return list(self._sessions.values())
+
+    async def touch(self, session_ids: Sequence[str]) -> dict[str, Tip | Unreadable | None]:
+        found = {session_id: self._sessions.get(session_id) for session_id in session_ids}
+        return {
+            session_id: None if session is None else tip(session)
+            for session_id, session in found.items()
+        }
+
+    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence]:
+        return []
 
     async def health_check(self) -> StorageHealth:
         return StorageHealth(

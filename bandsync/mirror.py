@@ -1,0 +1,280 @@
+"""A mirror: the session as this server holds it, and how it stays true to what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+from structlog.typing import FilteringBoundLogger
+
+from bandsync.commands import Refusal
+from bandsync.counters import Counters
+from bandsync.decide import Actor, Command, Decision, decide
+from bandsync.draft import Here
+from bandsync.frames import text_frame
+from bandsync.messages import RoleChanged, encode
+from bandsync.reconcile import Adopt, Write, reconcile
+from bandsync.session import Member, Session, tip
+from bandsync.storage.base import (
+    CONFLICT,
+    MAX_ATTEMPTS,
+    Committed,
+    Conflict,
+    Lost,
+    Storage,
+    StorageType,
+    Unreadable,
+    Unusable,
+)
+from bandsync.storage.era import Era
+from bandsync.storage.memory import MemoryStorage
+
+
+class Stores(Protocol):
+    """Where sessions are kept.
+
+    Attributes:
+        memory: what is not in Redis, or not yet.
+    """
+
+    memory: MemoryStorage
+
+    @property
+    def era(self) -> Era | None:
+        """The era of Redis that sessions are opened in; None in memory mode."""
+
+    @property
+    def storage_type(self) -> StorageType:
+        """Where the sessions are kept."""
+
+
+class Audience(Protocol):
+    """Those for whom a mirror is held."""
+
+    def own(self) -> Mapping[str, Member]:
+        """The members bound to connections of this server: see `bandsync.reconcile`."""
+
+    def changed(self, session: Session) -> None:
+        """The mirror is another one; whoever is to be told is told by others."""
+
+    def jumped(self, shown: Session, events: Sequence[RoleChanged]) -> None:
+        """The mirror is one that did not come from a command: show it, then tell ``events``."""
+
+
+class House(Struct, frozen=True):
+    """What all mirrors of a server have in common.
+
+    Attributes:
+        isolated: what the rules need to know of this server in memory mode.
+        connected: the same for sessions that are in Redis.
+        finish: runs what must be finished although its caller is cancelled.
+        commit_seconds: told how long each commit took.
+    """
+
+    stores: Stores
+    isolated: Here
+    connected: Here
+    now: Callable[[], float]
+    timer: Callable[[], float]
+    finish: Callable[[Callable[[], Awaitable[None]]], None]
+    counters: Counters
+    commit_seconds: Callable[[float], None]
+    log: FilteringBoundLogger
+
+
+class Outcome(Struct, frozen=True):
+    """A committed decision, and the frames of its events."""
+
+    decision: Decision
+    frames: bytes = b""
+
+
+class Mirror:
+    """One session, as this server holds it. Whoever calls a coroutine of it holds its room's lock.
+
+    Args:
+        catch_up: `catch_up` under the room's lock, for a commit whose caller is cancelled.
+
+    Attributes:
+        opened: whether it has been read.
+        session: None before the first member joined.
+        uncertain: a commit was interrupted: it may have been carried out.
+    """
+
+    __slots__ = (
+        "_audience",
+        "_catch_up",
+        "_era",
+        "_house",
+        "_unreadable",
+        "opened",
+        "session",
+        "session_id",
+        "uncertain",
+    )
+
+    def __init__(
+        self,
+        session_id: str,
+        house: House,
+        audience: Audience,
+        catch_up: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.session_id = session_id
+        self.session: Session | None = None
+        self.uncertain = False
+        self._house = house
+        self._audience = audience
+        self._catch_up = catch_up
+        self._era: Era | None = None
+        self.opened = False
+        self._unreadable = ""
+
+    @property
+    def era(self) -> Era | None:
+        """The era of Redis in which the session is stored; None in memory."""
+        era = self._era
+        return None if era is None or era.over else era
+
+    async def open(self) -> None:
+        """Read the session, once."""
+        if self.opened:
+            return
+        stores = self._house.stores
+        self.session = stores.memory.find(self.session_id)
+        if self.session is not None:
+            self._audience.changed(self.session)
+        if stores.era is not None:
+            await self.move(stores.era)
+        self.opened = True
+
+    async def move(self, era: Era) -> bool:
+        """Bring the session to Redis; False if it stays in memory."""
+        if not await self._read(era):
+            return False
+        self._era = era
+        self._house.stores.memory.discard(self.session_id)
+        return True
+
+    async def catch_up(self) -> None:
+        """Take over what others wrote, and what became of a commit that was interrupted."""
+        era = self.era
+        if era is None or await self._read(era):
+            self.uncertain = False
+
+    async def change(
+        self,
+        command: Command,
+        connection_id: str,
+        member_id: str = "",
+        fresh_id: str = "",
+        latencies_ms: Mapping[str, float] | None = None,
+    ) -> Outcome | Refusal:
+        """Decide and commit. What was committed is the mirror afterwards."""
+        house = self._house
+        if self.uncertain:
+            await self.catch_up()
+        for _ in range(MAX_ATTEMPTS):
+            era = self.era
+            here = house.isolated if era is None else house.connected
+            actor = Actor(here, connection_id, member_id, fresh_id, latencies_ms or {})
+            decision = decide(self.session, command, actor, house.now())
+            if isinstance(decision, Refusal):
+                return decision
+            if not decision.events:
+                return Outcome(decision)
+            events = [encode(event) for event in decision.events]
+            result = await self._commit(era, self.session, decision.session, events)
+            match result:
+                case Committed(session=session):
+                    self._take(session)
+                    return Outcome(decision, b"".join([text_frame(event) for event in events]))
+                case Conflict(stored=stored):
+                    house.counters.conflicts += 1
+                    if era is not None:
+                        await self._reconcile(era, stored)
+                case Unreadable():
+                    self._leave(result)
+                case Lost():
+                    # The era is over: decided again, on the mirror, in memory.
+                    continue
+        return CONFLICT
+
+    async def _commit(
+        self, era: Era | None, base: Session | None, change: Session, events: Sequence[bytes]
+    ) -> Committed | Conflict | Unusable:
+        house = self._house
+        storage: Storage = house.stores.memory
+        if era is not None:
+            storage = era.storage
+        elif base is not None:
+            # Nobody else writes to the memory of this process.
+            house.stores.memory.keep(base)
+        started = house.timer()
+        self.uncertain = True
+        try:
+            result = await storage.commit(base, change, events)
+            self.uncertain = False
+        finally:
+            if self.uncertain:
+                house.finish(self._catch_up)
+        house.commit_seconds(house.timer() - started)
+        return result
+
+    async def _read(self, era: Era) -> bool:
+        """Read what is stored and reconcile; False if Redis cannot be used for this session."""
+        stored = await era.storage.get_session(self.session_id)
+        if isinstance(stored, Unusable):
+            self._leave(stored)
+            return False
+        return await self._reconcile(era, stored)
+
+    async def _reconcile(self, era: Era, stored: Session | None) -> bool:
+        """Bring mirror and stored state together; False if that did not work out this time."""
+        house = self._house
+        for _ in range(MAX_ATTEMPTS):
+            plan = reconcile(
+                self.session, stored, self._audience.own(), house.connected, house.now()
+            )
+            match plan:
+                case None:
+                    return True
+                case Adopt(session=session):
+                    self._jump(session, session, ())
+                    return True
+                case Write(session=session, shown=shown, events=events):
+                    frames = [encode(event) for event in events]
+                    result = await self._commit(era, stored, session, frames)
+            match result:
+                case Committed(session=session):
+                    house.counters.reconciled += 1
+                    self._jump(session, shown, events)
+                    return True
+                case Conflict(stored=stored):
+                    house.counters.conflicts += 1
+                case unusable:
+                    self._leave(unusable)
+                    return False
+        return False
+
+    def _take(self, session: Session) -> None:
+        self.session = session
+        self._audience.changed(session)
+
+    def _jump(self, session: Session, shown: Session, events: Sequence[RoleChanged]) -> None:
+        """Take a state that did not come from our mirror, and show it if it is news."""
+        known = self.session
+        self._take(session)
+        if known is None or tip(known) != tip(session):
+            self._audience.jumped(shown, events)
+
+    def _leave(self, why: Unusable) -> None:
+        """Go on in memory, and leave what is stored as it is."""
+        self._era = None
+        if isinstance(why, Unreadable) and why.detail != self._unreadable:
+            self._unreadable = why.detail
+            self._house.counters.unreadable += 1
+            self._house.log.error(
+                "session.unreadable", session_id=self.session_id, reason=why.detail
+            )

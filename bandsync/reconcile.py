@@ -1,0 +1,178 @@
+"""What a server makes of a state that it read: merge it, audit it, settle it (design.md section 5).
+
+``own``, wherever it appears, are the members that are bound to connections of this server right
+now: by member id, the record as it was bound. Its connection and incarnation are those of the
+connection, whatever the session says by now.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from bandsync.draft import Here
+from bandsync.merge import merge, same_content
+from bandsync.messages import RoleChanged
+from bandsync.session import (
+    TOMBSTONE_MS,
+    Member,
+    Session,
+    after,
+    present,
+    role_of,
+    settle,
+    tip,
+)
+
+# What another server has pruned just now is not yet due by a clock that is a little behind, and
+# must not be put back either.
+FORGETTABLE_MS = TOMBSTONE_MS / 2
+
+
+class Adopt(Struct, frozen=True):
+    """Take the stored state as the mirror; there is nothing to write."""
+
+    session: Session
+
+
+class Write(Struct, frozen=True):
+    """Commit ``session`` in place of the stored state.
+
+    Attributes:
+        shown: the same at its version before the events, for the `Snapshot` that goes first.
+        events: the roles that changed, one for each version after that of ``shown``.
+    """
+
+    session: Session
+    shown: Session
+    events: tuple[RoleChanged, ...]
+
+
+def superseded(session: Session, own: Mapping[str, Member]) -> list[str]:
+    """The ids in ``own`` that are bound elsewhere by now: their connections are to be closed."""
+    return [
+        member_id
+        for member_id, mine in own.items()
+        if member_id in session.members and _supersedes(session.members[member_id], mine)
+    ]
+
+
+def audit(session: Session, own: Mapping[str, Member], here: Here, now: float) -> Session:
+    """``session`` with what this server knows best: whether its own members are connected.
+
+    Members whose connection is here are asserted again, unless they are bound elsewhere by now
+    (see `superseded`); those marked as connected here without a connection are disconnected.
+
+    Returns:
+        The very same object when nothing changes.
+    """
+    changes: dict[str, Member] = {}
+    for member_id, mine in own.items():
+        record = session.members.get(member_id)
+        if record is None or not (_supersedes(record, mine) or _holds(record, mine)):
+            changes[member_id] = _asserted(record or mine, mine, here, now)
+    for record in session.members.values():
+        if record.boot_id == here.boot_id and record.connected and record.member_id not in own:
+            changes[record.member_id] = replace(
+                record, time=after(now, record.time), writer=here.boot_id, connected=False
+            )
+    return replace(session, members={**session.members, **changes}) if changes else session
+
+
+def reconcile(
+    mine: Session | None,
+    stored: Session | None,
+    own: Mapping[str, Member],
+    here: Here,
+    now: float,
+) -> Adopt | Write | None:
+    """What becomes of a mirror and of the stored state that was read.
+
+    Args:
+        mine: the mirror; None if there is none yet.
+        stored: None if the key is absent, which is an empty state: the session is put back.
+
+    Returns:
+        None when there is no session at all. The stored state is adopted only if it holds all
+        that is known here, and a client of the mirror sees no version go backwards.
+    """
+    if mine is None:
+        return None if stored is None else Adopt(stored)
+    base = mine
+    if stored is not None:
+        mine = _without_forgotten(mine, stored, now)
+        base = merge(mine, stored)
+    result = settle(audit(base, own, here, now), now, here.boot_id, None)
+    if stored is not None and same_content(result, stored) and _ahead(stored, mine):
+        return Adopt(stored)
+    shown = replace(result, version=base.version + 1)
+    before = (mine,) if stored is None else (mine, stored)
+    events = tuple(_merged_roles(before, shown, now))
+    return Write(replace(shown, version=shown.version + len(events)), shown, events)
+
+
+def _ahead(stored: Session, mine: Session) -> bool:
+    return stored.version > mine.version or tip(stored) == tip(mine)
+
+
+def _supersedes(record: Member, mine: Member) -> bool:
+    if record.connection_id == mine.connection_id or record.incarnation < mine.incarnation:
+        return False
+    return record.incarnation > mine.incarnation or record.connected
+
+
+def _holds(record: Member, mine: Member) -> bool:
+    return record.connected and record.connection_id == mine.connection_id
+
+
+def _asserted(record: Member, mine: Member, here: Here, now: float) -> Member:
+    return replace(
+        mine,
+        # Larger than the record's if this connection was bound once more than is known here.
+        incarnation=max(record.incarnation, mine.incarnation),
+        time=after(now, max(record.time, mine.time)),
+        writer=here.boot_id,
+        present=True,
+        connected=True,
+        joined_at=record.joined_at,
+        display_name=record.display_name,
+        token_hash=record.token_hash,
+    )
+
+
+def _without_forgotten(mine: Session, stored: Session, now: float) -> Session:
+    """``mine`` without the old tombstones that the stored state has pruned.
+
+    To put them back would be a change, and another server would prune them again.
+    """
+    forgotten = {
+        member.member_id
+        for member in mine.members.values()
+        if not member.present
+        and member.time < now - FORGETTABLE_MS
+        and member.member_id not in stored.members
+    }
+    if not forgotten:
+        return mine
+    members = {key: member for key, member in mine.members.items() if key not in forgotten}
+    return replace(mine, members=members)
+
+
+def _merged_roles(before: tuple[Session, ...], shown: Session, now: float) -> Iterator[RoleChanged]:
+    """Events for the members whose role differs from that before, the leader's last."""
+    version = shown.version
+    members = sorted(present(shown), key=lambda member: member.member_id == shown.leader.member_id)
+    for member in members:
+        role = role_of(shown, member.member_id)
+        if all(role_of(session, member.member_id) == role for session in before):
+            continue
+        version += 1
+        yield RoleChanged(
+            shown.session_id,
+            version,
+            now,
+            member.member_id,
+            role,
+            "follower" if role == "leader" else "leader",
+            "merged",
+        )

@@ -1,0 +1,1 @@
+"""Redis over anyio streams: one multiplexed connection, and one for pub/sub."""

@@ -1,0 +1,138 @@
+"""Where Redis is, and as whom to speak to it: redis-py's URLs, without what a link cannot do."""
+
+import ssl
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+import msgspec
+from redis.connection import parse_url
+
+# redis-py does not annotate it.
+_parse_url = cast("Callable[[str], dict[str, Any]]", parse_url)
+
+_CONNECTION_OPTIONS = frozenset({"host", "port", "path", "username", "password", "db"})
+_TLS_OPTIONS = {
+    "ssl_cert_reqs": "cert_reqs",
+    "ssl_check_hostname": "check_hostname",
+    "ssl_ca_certs": "ca_certs",
+    "ssl_ca_path": "ca_path",
+    "ssl_certfile": "certfile",
+    "ssl_keyfile": "keyfile",
+    "ssl_password": "key_password",
+}
+_QUERY_OPTIONS = ["username", "password", "db", *_TLS_OPTIONS]
+_VERIFY_MODES = {
+    "none": ssl.CERT_NONE,
+    "optional": ssl.CERT_OPTIONAL,
+    "required": ssl.CERT_REQUIRED,
+}
+
+
+class TLSOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a ``rediss://`` server is trusted, and what we show it.
+
+    Attributes:
+        cert_reqs: "none" trusts anybody.
+        ca_certs: file of the certificates to trust, instead of the system's.
+        ca_path: directory of the same.
+        certfile: our certificate, for servers that ask for one.
+        keyfile: its key, unless the certificate's file has it.
+        key_password: of the key.
+    """
+
+    cert_reqs: Literal["none", "optional", "required"] = "required"
+    check_hostname: bool = True
+    ca_certs: str | None = None
+    ca_path: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    key_password: str | None = None
+
+    def __repr__(self) -> str:
+        return f"TLSOptions(cert_reqs={self.cert_reqs!r})"
+
+    def context(self) -> ssl.SSLContext:
+        """What TLS works with. Reads files: not for the event loop's thread.
+
+        Raises:
+            OSError: a file cannot be read or is not what it should be; `ssl.SSLError` is one.
+        """
+        context = ssl.create_default_context(cafile=self.ca_certs, capath=self.ca_path)
+        context.check_hostname = self.check_hostname and self.cert_reqs != "none"
+        context.verify_mode = _VERIFY_MODES[self.cert_reqs]
+        if self.certfile is not None:
+            # The password is a function, or OpenSSL would ask the terminal for a missing one.
+            context.load_cert_chain(self.certfile, self.keyfile, lambda: self.key_password or "")
+        return context
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A Redis server and a database of it. As a text it shows no secret.
+
+    Attributes:
+        path: the Unix socket; host and port mean nothing then.
+        tls: None speaks in the clear.
+    """
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None
+    username: str | None = None
+    password: str | None = None
+    db: int = 0
+    tls: TLSOptions | None = None
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix://{self.path}?db={self.db}"
+        scheme = "redis" if self.tls is None else "rediss"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port}/{self.db}"
+
+    __repr__ = __str__
+
+
+def parse_address(url: str) -> Address:
+    """Read a ``redis://``, ``rediss://`` or ``unix://`` URL in redis-py's grammar.
+
+    Raises:
+        ValueError: it is none; the text quotes nothing of it, for it may hold a password.
+    """
+    try:
+        options = _parse_url(url)
+        path, fragment = urlsplit(url).path, urlsplit(url).fragment
+    except ValueError:
+        # Their texts may quote a password in which a special character is not encoded.
+        raise ValueError(
+            "must be redis://user:password@host:port/db, rediss://… or unix://path, with special "
+            "characters of the password percent-encoded"
+        ) from None
+    options.pop("connection_class", None)
+    if fragment:
+        raise ValueError("must not contain a '#': encode it as %23")
+    if not set(options) <= {*_CONNECTION_OPTIONS, *_TLS_OPTIONS}:
+        raise ValueError("has an unknown option; known are " + ", ".join(_QUERY_OPTIONS))
+    if url.startswith("unix:"):
+        if "path" not in options:
+            raise ValueError("must name the path of the socket after unix://")
+    elif "db" not in options and path.strip("/"):
+        raise ValueError("must have a number after the last slash, the database")
+    if options.get("db", 0) < 0:
+        raise ValueError("must not have a negative database number")
+    tls_options = {_TLS_OPTIONS[name]: options.pop(name) for name in set(options) & {*_TLS_OPTIONS}}
+    return Address(**options, tls=_tls(tls_options, wanted=url.startswith("rediss:")))
+
+
+def _tls(options: Mapping[str, Any], *, wanted: bool) -> TLSOptions | None:
+    if not wanted:
+        if options:
+            raise ValueError("has TLS options: they need rediss://")
+        return None
+    try:
+        return msgspec.convert(options, TLSOptions)
+    except msgspec.ValidationError:
+        raise ValueError(
+            "has a TLS option without meaning: ssl_cert_reqs is none, optional or required, "
+            "ssl_check_hostname true or false"
+        ) from None

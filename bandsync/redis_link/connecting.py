@@ -1,0 +1,191 @@
+"""A connection to Redis: opened, introduced, and read as replies."""
+
+import contextlib
+import ssl
+from collections.abc import Callable
+from typing import Final, TypeAlias, cast
+
+import anyio
+import anyio.to_thread
+import hiredis
+from anyio.abc import ByteStream
+from anyio.streams.tls import TLSStream
+from redis.exceptions import (
+    AuthenticationError,
+    InvalidResponse,
+    NoPermissionError,
+    RedisError,
+    TimeoutError,  # noqa: A004
+)
+
+from bandsync.redis_link.address import Address, TLSOptions
+from bandsync.redis_link.errors import LinkLostError, LossReason, loss_reason, reply_error
+
+Argument: TypeAlias = bytes | str | int | float
+# Within an array an error is an element, as in the reply to EXEC.
+Reply: TypeAlias = bytes | int | list["Reply | RedisError"] | None
+
+# hiredis annotates tuples of exactly one element, and no result.
+pack: Final = cast("Callable[[tuple[Argument, ...]], bytes]", hiredis.pack_command)
+
+_RECEIVE_BYTES = 65_536
+_NOTHING: Final = object()
+
+
+class Connection:
+    """A stream to Redis, and the parser of what comes from it."""
+
+    __slots__ = ("_address", "_reader", "_stream")
+
+    def __init__(self, stream: ByteStream, address: Address) -> None:
+        self._stream = stream
+        self._address = address
+        self._reader = hiredis.Reader(
+            protocolError=InvalidResponse, replyError=reply_error, notEnoughData=_NOTHING
+        )
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it. When cancelled, a part may be out: nothing can follow it.
+
+        Raises:
+            LinkLostError: the connection broke.
+        """
+        try:
+            await self._stream.send(data)
+        except (anyio.BrokenResourceError, ssl.SSLError) as error:
+            raise self._broken(error) from error
+
+    async def receive(self) -> list[Reply | RedisError]:
+        """The next replies, as many as have arrived; none if one has not arrived whole.
+
+        Raises:
+            LinkLostError: the connection broke or was closed.
+            InvalidResponse: what came is not Redis' protocol.
+        """
+        try:
+            data = await self._stream.receive(_RECEIVE_BYTES)
+        except (anyio.EndOfStream, anyio.BrokenResourceError, ssl.SSLError) as error:
+            raise self._broken(error) from error
+        replies: list[Reply | RedisError] = []
+        self._reader.feed(data)
+        gets = self._reader.gets
+        while (reply := gets()) is not _NOTHING:
+            replies.append(reply)
+        return replies
+
+    async def aclose(self) -> None:
+        """Close it at once, whatever the peer does."""
+        await anyio.aclose_forcefully(self._stream)
+
+    def _broken(self, error: Exception) -> LinkLostError:
+        if isinstance(error, anyio.EndOfStream):
+            return LinkLostError(f"{self._address} closed the connection")
+        if isinstance(error, ssl.SSLError):
+            return LinkLostError(f"{self._address}: {error}", "tls")
+        return LinkLostError(f"{self._address}: {error.__cause__ or 'the connection broke'}")
+
+
+async def connect(address: Address, *, name: str, timeout_s: float) -> Connection:
+    """Open a connection, authenticate, choose the database and give it its name.
+
+    Args:
+        name: what CLIENT LIST shows.
+        timeout_s: for all of it, seconds.
+
+    Raises:
+        RedisError: Redis cannot be reached, or refuses us; `loss_reason` says why.
+    """
+    with anyio.move_on_after(timeout_s):
+        connection = Connection(await _open(address), address)
+        try:
+            await _introduce(connection, address, name)
+        except BaseException:
+            await connection.aclose()
+            raise
+        return connection
+    raise TimeoutError(f"{address}: no connection within {timeout_s:g} s")
+
+
+async def _open(address: Address) -> ByteStream:
+    try:
+        if address.path is not None:
+            return await anyio.connect_unix(address.path)
+        context = None
+        if address.tls is not None:
+            context = await anyio.to_thread.run_sync(_context, address, address.tls)
+        stream = await anyio.connect_tcp(address.host, address.port)
+    except OSError as error:
+        reason: LossReason = "refused" if _is_refusal(error) else "unreachable"
+        raise LinkLostError(f"{address}: {error.__cause__ or error}", reason) from error
+    if context is None:
+        return stream
+    try:
+        # Redis ends connections without TLS's goodbye.
+        return await TLSStream.wrap(
+            stream, hostname=address.host, ssl_context=context, standard_compatible=False
+        )
+    except (OSError, anyio.EndOfStream, anyio.BrokenResourceError) as error:
+        await anyio.aclose_forcefully(stream)
+        what = error if isinstance(error, OSError) else "the handshake was cut off"
+        raise LinkLostError(f"{address}: TLS: {what}", "tls") from error
+    except BaseException:
+        await anyio.aclose_forcefully(stream)
+        raise
+
+
+def _context(address: Address, options: TLSOptions) -> ssl.SSLContext:
+    try:
+        return options.context()
+    except OSError as error:
+        raise LinkLostError(f"{address}: TLS options: {error}", "tls") from error
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether somebody is there who refused: of several addresses of a host, one is enough."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(_is_refusal(each) for each in error.exceptions)
+    return isinstance(error, ConnectionRefusedError) or (
+        error is not None and _is_refusal(error.__cause__)
+    )
+
+
+async def _introduce(connection: Connection, address: Address, name: str) -> None:
+    commands = _introduction(address, name)
+    with contextlib.suppress(LinkLostError):
+        # Redis may have hung up on us already: the reply that says why can still be read.
+        await connection.send(b"".join(map(pack, commands)))
+    awaited = iter(commands)
+    answered = 0
+    while answered < len(commands):
+        for reply in await connection.receive():
+            command = next(awaited, None)
+            if command is None:
+                raise InvalidResponse(f"{address}: a reply that nobody asked for")
+            answered += 1
+            if isinstance(reply, RedisError):
+                _refused(address, command, reply)
+
+
+def _introduction(address: Address, name: str) -> list[tuple[Argument, ...]]:
+    commands: list[tuple[Argument, ...]] = []
+    if address.username is not None:
+        commands.append(("AUTH", address.username, address.password or ""))
+    elif address.password is not None:
+        commands.append(("AUTH", address.password))
+    if address.db != 0:
+        commands.append(("SELECT", address.db))
+    commands.append(("CLIENT", "SETNAME", name))
+    return commands
+
+
+def _refused(address: Address, command: tuple[Argument, ...], error: RedisError) -> None:
+    """Raise what the error reply to a command of the introduction means."""
+    verb = command[0]
+    if verb == "CLIENT" and isinstance(error, NoPermissionError):
+        # The name is a courtesy: a user may lack the right to it.
+        return
+    if loss_reason(error) is not None:
+        raise error
+    if verb == "AUTH":
+        raise AuthenticationError(f"{address}: {error}")
+    raise LinkLostError(f"{address}: {verb!s}: {error}", "refused")

@@ -1,0 +1,99 @@
+"""The health watcher: whether Redis lives and takes writes, how far it is, and what time it has."""
+
+from collections.abc import Callable
+
+import trio
+from redis.exceptions import RedisError
+
+from bandsync.clock import SessionClock
+from bandsync.redis_link.connecting import Argument
+from bandsync.redis_link.errors import LinkLostError
+from bandsync.redis_link.link import Link
+
+# Presence: protocol.md section 8.
+PRESENCE_PERIOD_S = 3.0
+PRESENCE_EXPIRY_MS = 10_000
+# A clock that is set by one answer is wrong by half of its round trip, however slow that was.
+_FIRST_LOOKS = 3
+
+
+class HealthCheck:
+    """Asks Redis at regular intervals, and takes the time from it.
+
+    Args:
+        interval_s: between two checks, seconds.
+        timeout_s: how long an answer may take, seconds.
+        presence_key: what a check writes.
+        presence: its value.
+        serving: whether anybody has been told an instant yet.
+
+    Attributes:
+        round_trip_ms: of the last check; None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        interval_s: float,
+        timeout_s: float,
+        clock: SessionClock,
+        presence_key: str,
+        presence: Callable[[], bytes],
+        serving: Callable[[], bool],
+    ) -> None:
+        self.round_trip_ms: float | None = None
+        self._interval_s = interval_s
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._presence_key = presence_key
+        self._presence = presence
+        self._serving = serving
+        self._written = -PRESENCE_PERIOD_S
+
+    async def prove(self, link: Link, checks: int) -> None:
+        """Return after so many checks in a row, each with a write: a full Redis answers PING.
+
+        Raises:
+            RedisError: one of them failed.
+        """
+        self._clock.reset_filter()
+        for _ in range(_FIRST_LOOKS):
+            await self._check(link, write=False)
+        for number in range(checks):
+            if number:
+                await trio.sleep(self._interval_s)
+            await self._check(link, write=True)
+
+    async def watch(self, link: Link) -> None:
+        """Check for ever.
+
+        Raises:
+            RedisError: Redis cannot be used any more.
+        """
+        while True:
+            await trio.sleep(self._interval_s)
+            due = trio.current_time() - self._written >= PRESENCE_PERIOD_S
+            await self._check(link, write=due)
+
+    async def _check(self, link: Link, *, write: bool) -> None:
+        sent = trio.current_time()
+        commands: list[tuple[Argument, ...]] = [("PING",), ("TIME",)]
+        if write:
+            commands.append(("SET", self._presence_key, self._presence(), "PX", PRESENCE_EXPIRY_MS))
+        with trio.move_on_after(self._timeout_s) as deadline:
+            replies = await link.execute_all(commands)
+        if deadline.cancelled_caught:
+            raise LinkLostError(f"no answer to PING for {self._timeout_s:g} s", "timed_out")
+        received = trio.current_time()
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise reply
+        if write:
+            self._written = sent
+        self.round_trip_ms = (received - sent) * 1000
+        time = replies[1]
+        if isinstance(time, list) and len(time) == 2:
+            seconds, microseconds = time
+            if isinstance(seconds, bytes) and isinstance(microseconds, bytes):
+                reference_ms = int(seconds) * 1000 + int(microseconds) / 1000
+                self._clock.observe(sent, received, reference_ms, serving=self._serving())

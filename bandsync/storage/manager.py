@@ -1,0 +1,381 @@
+"""Which storage is in use: Redis while it can be used, memory otherwise (design.md section 5).
+
+redis ──loss──▶ memory ──stable──▶ migrating ──last room across──▶ redis
+▲                    │
+└───────loss─────────┘
+"""
+
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import trio
+from msgspec import Struct
+from redis.backoff import EqualJitterBackoff
+from redis.exceptions import RedisError
+from structlog.typing import FilteringBoundLogger
+
+from bandsync.counters import Counters
+from bandsync.redis_link.address import Address
+from bandsync.redis_link.errors import LossReason, loss_reason
+from bandsync.redis_link.link import Link
+from bandsync.session import Session
+from bandsync.settings import Settings
+from bandsync.storage.base import Lost, RedisStatus, StorageType
+from bandsync.storage.era import Era, Loss
+from bandsync.storage.health import HealthCheck
+from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.redis import Keys, RedisStorage
+
+Mode = Literal["redis", "memory", "migrating", "memory (disabled)"]
+
+# Redis is used again after so many health checks in a row, each with a write.
+STABLE_CHECKS = 3
+# A loss so soon after a recovery doubles what is asked for next time, up to MAX_STABLE_S.
+FLAPPING_S = 60.0
+MAX_STABLE_S = 30.0
+MAX_RETRY_DELAY_S = 5.0
+
+
+class Failover(Struct, frozen=True, rename="camel"):
+    """How Redis was lost; ``at`` on the session clock, milliseconds."""
+
+    at: float
+    reason: str
+    detail: str
+
+
+class Recovery(Struct, frozen=True, rename="camel"):
+    """How it came back.
+
+    Attributes:
+        at: on the session clock, milliseconds.
+        outage_ms: since the loss; None if Redis was never lost, just absent.
+        migration_ms: how long the move to Redis took.
+        sessions: how many moved.
+    """
+
+    at: float
+    outage_ms: float | None
+    migration_ms: float
+    sessions: int
+
+
+class Migration(Struct, rename="camel"):
+    """The move to Redis that is under way."""
+
+    total: int
+    moved: int = 0
+
+
+class StorageManager:
+    """Opens Redis, watches it, and says where sessions are kept.
+
+    Args:
+        address: where Redis is; None keeps sessions in memory for good.
+        health: looks after each link.
+        now: the session clock.
+
+    Attributes:
+        memory: sessions that are not in Redis, or not yet.
+        settled: set when Redis is in use, or has failed often enough to start without it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        address: Address | None,
+        *,
+        memory: MemoryStorage,
+        health: HealthCheck,
+        keys: Keys,
+        server_id: str,
+        boot_id: str,
+        now: Callable[[], float],
+        counters: Counters,
+        recovery_seconds: Callable[[float], None],
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.memory = memory
+        self.settled = trio.Event()
+        self.mode: Mode = "memory (disabled)" if address is None else "memory"
+        self.since = now()
+        self.last_failover: Failover | None = None
+        self.last_recovery: Recovery | None = None
+        self.migration: Migration | None = None
+        self.attempts = 0
+        self._settings = settings
+        self._address = address
+        self._health = health
+        self._keys = keys
+        self._server_id = server_id
+        self._event_ids = (f"{boot_id}-r{number:x}" for number in itertools.count(1))
+        self._now = now
+        self._counters = counters
+        self._recovery_seconds = recovery_seconds
+        self._log = log
+        self._backoff = EqualJitterBackoff(
+            MAX_RETRY_DELAY_S, settings.redis_retry_delay_on_failure / 1000
+        )
+        self._link: Link | None = None
+        self._era: Era | None = None
+        self._loss: Loss | None = None
+        self._lost_at: float | None = None
+        self._recovered_at: float | None = None
+        self._flaps = 0
+
+    @property
+    def era(self) -> Era | None:
+        """The era of Redis that sessions are opened in; None in memory mode."""
+        era = self._era
+        return None if era is None or era.over else era
+
+    @property
+    def storage_type(self) -> StorageType:
+        """Where the sessions are kept; memory until the last one is in Redis."""
+        return "redis" if self.mode == "redis" and self.era is not None else "memory"
+
+    @property
+    def degraded(self) -> bool:
+        """Whether this is not the storage that was asked for."""
+        return self._address is not None and self.storage_type != "redis"
+
+    @property
+    def reason(self) -> str | None:
+        """Why sessions are in memory, for operators; None while they are in Redis."""
+        if self._address is None:
+            return "REDIS_ENABLED=false"
+        if self.storage_type == "redis":
+            return None
+        if self.mode == "migrating":
+            return "sessions are on their way back to Redis"
+        if self._loss is None:
+            return f"not connected to {self._address} yet"
+        return str(self._loss)
+
+    @property
+    def redis_status(self) -> RedisStatus:
+        """How the link is."""
+        link = self._link
+        return RedisStatus(
+            connected=link is not None and link.usable,
+            connection_attempts=self.attempts,
+            address=None if self._address is None else str(self._address),
+            outstanding=0 if link is None else link.outstanding,
+        )
+
+    @property
+    def round_trip_ms(self) -> float | None:
+        """Of the last health check; None while there is no link."""
+        return None if self._link is None else self._health.round_trip_ms
+
+    async def list_sessions(self) -> list[Session]:
+        """All sessions that can be had, those in memory before what Redis has of them."""
+        found: dict[str, Session] = {}
+        era = self.era
+        if era is not None:
+            stored = await era.storage.list_sessions()
+            if not isinstance(stored, Lost):
+                found = {session.session_id: session for session in stored}
+        found.update((session.session_id, session) for session in await self.memory.list_sessions())
+        return list(found.values())
+
+    async def run(
+        self,
+        migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
+        hosted: Callable[[], int],
+        tell: Callable[[], None],
+    ) -> None:
+        """Use Redis whenever it can be used, for ever.
+
+        Args:
+            migrate: brings all sessions of this server to Redis; tells of each one.
+            hosted: how many that will be.
+            tell: called after each transition, without waiting.
+        """
+        if self._address is None:
+            self.settled.set()
+            return
+        settings = self._settings
+        failures = 0
+        enough = settings.redis_max_retries + 1 if settings.redis_required else 1
+        while True:
+            self.attempts += 1
+            used = await self._use(migrate, hosted, tell)
+            failures = 0 if used else failures + 1
+            if failures >= enough:
+                self.settled.set()
+            if used and not settings.redis_auto_recover:
+                self._log.warning("storage.no_recovery", hint="REDIS_AUTO_RECOVER=false")
+                return
+            if failures > settings.redis_max_retries:
+                delay_s = MAX_RETRY_DELAY_S
+            else:
+                delay_s = self._backoff.compute(failures)
+            await trio.sleep(delay_s)
+
+    async def _use(
+        self,
+        migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
+        hosted: Callable[[], int],
+        tell: Callable[[], None],
+    ) -> bool:
+        """Use Redis until it is lost; False if it could not be used at all."""
+        settings = self._settings
+        assert self._address is not None
+        link = Link(
+            self._address,
+            name=f"bandsync-{self._server_id}",
+            connect_timeout_s=settings.redis_connect_timeout / 1000,
+            command_timeout_s=settings.redis_command_timeout / 1000,
+            silence_s=settings.redis_health_timeout_ms / 1000,
+        )
+        era: Era | None = None
+        loss: Loss | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(link.run)
+                self._link = link
+                await self._health.prove(link, self._checks_wanted())
+                era = self._begin(link, nursery.cancel_scope.cancel)
+                nursery.start_soon(self._health.watch, link)
+                await self._bring_back(era, migrate, hosted, tell)
+        except* RedisError as group:
+            loss = _loss(group)
+        finally:
+            self._link = None
+            if era is not None:
+                era.end(loss or Loss("closed", "the server stops"))
+        if era is None:
+            self._fail(loss or Loss("reset", "the connection was closed"))
+            return False
+        assert era.loss is not None
+        self._fail_over(era.loss)
+        tell()
+        return True
+
+    def _checks_wanted(self) -> int:
+        if self._lost_at is None and not len(self.memory):
+            # Nothing depends on it yet.
+            return 1
+        checks = STABLE_CHECKS << min(self._flaps, 16)
+        interval_s = self._settings.redis_health_interval_ms / 1000
+        return max(STABLE_CHECKS, min(checks, round(MAX_STABLE_S / interval_s)))
+
+    def _begin(self, link: Link, cancel: Callable[[], None]) -> Era:
+        """From now on sessions are opened in Redis."""
+
+        def on_loss(reason: LossReason, error: RedisError) -> None:
+            era.end(Loss(reason, str(error)))
+
+        storage = RedisStorage(
+            link,
+            self._keys,
+            ttl_s=self._settings.redis_ttl,
+            server_id=self._server_id,
+            event_ids=self._event_ids,
+            on_loss=on_loss,
+        )
+        era = Era(storage, cancel)
+        self.attempts = 0
+        self._era = era
+        self._enter("migrating")
+        return era
+
+    async def _bring_back(
+        self,
+        era: Era,
+        migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
+        hosted: Callable[[], int],
+        tell: Callable[[], None],
+    ) -> None:
+        """Migrate; afterwards Redis is in use again."""
+        started = trio.current_time()
+        migration = self.migration = Migration(hosted())
+        self._log.info("storage.migrating", sessions=migration.total)
+
+        def moved() -> None:
+            migration.moved += 1
+
+        await migrate(era, moved)
+        if era.over:
+            return
+        finished = trio.current_time()
+        outage_s = None if self._lost_at is None else finished - self._lost_at
+        self.last_recovery = Recovery(
+            at=self._now(),
+            outage_ms=None if outage_s is None else outage_s * 1000,
+            migration_ms=(finished - started) * 1000,
+            sessions=migration.moved,
+        )
+        self.migration = None
+        self._recovered_at = finished
+        self._recovery_seconds(finished - started)
+        self._enter("redis")
+        self.settled.set()
+        self._log.info(
+            "storage.recovered" if outage_s is not None else "storage.connected",
+            address=str(self._address),
+            sessions=migration.moved,
+            outage_s=outage_s,
+            migration_s=finished - started,
+        )
+        tell()
+
+    def _fail(self, loss: Loss) -> None:
+        """Redis could not be reached, or not used."""
+        if self._loss is None or self._loss.reason != loss.reason or self.attempts == 1:
+            self._log.warning(
+                "storage.unreachable",
+                address=str(self._address),
+                reason=loss.reason,
+                detail=loss.detail,
+                attempts=self.attempts,
+            )
+        self._loss = loss
+
+    def _fail_over(self, loss: Loss) -> None:
+        """Redis was in use and is lost."""
+        now = trio.current_time()
+        lasted_s = None if self._recovered_at is None else now - self._recovered_at
+        # The first era of a server ends no flap: nothing had been lost before.
+        flapped = self.mode == "migrating" or (lasted_s is not None and lasted_s < FLAPPING_S)
+        self._flaps = self._flaps + 1 if flapped and self._lost_at is not None else 0
+        if self._lost_at is None or self.mode == "redis":
+            self._lost_at = now
+        self._loss = loss
+        self.migration = None
+        self._counters.failovers[loss.reason] += 1
+        self.last_failover = Failover(self._now(), loss.reason, loss.detail)
+        self._enter("memory")
+        self._log.warning(
+            "storage.failover",
+            address=str(self._address),
+            reason=loss.reason,
+            detail=loss.detail,
+            lasted_s=lasted_s,
+        )
+
+    def _enter(self, mode: Mode) -> None:
+        self.mode = mode
+        self.since = self._now()
+
+
+def _loss(group: BaseExceptionGroup[RedisError]) -> Loss:
+    """What a nursery's Redis errors say; the first that names a reason."""
+    errors = _leaves(group)
+    for error in errors:
+        reason = loss_reason(error)
+        if reason is not None:
+            return Loss(reason, str(error))
+    return Loss("protocol", str(errors[0]))
+
+
+def _leaves(group: BaseExceptionGroup[RedisError]) -> list[RedisError]:
+    found: list[RedisError] = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            found += _leaves(error)
+        else:
+            found.append(error)
+    return found

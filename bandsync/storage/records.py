@@ -1,0 +1,172 @@
+"""A session as the fields of a Redis hash, debuggable by hand: protocol.md section 8."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from bandsync.session import (
+    CHAT_RING,
+    Chat,
+    Epoch,
+    HeadlineRegister,
+    Leader,
+    Member,
+    Session,
+    SettingsRegister,
+    Tip,
+    TransportRegister,
+)
+from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
+
+# Raised by whatever an older server could not read, or would drop when it writes.
+FORMAT = 1
+
+MEMBER = "member:"
+CHAT = "chat:"
+
+T = TypeVar("T")
+
+
+class UnreadableError(ValueError):
+    """What is stored is not a session that this version can read; the message says why."""
+
+
+class _Head(Struct, frozen=True, rename="camel"):
+    """All that has no field of its own."""
+
+    format: int
+    created_at: float
+    last_active_at: float
+    leader: Leader
+    transport: TransportRegister
+    message: HeadlineRegister
+    settings: SettingsRegister
+
+
+class _Format(Struct):
+    format: int
+
+
+def changed_fields(base: Session | None, change: Session) -> tuple[dict[str, bytes], list[str]]:
+    """What must be written over ``base`` to store ``change``, tip left out.
+
+    Returns:
+        The fields to set, and the names of those to delete.
+    """
+    head = _Head(
+        FORMAT,
+        change.epoch.created_at,
+        change.last_active_at,
+        change.leader,
+        change.transport,
+        change.headline,
+        change.settings,
+    )
+    fields = {"head": _encode(head)}
+    gone: list[str] = []
+    if base is None or base.members is not change.members:
+        before = {} if base is None else base.members
+        for member_id, member in change.members.items():
+            if before.get(member_id) != member:
+                fields[MEMBER + member_id] = _encode(member)
+        gone += [MEMBER + member_id for member_id in before if member_id not in change.members]
+    if base is None or base.chat is not change.chat:
+        slots = {} if base is None else {chat.slot: chat for chat in base.chat}
+        for chat in change.chat:
+            if slots.pop(chat.slot, None) != chat:
+                fields[f"{CHAT}{chat.slot}"] = _encode(chat)
+        gone += [f"{CHAT}{slot}" for slot in slots]
+    return fields, gone
+
+
+def read_session(session_id: str, fields: Mapping[str, bytes]) -> Session:
+    """The session that is stored as ``fields``.
+
+    Raises:
+        UnreadableError: a field is missing, is not what it should be, or was written by a newer
+            version.
+    """
+    tip = read_tip(fields.get("epoch"), fields.get("version"), fields.get("eventId"))
+    head = _read_head(fields.get("head", b""))
+    members: dict[str, Member] = {}
+    ring: list[Chat] = []
+    for name, value in fields.items():
+        if name.startswith(MEMBER):
+            member = _read(name, value, _members)
+            if MEMBER + member.member_id != name:
+                raise UnreadableError(f"{name}: holds the member {member.member_id!r}")
+            members[member.member_id] = member
+        elif name.startswith(CHAT):
+            chat = _read(name, value, _chats)
+            if f"{CHAT}{chat.slot}" != name or not 0 <= chat.slot < CHAT_RING:
+                raise UnreadableError(f"{name}: holds the message of slot {chat.slot}")
+            ring.append(chat)
+    ring.sort(key=lambda chat: (chat.sent_at, chat.message_id))
+    return Session(
+        session_id=session_id,
+        epoch=Epoch(head.created_at, tip.epoch),
+        version=tip.version,
+        event_id=tip.event_id,
+        leader=head.leader,
+        transport=head.transport,
+        headline=head.message,
+        settings=head.settings,
+        members=members,
+        chat=tuple(ring),
+        last_active_at=head.last_active_at,
+    )
+
+
+def read_tip(epoch: bytes | None, version: bytes | None, event_id: bytes | None) -> Tip:
+    """The tip in its three fields.
+
+    Raises:
+        UnreadableError: they are not one.
+    """
+    if epoch is None or version is None or event_id is None:
+        raise UnreadableError("epoch, version or eventId is missing")
+    try:
+        number = int(version)
+        if not 0 < number < 2**53:
+            raise ValueError
+        return Tip(epoch.decode(), number, event_id.decode())
+    except ValueError as error:
+        raise UnreadableError("epoch, version or eventId is no text or no number") from error
+
+
+def _read_head(value: bytes) -> _Head:
+    written = _read("head", value, _formats).format
+    if written > FORMAT:
+        raise UnreadableError(f"head: format {written} of a newer version, this one reads {FORMAT}")
+    head = _read("head", value, _heads)
+    transport = head.transport.value
+    for segment in (transport, transport.next):
+        if segment is not None and not _playable(segment):
+            raise UnreadableError("head: a transport out of range")
+    if head.settings.value.max_members < 1:
+        raise UnreadableError("head: settings out of range")
+    return head
+
+
+def _playable(segment: Segment) -> bool:
+    return (
+        MIN_TEMPO_BPM <= segment.tempo_bpm <= MAX_TEMPO_BPM
+        and 0 <= segment.position_ms <= MAX_POSITION_MS
+        and segment.beats_per_bar >= 1
+    )
+
+
+def _read(name: str, value: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    try:
+        return decoder.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UnreadableError(f"{name}: {error}") from error
+
+
+_encode = msgspec.json.Encoder().encode
+_formats = msgspec.json.Decoder(_Format)
+_heads = msgspec.json.Decoder(_Head)
+_members = msgspec.json.Decoder(Member)
+_chats = msgspec.json.Decoder(Chat)

@@ -1,0 +1,310 @@
+"""Sessions in Redis: protocol.md section 8."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+from redis.exceptions import RedisError
+
+from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.errors import LossReason, loss_reason
+from bandsync.redis_link.link import Link
+from bandsync.redis_link.script import Script
+from bandsync.session import Session, Tip, tip
+from bandsync.storage.base import (
+    Committed,
+    Conflict,
+    Lost,
+    Presence,
+    RedisStatus,
+    Storage,
+    StorageHealth,
+    StorageType,
+    Unreadable,
+    Unusable,
+)
+from bandsync.storage.records import UnreadableError, changed_fields, read_session, read_tip
+
+_COMMIT = Script(resources.files("bandsync").joinpath("storage", "commit.lua").read_text())
+_TIP_FIELDS = ("epoch", "version", "eventId")
+# Large enough that listing is few round trips, small enough that Redis serves others in between.
+_SCAN_COUNT = 500
+_BATCH = 100
+
+
+class Keys(Struct, frozen=True):
+    """The names of everything in Redis; each begins with ``prefix``."""
+
+    prefix: str
+
+    def session(self, session_id: str) -> str:
+        """The hash of a session; the braces are the hash tag of a Cluster."""
+        return f"{self.prefix}session:{{{session_id}}}"
+
+    def events(self, session_id: str) -> str:
+        """The channel of a session's changes."""
+        return f"{self.prefix}events:{{{session_id}}}"
+
+    def server(self, server_id: str) -> str:
+        """The presence of a server."""
+        return f"{self.prefix}server:{server_id}"
+
+    def probe(self, server_id: str) -> str:
+        """The channel by which a server hears itself."""
+        return f"{self.prefix}probe:{server_id}"
+
+
+class Change(Struct, frozen=True, rename="camel"):
+    """What the channel of a session is told of one commit.
+
+    Attributes:
+        prev: the tip it was made from; None if there was no session.
+        delta: the fields of the hash that changed, as JSON; null for those deleted.
+        frames: the events of the change, for members on other servers.
+    """
+
+    prev: Tip | None
+    version: int
+    event_id: str
+    server_id: str
+    delta: dict[str, Raw | None]
+    frames: list[Raw]
+
+
+class RedisStorage(Storage):
+    """Keeps sessions in Redis, over one link and as long as that lives.
+
+    Args:
+        ttl_s: how long a session without a change is kept, seconds.
+        server_id: named in what other servers are told.
+        event_ids: never gives the same id twice, in no process.
+        on_loss: told once for each call that found Redis unusable, before the call returns.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        keys: Keys,
+        *,
+        ttl_s: int,
+        server_id: str,
+        event_ids: Iterator[str],
+        on_loss: Callable[[LossReason, RedisError], None],
+    ) -> None:
+        self._link = link
+        self._keys = keys
+        self._ttl_s = ttl_s
+        self._server_id = server_id
+        self._event_ids = event_ids
+        self._on_loss = on_loss
+
+    @property
+    def storage_type(self) -> StorageType:
+        return "redis"
+
+    async def get_session(self, session_id: str) -> Session | Unusable | None:
+        try:
+            reply = await self._link.execute("HGETALL", self._keys.session(session_id))
+            return _read(session_id, reply)
+        except (RedisError, UnreadableError) as error:
+            return self._unusable(error)
+
+    async def commit(
+        self, base: Session | None, change: Session, events: Sequence[bytes]
+    ) -> Committed | Conflict | Unusable:
+        session_id = change.session_id
+        committed = replace(change, event_id=next(self._event_ids))
+        old = None if base is None else tip(base)
+        new = tip(committed)
+        fields, gone = changed_fields(base, committed)
+        message = _change(old, new, self._server_id, fields, gone, events)
+        arguments: list[Argument] = [
+            *(("", "", "") if old is None else (old.epoch, old.version, old.event_id)),
+            new.epoch,
+            new.version,
+            new.event_id,
+            self._ttl_s,
+            message,
+            len(gone),
+            *gone,
+        ]
+        for name, value in fields.items():
+            arguments.append(name)
+            arguments.append(value)
+        keys = (self._keys.session(session_id), self._keys.events(session_id))
+        try:
+            reply = await _COMMIT.execute(self._link, keys, arguments)
+            if reply == 1:
+                return Committed(committed)
+            return Conflict(_read(session_id, reply))
+        except (RedisError, UnreadableError) as error:
+            return self._unusable(error)
+
+    async def delete_session(self, session_id: str) -> bool | Lost:
+        try:
+            return await self._link.execute("DEL", self._keys.session(session_id)) == 1
+        except RedisError as error:
+            return self._lost(error)
+
+    async def list_sessions(self) -> list[Session] | Lost:
+        sessions: list[Session] = []
+        try:
+            session_ids = await self._scan()
+            for start in range(0, len(session_ids), _BATCH):
+                batch = session_ids[start : start + _BATCH]
+                replies = await self._link.execute_all(
+                    [("HGETALL", self._keys.session(session_id)) for session_id in batch]
+                )
+                for session_id, reply in zip(batch, replies, strict=True):
+                    session = _readable(session_id, reply)
+                    if session is not None:
+                        sessions.append(session)
+        except RedisError as error:
+            return self._lost(error)
+        return sessions
+
+    async def health_check(self) -> StorageHealth:
+        try:
+            sessions = await self._scan()
+            connected = True
+        except RedisError as error:
+            self._lost(error)
+            sessions = []
+            connected = False
+        return StorageHealth(
+            healthy=connected,
+            storage_type=self.storage_type,
+            initialized=True,
+            fallback_reason=None,
+            total_sessions=len(sessions),
+            redis_status=RedisStatus(connected, connection_attempts=0),
+        )
+
+    async def touch(self, session_ids: Sequence[str]) -> dict[str, Tip | Unreadable | None] | Lost:
+        commands: list[tuple[Argument, ...]] = []
+        for session_id in session_ids:
+            key = self._keys.session(session_id)
+            commands += [("HMGET", key, *_TIP_FIELDS), ("EXPIRE", key, self._ttl_s)]
+        try:
+            replies = await self._link.execute_all(commands)
+        except RedisError as error:
+            return self._lost(error)
+        for reply in replies:
+            if isinstance(reply, RedisError) and loss_reason(reply) is not None:
+                return self._lost(reply)
+        return dict(zip(session_ids, map(_read_tip, replies[::2]), strict=True))
+
+    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
+        if not server_ids:
+            return []
+        try:
+            # One by one: in a Cluster their keys are on several nodes.
+            replies = await self._link.execute_all(
+                [("GET", self._keys.server(server_id)) for server_id in server_ids]
+            )
+        except RedisError as error:
+            return self._lost(error)
+        found: list[Presence] = []
+        for reply in replies:
+            if isinstance(reply, bytes):
+                try:
+                    found.append(_presences.decode(reply))
+                except msgspec.DecodeError:
+                    continue
+        return found
+
+    async def _scan(self) -> list[str]:
+        """The ids of all sessions."""
+        start, end = self._keys.session("\0").split("\0")
+        pattern = f"{_literally(start)}*{_literally(end)}"
+        found: dict[str, None] = {}
+        cursor: bytes | int = 0
+        while True:
+            reply = await self._link.execute("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT)
+            assert isinstance(reply, list)
+            following, keys = reply
+            assert isinstance(following, bytes)
+            assert isinstance(keys, list)
+            for key in keys:
+                assert isinstance(key, bytes)
+                found[key.decode(errors="replace")[len(start) : -len(end)]] = None
+            cursor = following
+            if cursor == b"0":
+                return list(found)
+
+    def _unusable(self, error: RedisError | UnreadableError) -> Unusable:
+        if isinstance(error, UnreadableError):
+            return Unreadable(str(error))
+        reason = loss_reason(error)
+        if reason is None:
+            return Unreadable(str(error))
+        self._on_loss(reason, error)
+        return Lost(reason)
+
+    def _lost(self, error: RedisError) -> Lost:
+        unusable = self._unusable(error)
+        return unusable if isinstance(unusable, Lost) else Lost(unusable.detail)
+
+
+def _read(session_id: str, reply: Reply) -> Session | None:
+    """The session in the answer of HGETALL."""
+    if not isinstance(reply, list):
+        raise UnreadableError(f"an answer that is no hash: {reply!r:.100}")
+    if not reply:
+        return None
+    fields: dict[str, bytes] = {}
+    for name, value in zip(reply[::2], reply[1::2], strict=True):
+        assert isinstance(name, bytes)
+        assert isinstance(value, bytes)
+        fields[name.decode(errors="replace")] = value
+    return read_session(session_id, fields)
+
+
+def _readable(session_id: str, reply: Reply | RedisError) -> Session | None:
+    if isinstance(reply, RedisError):
+        return None
+    try:
+        return _read(session_id, reply)
+    except UnreadableError:
+        return None
+
+
+def _read_tip(reply: Reply | RedisError) -> Tip | Unreadable | None:
+    """The tip in the answer of HMGET."""
+    if not isinstance(reply, list):
+        return Unreadable(str(reply))
+    if reply == [None, None, None]:
+        return None
+    epoch, version, event_id = (part if isinstance(part, bytes) else None for part in reply)
+    try:
+        return read_tip(epoch, version, event_id)
+    except UnreadableError as error:
+        return Unreadable(str(error))
+
+
+def _change(
+    old: Tip | None,
+    new: Tip,
+    server_id: str,
+    fields: dict[str, bytes],
+    gone: Sequence[str],
+    events: Sequence[bytes],
+) -> bytes:
+    """The message for a session's channel."""
+    delta: dict[str, Raw | None] = {name: Raw(value) for name, value in fields.items()}
+    delta.update(dict.fromkeys(gone))
+    if old is None or old.epoch != new.epoch:
+        delta["epoch"] = Raw(_encode(new.epoch))
+    frames = [Raw(event) for event in events]
+    return _encode(Change(old, new.version, new.event_id, server_id, delta, frames))
+
+
+def _literally(text: str) -> str:
+    """A pattern of SCAN that matches ``text`` only."""
+    return "".join(f"\\{sign}" if sign in "*?[]\\^" else sign for sign in text)
+
+
+_encode = msgspec.json.Encoder().encode
+_presences = msgspec.json.Decoder(Presence)
