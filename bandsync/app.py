@@ -5,10 +5,12 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 import msgspec
 import trio
 from msgspec import Struct
+from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.clock import SessionClock
@@ -22,6 +24,8 @@ from bandsync.net.listener import Acceptor, open_listeners
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.redis_link.address import Address, parse_address
+from bandsync.redis_link.link import Link
+from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.base import Presence
 from bandsync.storage.health import HealthCheck
@@ -104,7 +108,8 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         manager = StorageManager(
             settings,
-            address,
+            None if address is None else partial(_make_link, settings, address, server_id),
+            address=str(address),
             memory=MemoryStorage(boot_id, "memory of a server"),
             health=HealthCheck(
                 interval_s=settings.redis_health_interval_ms / 1000,
@@ -171,7 +176,9 @@ async def _serve(
 
         await stopping.wait()
         log.info("server.draining", connections=len(connections.open))
-        await drain(connections, settings.drain_timeout_ms / 1000)
+        with trio.move_on_after(settings.drain_timeout_ms / 1000):
+            await drain(connections, settings.drain_timeout_ms / 1000)
+            await manager.hand_over()
         log.info("server.stopped", connections=len(connections.open))
         nursery.cancel_scope.cancel()
 
@@ -223,6 +230,10 @@ class _State:
         kept = self.storage.memory.ids()
         return len(self._hub.rooms) + sum(id_ not in self._hub.rooms for id_ in kept)
 
+    def hosted(self) -> list[Session]:
+        mirrors = [room.mirror.session for room in self._hub.rooms.values()]
+        return [session for session in mirrors if session is not None]
+
     def presence(self) -> bytes:
         """What other servers, and whoever debugs, can read of this one in Redis."""
         return msgspec.json.encode(
@@ -234,6 +245,16 @@ class _State:
                 self.connections(),
             )
         )
+
+
+def _make_link(settings: Settings, address: Address, server_id: str) -> Link:
+    return Link(
+        address,
+        name=f"bandsync-{server_id}",
+        connect_timeout_s=settings.redis_connect_timeout / 1000,
+        command_timeout_s=settings.redis_command_timeout / 1000,
+        silence_s=settings.redis_health_timeout_ms / 1000,
+    )
 
 
 async def _settled(manager: StorageManager, settings: Settings) -> None:
@@ -266,7 +287,12 @@ def _redis_address(settings: Settings) -> Address | None:
             db=settings.redis_db,
         )
     try:
-        return parse_address(settings.redis_url)
+        address = parse_address(settings.redis_url)
+        return replace(
+            address,
+            username=address.username or settings.redis_username,
+            password=address.password or settings.redis_password,
+        )
     except ValueError as error:
         raise StartError(f"REDIS_URL=(not shown): {error}") from error
 

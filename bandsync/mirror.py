@@ -21,7 +21,6 @@ from bandsync.storage.base import (
     MAX_ATTEMPTS,
     Committed,
     Conflict,
-    Lost,
     Storage,
     StorageType,
     Unreadable,
@@ -194,11 +193,9 @@ class Mirror:
                     house.counters.conflicts += 1
                     if era is not None:
                         await self._reconcile(era, stored)
-                case Unreadable():
-                    self._leave(result)
-                case Lost():
-                    # The era is over: decided again, on the mirror, in memory.
-                    continue
+                case unusable:
+                    # Decided again, on the mirror, in memory.
+                    self._leave(unusable)
         return CONFLICT
 
     async def _commit(

@@ -32,10 +32,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     redis_host: Annotated[Text, Meta(description="Host of Redis.")] = "localhost"
     redis_port: Annotated[int, Meta(ge=1, le=65535, description="Port of Redis.")] = 6379
     redis_username: Annotated[
-        Text | None, Meta(description="User of Redis (ACL); empty for the default user.")
+        Text | None, Meta(description="User of Redis (ACL), also for a REDIS_URL that names none.")
     ] = None
     redis_password: Annotated[
-        Text | None, Meta(description="Password of Redis; empty for none.")
+        Text | None, Meta(description="Password of Redis, also for a REDIS_URL that has none.")
     ] = None
     redis_db: Annotated[int, Meta(ge=0, description="Database number of Redis.")] = 0
     redis_key_prefix: Annotated[str, Meta(description="What every key in Redis begins with.")] = (
@@ -65,18 +65,21 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 1000
     redis_auto_recover: Annotated[
         bool,
-        Meta(description="Whether to go back to Redis when it is back."),
+        Meta(description="Whether to go back to Redis by itself when it is back."),
     ] = True
     redis_required: Annotated[
         bool, Meta(description="Whether to refuse to start without Redis.")
     ] = False
     redis_sentinels: Annotated[
-        Text | None, Meta(description="Redis Sentinels, host:port, separated by commas.")
+        Text | None, Meta(description="Redis Sentinels, host:port, by comma; not supported yet.")
     ] = None
     redis_sentinel_master: Annotated[
-        Text | None, Meta(description="The name of the master that the Sentinels watch.")
+        Text | None,
+        Meta(description="The name of the master that the Sentinels watch; not supported yet."),
     ] = None
-    redis_cluster: Annotated[bool, Meta(description="Whether Redis is a Cluster.")] = False
+    redis_cluster: Annotated[
+        bool, Meta(description="Whether Redis is a Cluster; not supported yet.")
+    ] = False
     server_id: Annotated[
         Text | None,
         Meta(description="Name of this server, different for each; by default host name and port."),
@@ -229,9 +232,14 @@ def _contradictions(settings: Settings) -> list[str]:
             f"CONNECTION_TIMEOUT_MS={settings.connection_timeout_ms}: must be more than "
             f"PING_INTERVAL_MS={settings.ping_interval_ms}, or clients that only listen are cut off"
         )
-    if (settings.redis_sentinels is None) != (settings.redis_sentinel_master is None):
-        missing = "REDIS_SENTINELS" if settings.redis_sentinels is None else "REDIS_SENTINEL_MASTER"
-        problems.append(f"{missing}='': must be set when the other of the pair is")
+    # Ignored, they would send the sessions of a band to some other Redis.
+    for name, given in (
+        ("REDIS_SENTINELS", settings.redis_sentinels),
+        ("REDIS_SENTINEL_MASTER", settings.redis_sentinel_master),
+        ("REDIS_CLUSTER", settings.redis_cluster),
+    ):
+        if given:
+            problems.append(f"{name}={_text(given)!r}: must not be set, this version cannot use it")
     if settings.redis_required and not settings.redis_enabled:
         problems.append("REDIS_REQUIRED='true': must be false when REDIS_ENABLED is")
     return problems

@@ -43,9 +43,7 @@ class Sweeper:
         for room in self._hub.rooms.values():
             session = room.mirror.session
             if session is not None and room.mirror.era is era:
-                foreign += [
-                    (room, member) for member in present(session) if member.boot_id != here
-                ]
+                foreign += [(room, member) for member in present(session) if member.boot_id != here]
         servers = sorted({member.server_id for _, member in foreign})
         entries = await era.storage.find_servers(servers)
         if isinstance(entries, Lost):

@@ -1,189 +1,4 @@
-"""What the benchmarks measure with: server processes, a cheap load generator, CPU and memory.
-
-The generator is one epoll loop over plain sockets that reads server frames by their header only,
-so that it costs much less per frame than any server does.
-"""
-
-import base64
-import json
-import os
-import re
-import resource
-import secrets
-import select
-import signal
-import socket
-import struct
-import subprocess
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import cycle
-from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
-
-ROOT = Path(__file__).resolve().parent.parent
-HOST = "127.0.0.1"
-WARM_UP_S = 2.0
-SETTLE_S = 0.5
-TICK = b'{"type":"scroll_tick"'
-
-_CORES = sorted(os.sched_getaffinity(0))
-_START_S = 20.0
-_STOP_S = 5.0
-_SLICE_S = 1.0
-_SLOW_LIMIT_S = 60.0
-_LEAST_POLL_S = 0.0002
-_OPENING = 256
-_RECEIVE_BYTES = 65_536
-_POLL_EVENTS = 512
-_TEXT = 0x81
-_CLOSE = 0x88
-_PING = 0x89
-_PONG = 0x8A
-
-# Where the value of `type` begins and ends in what servers send: {"type":"scroll_tick",…
-_KIND_FROM = len('{"type":"')
-_KIND_TO = _KIND_FROM + 4
-
-
-class BenchError(Exception):
-    """A measurement that would mean nothing."""
-
-
-def now_s() -> float:
-    """A clock for durations, seconds."""
-    return time.perf_counter()
-
-
-def wall_ms() -> float:
-    """The wall clock, milliseconds since the Unix epoch."""
-    return time.time_ns() / 1e6
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that ``share`` (0 to 1) of ``values`` do not exceed."""
-    if not values:
-        raise BenchError("nothing was sampled")
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def raise_file_limit(connections: int) -> None:
-    """Allow this process and its children that many sockets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise BenchError(f"{wanted} file descriptors are needed: raise ulimit -n ({hard})")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def pin_generator() -> None:
-    """Keep this process off the core that the servers run on, if there is another."""
-    if len(_CORES) > 1:
-        os.sched_setaffinity(0, _CORES[1:])
-
-
-class Server:
-    """A server in a process of its own, on the first core.
-
-    Args:
-        command: what to run, without the interpreter; prints a line with `:PORT` when it listens.
-    """
-
-    def __init__(self, *command: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        self._process = subprocess.Popen(  # noqa: S603  # our own scripts
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            env=environment,
-            # No `.env` there that would change the settings.
-            cwd=ROOT / "scripts",
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        os.sched_setaffinity(self.pid, _CORES[:1])
-        try:
-            self.port = self._read_port()
-        except BaseException:
-            self._process.kill()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End the process."""
-        self.resume()
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def suspend(self) -> None:
-        """Let it use no CPU at all while another is measured."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._process.send_signal(signal.SIGCONT)
-
-    def cpu_s(self) -> float:
-        """User and system time of all its threads so far, seconds."""
-        total_ns = 0
-        for thread in Path(f"/proc/{self.pid}/task").iterdir():
-            total_ns += int((thread / "schedstat").read_text().split()[0])
-        return total_ns / 1e9
-
-    def rss_kb(self) -> float:
-        """Its resident memory, KB (1024 bytes)."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1024
-
-    def get(self, path: str) -> str:
-        """The body of an HTTP resource."""
-        with socket.create_connection((HOST, self.port), timeout=_STOP_S) as sock:
-            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\n\r\n".encode())
-            received = b""
-            while data := sock.recv(_RECEIVE_BYTES):
-                received += data
-        return received.partition(b"\r\n\r\n")[2].decode()
-
-    def _read_port(self) -> int:
-        assert self._process.stdout is not None
-        poll = select.poll()
-        poll.register(self._process.stdout, select.POLLIN)
-        if not poll.poll(_START_S * 1000):
-            raise BenchError("the server did not start")
-        line = self._process.stdout.readline().decode()
-        found = re.search(r":(\d+)\s*$", line)
-        if found is None:
-            raise BenchError(f"the server did not say where it listens: {line!r}")
-        return int(found[1])
-
-
-def bandsync(connections: int, members: int, *flags: str) -> Server:
-    """A BandSync server that only does what is measured: no Redis, no rate limits, no logs."""
-    return Server(
-        str(ROOT / "scripts" / "serve.py"),
-        *("--host", HOST, "--port", "0", "--redis-enabled", "false", "--log-level", "warning"),
-        *("--rate-limit-factor", "0", "--connection-timeout-ms", "600000"),
-        *("--max-connections", str(connections + 64), "--max-members", str(members)),
-        *flags,
-    )
-
+LHEAD
 
 class Client:
     """One connection of a `Fleet`.
@@ -377,63 +192,6 @@ class Fleet:
         client.rest = data[position:]
 
 
-class Window(NamedTuple):
-    """What happened in some time; windows add up.
-
-    Attributes:
-        seconds: how long it was.
-        server_cpu_s: of the server process, seconds.
-        generator_cpu_s: of this process, seconds.
-        kinds: text frames received, as in `Fleet.kinds`.
-        payload_bytes: of these.
-    """
-
-    seconds: float
-    server_cpu_s: float
-    generator_cpu_s: float
-    kinds: Counter[bytes]
-    payload_bytes: int
-
-    def frames(self, without: Iterable[bytes] = ()) -> int:
-        """Text frames received, but not those of the kinds ``without``."""
-        return sum(self.kinds.values()) - sum(self.kinds[kind] for kind in without)
-
-
-def measure(server: Server, fleet: Fleet, seconds: float) -> Window:
-    """Receive for ``seconds``.
-
-    Raises:
-        BenchError: the server closed connections meanwhile.
-    """
-    gone = fleet.gone
-    kinds, payload_bytes = fleet.kinds.copy(), fleet.payload_bytes
-    began, server_cpu, generator_cpu = now_s(), server.cpu_s(), time.process_time()
-    fleet.run_for(seconds)
-    if fleet.gone != gone:
-        raise BenchError(f"the server closed {fleet.gone - gone} connections")
-    return Window(
-        now_s() - began,
-        server.cpu_s() - server_cpu,
-        time.process_time() - generator_cpu,
-        fleet.kinds - kinds,
-        fleet.payload_bytes - payload_bytes,
-    )
-
-
-def total(windows: Sequence[Window]) -> Window:
-    """All windows as one."""
-    kinds: Counter[bytes] = Counter()
-    for window in windows:
-        kinds.update(window.kinds)
-    return Window(
-        sum(window.seconds for window in windows),
-        sum(window.server_cpu_s for window in windows),
-        sum(window.generator_cpu_s for window in windows),
-        kinds,
-        sum(window.payload_bytes for window in windows),
-    )
-
-
 def masked(message: dict[str, object]) -> bytes:
     """A client's text frame."""
     return _client_frame(_TEXT, json.dumps(message, ensure_ascii=False).encode())
@@ -464,51 +222,6 @@ class Latencies:
         if data.startswith(TICK, start):
             at = data.index(b'"serverTime":', start, end) + 13
             self.values.append(wall_ms() - float(data[at : data.index(b",", at, end)]))
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """The percentiles of latencies, milliseconds."""
-    return {
-        "p50": round(percentile(values, 0.5), 2),
-        "p99": round(percentile(values, 0.99), 2),
-        "max": round(max(values), 2),
-    }
-
-
-class Contender(NamedTuple):
-    """A server that is measured beside others.
-
-    Attributes:
-        wake: called when its turn begins.
-        start: called when it is warm, before the measuring.
-        rest: called at the end of its turn.
-    """
-
-    server: Server
-    fleet: Fleet
-    wake: Callable[[], object] = lambda: None
-    start: Callable[[], object] = lambda: None
-    rest: Callable[[], object] = lambda: None
-
-
-def alternate(contenders: dict[str, Contender], seconds: float) -> dict[str, list[Window]]:
-    """Measure each for ``seconds``, in slices that take turns, while the others are suspended."""
-    slices = max(2, round(seconds / _SLICE_S))
-    windows: dict[str, list[Window]] = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender.server.suspend()
-    for turn in range(slices):
-        for name, (server, fleet, wake, start, rest) in contenders.items():
-            server.resume()
-            wake()
-            fleet.run_for(WARM_UP_S if turn == 0 else SETTLE_S)
-            start()
-            windows[name].append(measure(server, fleet, seconds / slices))
-            rest()
-            server.suspend()
-    for contender in contenders.values():
-        contender.server.resume()
-    return windows
 
 
 class ClosedLoop:
@@ -627,3 +340,45 @@ def _received(sock: socket.socket) -> bytes:
         return sock.recv(_RECEIVE_BYTES)
     except ConnectionError:
         return b""
+
+
+def join(fleet: Fleet, sessions: int, members: int, *, slow: bool = False) -> list[Client]:
+    """Fill the sessions, the first of each leads.
+
+    Args:
+        slow: give the last member of each session a small receive buffer.
+
+    Returns:
+        The leaders.
+    """
+    greeting = masked({"type": "join_session"})
+    leaders = fleet.open(range(sessions), greeting)
+    fleet.run_until(lambda: fleet.kinds[b"snap"] == sessions)
+    for place in range(1, members):
+        small = 16_384 if slow and place == members - 1 else None
+        fleet.open(range(sessions), greeting, receive_buffer=small)
+    fleet.run_until(lambda: fleet.kinds[b"snap"] == sessions * members)
+    return leaders
+
+
+def settle() -> None:
+    """Let nothing but the measured code use the generator's time."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def capture(fleet: Fleet, client: Client, start: bytes) -> bytes:
+    """The payload of the next frame of ``client`` that begins with ``start``."""
+    found: list[bytes] = []
+
+    def look(data: bytes, begin: int, end: int) -> None:
+        if data.startswith(start, begin):
+            found.append(data[begin:end])
+
+    client.on_text = look
+    fleet.run_until(lambda: bool(found))
+    client.on_text = None
+    return found[0]
+
+

@@ -27,7 +27,7 @@ from chaosstage import Stage, stage
 from bandsync.session import present, role_of
 from bandsync.storage.records import read_session
 
-_BASELINE_S = 3.0
+_BASELINE_S = 2.0
 _REST_S = (0.5, 1.5)
 _HOLD_S = (0.1, 2.0)
 # Every so often a fault is over before anybody can have noticed.
@@ -104,7 +104,7 @@ class Run:
         for band in self.bands:
             for player in band.players:
                 await player.ended()
-        window.detected = window.lifted = trio.current_time()
+        window.lifted = trio.current_time()
         await server.start()
         await self._stage.until_on_redis(_RECOVERY_S)
         for band, then in zip(self.bands, before, strict=True):
@@ -148,13 +148,17 @@ class Run:
         if brief:
             window.fault += " (brief)"
             await trio.sleep(self._draw.uniform(*_BRIEF_S))
-        else:
-            if fault.loses and await self._told(window.injected, "memory") is None:
+        elif fault.loses:
+            if not await self._told(window.injected, "memory"):
                 self._find(f"{fault.name}: nobody noticed", window.injected)
+            await trio.sleep(self._draw.uniform(*_HOLD_S))
+        elif fault.end is not nothing:
             await trio.sleep(self._draw.uniform(*_HOLD_S))
         await fault.end(self._stage)
         window.lifted = window.injected if fault.end is nothing else trio.current_time()
-        await trio.sleep(_SETTLE_S)
+        if fault.loses:
+            # It may not have noticed yet.
+            await trio.sleep(_SETTLE_S)
         await self._recover()
         window.quiet_from = trio.current_time()
         window.detected = self._when(window.injected, "memory")
@@ -192,13 +196,12 @@ class Run:
             "chat": [{"messageId": chat.message_id} for chat in stored.chat],
         }
 
-    async def _told(self, since: float, storage: str) -> float | None:
-        """Wait until a client is told of this storage."""
+    async def _told(self, since: float, storage: str) -> bool:
+        """Wait until a client is told of this storage; False if none is."""
         with trio.move_on_after(_DETECTION_S):
-            while (at := self._when(since, storage)) is None:
+            while self._when(since, storage) is None:
                 await self._news.wait()
-            return at
-        return None
+        return self._when(since, storage) is not None
 
     def _when(self, since: float, storage: str) -> float | None:
         """When a client was told: of memory first, of Redis last."""
@@ -248,6 +251,8 @@ async def perform(
             run.findings.append(Finding("state", float("inf"), str(error)))
             if not parts:
                 parts.append(judge([r for band in run.bands for r in band.records], [], []))
+        for band in run.bands:
+            await band.go_home()
         nursery.cancel_scope.cancel()
     return Verdict(
         [row for part in parts for row in part.rows],
@@ -287,6 +292,7 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=4, help="of each band, besides guests")
     parser.add_argument("--faults", default="all", help="texts in their names, by comma; or none")
     parser.add_argument("--memory", action="store_true", help="no Redis at all: a dry run")
+    parser.add_argument("--pick", type=int, help="so many of the faults, other ones for each seed")
     parser.add_argument("--strict", action="store_true", help="the targets for time count, too")
     parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="for the server's logs")
     given = parser.parse_args()
@@ -296,7 +302,10 @@ def main() -> int:
         good = interrupted = False
         try:
             good = _run_all(given, faults, given.keep_logs or Path(directory))
-        except* KeyboardInterrupt:
+        except BaseExceptionGroup as group:
+            # What else broke is what clients say when they are cut off in the middle.
+            if group.subgroup(KeyboardInterrupt) is None:
+                raise
             interrupted = True
     if interrupted:
         return 130
@@ -311,7 +320,8 @@ def _run_all(given: argparse.Namespace, faults: Sequence[Fault], logs: Path) -> 
     good = True
     for seed in range(given.seed, given.seed + given.seeds):
         draw = Random(seed)  # noqa: S311  # a seed to repeat a run
-        order = [fault for _ in range(given.rounds) for fault in draw.sample(faults, len(faults))]
+        pick = min(given.pick or len(faults), len(faults))
+        order = [fault for _ in range(given.rounds) for fault in draw.sample(faults, pick)]
         log = (logs / f"server-{seed}.log").resolve()
         log.unlink(missing_ok=True)
         verdict = trio.run(_perform, order, draw, log, given)

@@ -141,10 +141,10 @@ class Player:
 
     async def disconnect(self) -> None:
         """Close the connection, the membership stays for the grace."""
-        connection = self.connection
-        connection.ending = True
-        connection.close.set()
-        await connection.ended.wait()
+        if self._connection is not None:
+            self._connection.ending = True
+            self._connection.close.set()
+            await self._connection.ended.wait()
 
     async def ended(self) -> None:
         """Wait until the server has ended the connection, as it was told to."""
@@ -181,8 +181,8 @@ class Player:
             await connection.close.wait()
             if not connection.ending:
                 record.closed = (trio.current_time(), code())
-            connection.ended.set()
             nursery.cancel_scope.cancel()
+        connection.ended.set()
 
     def _hear(self, connection: Connection, at: float, message: Message) -> None:
         connection.record.heard.append((at, message))
@@ -301,6 +301,11 @@ class Band:
     def stop(self) -> None:
         """Come to an end."""
         self._stopping.set()
+
+    async def go_home(self) -> None:
+        """Close all connections."""
+        for player in (*self.players, *self.guests):
+            await player.disconnect()
 
     async def _lead(self) -> None:
         draw = self._random

@@ -4,6 +4,7 @@ Times are seconds on the clock of the musicians' process, unless a name says `_m
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,8 @@ Message = Mapping[str, Any]
 Kind = Literal["ack", "connection", "version", "refusal", "state"]
 
 CHAT_RING = 50
+# Longer ago, the clock may have been slewed rightly, as that of Redis was.
+_CLOCK_MEMORY_S = 15.0
 # Each makes a version; the others in `protocol.md` section 4 are private, volatile or answers.
 EVENTS = frozenset(
     {
@@ -162,28 +165,19 @@ def judge(records: Sequence[Record], windows: Sequence[Window], finals: Sequence
             )
         )
     quiet = [
-        longest_stall_ms(records, window.quiet_from, end, whole=True)
+        longest_stall_ms(records, window.quiet_from, end)
         for window, end in zip(windows, [*starts[1:], float("inf")], strict=True)
     ]
     return Verdict(rows, findings, max(quiet, default=0.0))
 
 
-def longest_stall_ms(
-    records: Iterable[Record], begin: float, end: float, *, whole: bool = False
-) -> float:
-    """The longest wait of a command for its answer.
-
-    Args:
-        whole: look only at those sent and answered within; else also at those that reach in.
-    """
+def longest_stall_ms(records: Iterable[Record], begin: float, end: float) -> float:
+    """The longest wait for an answer that came in this time."""
     waits = (
         asked.answered - asked.sent
         for record in records
         for asked in record.asked
-        if asked.answer is not None
-        and asked.sent < end
-        and asked.answered >= begin
-        and (not whole or (asked.sent >= begin and asked.answered < end))
+        if asked.answer is not None and begin <= asked.answered < end
     )
     return max(waits, default=0.0) * 1000
 
@@ -258,13 +252,15 @@ def _clock(record: Record) -> Iterator[tuple[float, float]]:
 
     A step of that clock is a jump of the music for all who calculate, though no tick shows it.
     """
-    best: ClockSample | None = None
+    recent: deque[ClockSample] = deque()
     for sample in record.clock:
-        if best is not None:
+        while recent and sample.at - recent[0].at > _CLOCK_MEMORY_S:
+            recent.popleft()
+        if recent:
+            best = min(recent, key=lambda earlier: earlier.round_trip_ms)
             unsure = (sample.round_trip_ms + best.round_trip_ms) / 2
             yield sample.at, max(0.0, abs(sample.offset_ms - best.offset_ms) - unsure)
-        if best is None or sample.round_trip_ms < best.round_trip_ms:
-            best = sample
+        recent.append(sample)
 
 
 def _state(final: Final, records: Sequence[Record]) -> Iterator[Finding]:

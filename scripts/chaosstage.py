@@ -1,5 +1,6 @@
 """What chaos.py breaks and what must not notice: a Redis, a proxy before it, a BandSync server."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import trio
 from chaosband import HOST, PATIENCE_S, ChaosError
 from chaosjudge import Message
@@ -75,12 +75,15 @@ class BandSync:
 
     async def get(self, path: str) -> Message:
         """A JSON document of its HTTP interface; empty while it does not answer."""
+        request = f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n"
         try:
-            async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
-                document: Message = (await client.get(f"http://{HOST}:{self.port}{path}")).json()
-                return document
-        except httpx.TransportError:
+            async with await trio.open_tcp_stream(HOST, self.port) as stream:
+                await stream.send_all(request.encode())
+                received = b"".join([data async for data in stream])
+        except (OSError, trio.BrokenResourceError):
             return {}
+        document: Message = json.loads(received.partition(b"\r\n\r\n")[2] or b"{}")
+        return document
 
     @property
     def running(self) -> bool:

@@ -1,8 +1,10 @@
 """The judge of `scripts/chaos.py` sees what is lost; and a short run of the whole."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -251,13 +253,13 @@ def test_a_member_who_should_not_be_there(history: History) -> None:
     assert history.found() == [("reset", "state")]
 
 
-def test_a_stall_counts_where_it_reaches_in(history: History) -> None:
+def test_a_stall_counts_where_it_ends(history: History) -> None:
     history.record.asked.append(
         Asked("chat_message", {"text": "hello"}, 9.9, 10.1, {"type": "ack"})
     )
     verdict = history.judge()
     assert verdict.rows[1].stall_ms == pytest.approx(200)
-    # It was not a quiet time when it ended.
+    assert verdict.rows[0].stall_ms == pytest.approx(2)
     assert verdict.quiet_stall_ms == pytest.approx(2)
     assert too_much(verdict.rows[1], verdict.quiet_stall_ms) == [
         "reset: a command waited 200 ms, over 52"
@@ -286,3 +288,39 @@ def test_a_dry_run(tmp_path: Path) -> None:
     assert result.stderr == ""
     assert result.stdout.endswith("Nothing was lost.\n")
     assert "server.started" in (tmp_path / "server-1.log").read_text()
+
+
+def test_a_short_run(tmp_path: Path, redis_binary: None) -> None:
+    result = run_chaos("--bands", "1", "--members", "3", "--faults", "reset,flush")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    faults = [line[:26].strip() for line in result.stdout.splitlines()[4:9]]
+    assert [fault.removesuffix(" (brief)") for fault in faults] == [
+        *("none", "reset", "FLUSHALL", "server: SIGTERM", "server: SIGKILL")
+    ]
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, redis_binary: None) -> None:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPTS / "chaos.py", "--faults", "none", "--keep-logs", tmp_path],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    log = tmp_path / "server-1.log"
+    deadline = time.perf_counter() + PATIENCE_S
+    while not log.exists() or b"member.joined" not in log.read_bytes():
+        assert time.perf_counter() < deadline
+        time.sleep(0.01)
+    (pid,) = (int(path.name) for path in Path("/proc").iterdir() if serves(path, process.pid))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 130
+    assert not Path(f"/proc/{pid}").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["server-1.log"]
+
+
+def serves(process: Path, parent: int) -> bool:
+    """Whether this entry of /proc is a BandSync server that ``parent`` started."""
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        return fields[1] == str(parent) and b"serve.py" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False

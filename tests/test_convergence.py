@@ -799,6 +799,8 @@ def live_through(seed: int, steps: Sequence[Step]) -> World:
     world = World(random.Random(seed))
     for what, salt in steps:
         world.do(what, salt)
+        for server in world.servers:
+            server.close_if_empty()
     world.settle_down()
     world.check()
     return world

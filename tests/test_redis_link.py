@@ -15,6 +15,7 @@ import trio.testing
 import trustme
 from redis.exceptions import (
     AuthenticationError,
+    BusyLoadingError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -86,7 +87,7 @@ def proxied(proxy: FaultProxy) -> Address:
         ("ERR unknown command", ResponseError, None),
         ("NOSCRIPT No matching script.", NoScriptError, None),
         ("READONLY You can't write", ReadOnlyError, "readonly"),
-        ("LOADING Redis is loading", LinkLostError.__mro__[1], "loading"),
+        ("LOADING Redis is loading", BusyLoadingError, "loading"),
         ("MASTERDOWN Link with MASTER is down", ResponseError, "masterdown"),
         ("OOM command not allowed", OutOfMemoryError, "oom"),
         ("MISCONF Redis is configured to", UnusableError, "misconf"),
@@ -181,6 +182,8 @@ def test_addresses(url: str, address: Address, text: str) -> None:
         "redis://:secret@r?ssl_ca_certs=secret",
         "rediss://:secret@r?ssl_cert_reqs=secret",
         "rediss://[secret",
+        "redis://:secret@r?port=7",
+        "redis://r/0#secret",
         "unix://",
     ],
 )
@@ -264,8 +267,20 @@ async def test_nobody_listens() -> None:
     assert loss_reason(error) == "refused"
     assert f"redis://{HOST}:{port}/0" in str(error)
     assert "secret" not in str(error)
-    # A name with several addresses.
-    assert loss_reason(await why_not(f"redis://localhost:{port}")) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [(ConnectionRefusedError(), "refused"), (TimeoutError(), "unreachable")],
+)
+async def test_a_host_with_several_addresses(
+    second: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect_tcp(host: str, port: int) -> None:
+        raise OSError from ExceptionGroup("several", [OSError("no route"), second])
+
+    monkeypatch.setattr("anyio.connect_tcp", connect_tcp)
+    assert loss_reason(await why_not(ADDRESS)) == reason
 
 
 @pytest.mark.parametrize("url", ["redis://nowhere.invalid", "unix:///nonexistent/socket"])
@@ -361,6 +376,23 @@ async def test_tls_to_one_that_does_not_speak_it(
     assert loss_reason(await why_not(Address(tls=TLSOptions()))) == "tls"
 
 
+async def test_tls_that_does_not_come_about(shared_redis: RedisServer) -> None:
+    # A Redis in the clear takes our hello for the beginning of a long line.
+    address = Address(host=HOST, port=shared_redis.port, tls=TLSOptions())
+    assert isinstance(await why_not(address, connect_timeout_s=0.1), TimeoutError)
+
+
+async def test_a_redis_that_wants_a_certificate(
+    tls_redis: RedisServer, nursery: trio.Nursery
+) -> None:
+    tls_redis.cli("CONFIG", "SET", "tls-auth-clients", "yes")
+    assert loss_reason(await why_not(tls_redis.url())) == "tls"
+    files = tls_redis.ca_file.parent
+    mine = f"&ssl_certfile={files / 'cert.pem'}&ssl_keyfile={files / 'key.pem'}"
+    await start(nursery, link_to(tls_redis.url() + mine))
+    nursery.cancel_scope.cancel()
+
+
 async def test_tls_options_that_cannot_be_used(tls_redis: RedisServer) -> None:
     for option in ("ssl_ca_certs", "ssl_certfile"):
         error = await why_not(f"rediss://localhost:{tls_redis.port}?{option}=/nonexistent")
@@ -447,7 +479,7 @@ async def test_callers_may_be_cancelled_at_any_moment(
         for _ in range(20):
             async with trio.open_nursery() as asking:
                 for number in range(50):
-                    asking.start_soon(call, number, rng.choice([0, 1, 2, 3, 5, 8, 100_0]))
+                    asking.start_soon(call, number, rng.choice([0, 1, 2, 3, 5, 8, 1000]))
         assert await link.execute("ECHO", "end") == b"end"
     assert answered
     assert cancelled
@@ -701,6 +733,30 @@ async def test_the_oldest_counts_not_the_newest(
     assert trio.current_time() - began == pytest.approx(1.2)
 
 
+async def test_the_watch_sleeps_while_replies_come(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    nursery: trio.Nursery,
+) -> None:
+    scripted = ScriptedRedis(monkeypatch)
+    link = link_to(ADDRESS, silence_s=1, command_timeout_s=5)
+    await start(nursery, link, scripted)
+    sleep_until = anyio.sleep_until
+    deadlines: list[float] = []
+
+    async def counted(deadline: float) -> None:
+        deadlines.append(deadline)
+        await sleep_until(deadline)
+
+    monkeypatch.setattr("anyio.sleep_until", counted)
+    for _ in range(1000):
+        nursery.start_soon(scripted.answer, b"+PONG\r\n")
+        await link.execute("PING")
+        await trio.sleep(0.01)
+    # In ten seconds.
+    assert len(deadlines) <= 20
+
+
 async def test_a_peer_that_does_not_read(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
@@ -763,6 +819,58 @@ async def test_a_reply_that_is_on_its_way_gets_as_long_as_we_were_away(
         callers.start_soon(link.execute, "BLPOP", "nothing", 2.2)
         await trio.testing.wait_all_tasks_blocked()
         time.sleep(2)  # noqa: ASYNC251
+    assert link.usable
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_stall_before_the_command_is_sent(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    nursery: trio.Nursery,
+) -> None:
+    scripted = ScriptedRedis(monkeypatch)
+    link = link_to(ADDRESS, silence_s=1, command_timeout_s=1)
+    await start(nursery, link, scripted)
+
+    async def stall() -> None:
+        autojump_clock.jump(1.5)
+
+    async def answer() -> None:
+        await scripted.command()
+        await trio.sleep(0.9)
+        await scripted.send(b"+PONG\r\n")
+
+    # Often enough that the stall comes after the call and before the writer some time.
+    for _ in range(20):
+        async with trio.open_nursery() as callers:
+            callers.start_soon(link.execute, "PING")
+            callers.start_soon(stall)
+            callers.start_soon(answer)
+    assert link.usable
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_stall_while_the_watch_waits_for_the_reader(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    nursery: trio.Nursery,
+) -> None:
+    scripted = ScriptedRedis(monkeypatch)
+    link = link_to(ADDRESS, silence_s=1, command_timeout_s=1)
+    await start(nursery, link, scripted)
+    sleep = anyio.sleep
+
+    async def stalled_sleep(seconds: float) -> None:
+        monkeypatch.setattr("anyio.sleep", sleep)
+        await scripted.answer(b"+PONG\r\n")
+        callers.start_soon(link.execute, "PING")
+        await scripted.command()
+        autojump_clock.jump(1.5)
+        callers.start_soon(scripted.send, b"+PONG\r\n")
+
+    async with trio.open_nursery() as callers:
+        monkeypatch.setattr("anyio.sleep", stalled_sleep)
+        callers.start_soon(link.execute, "PING")
     assert link.usable
     nursery.cancel_scope.cancel()
 

@@ -65,7 +65,7 @@ def test_all_problems_are_told_at_once() -> None:
         "LEADERSHIP='anarchy': must be claim or open",
         "RATE_LIMIT_FACTOR='nan': must be a number, 0 or more",
         "TLS_KEY='': must name a file when the other of the pair does",
-        "REDIS_SENTINEL_MASTER='': must be set when the other of the pair is",
+        "REDIS_SENTINELS='a:1': must not be set, this version cannot use it",
     ]
 
 

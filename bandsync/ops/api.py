@@ -1,6 +1,7 @@
 """The HTTP interface: protocol.md section 7."""
 
 import hmac
+from collections.abc import Iterable
 from importlib import resources
 from typing import Protocol
 
@@ -62,6 +63,9 @@ class Server(Protocol):
 
     def sessions(self) -> int:
         """Sessions that this server hosts or keeps."""
+
+    def hosted(self) -> Iterable[Session]:
+        """The sessions with a room on this server."""
 
 
 class Health(StorageHealth, frozen=True, rename="camel"):
@@ -200,7 +204,10 @@ class Api:
         if not self._admitted(request):
             return _unauthorized()
         now = self._server.now()
-        sessions = await self._storage.list_sessions()
+        found = {each.session_id: each for each in await self._storage.list_sessions()}
+        # What this server hosts, it knows best; in memory mode most of it stands nowhere else.
+        found.update((session.session_id, session) for session in self._server.hosted())
+        sessions = [found[session_id] for session_id in sorted(found)]
         return json_response(200, {"sessions": [_summary(session, now) for session in sessions]})
 
     def _exposition(self, request: HttpRequest) -> HttpResponse:

@@ -111,7 +111,10 @@ def parse_address(url: str) -> Address:
     options.pop("connection_class", None)
     if fragment:
         raise ValueError("must not contain a '#': encode it as %23")
-    if not set(options) <= {*_CONNECTION_OPTIONS, *_TLS_OPTIONS}:
+    # A port in the query comes as a text: it is no option either.
+    if not set(options) <= {*_CONNECTION_OPTIONS, *_TLS_OPTIONS} or isinstance(
+        options.get("port"), str
+    ):
         raise ValueError("has an unknown option; known are " + ", ".join(_QUERY_OPTIONS))
     if url.startswith("unix:"):
         if "path" not in options:

@@ -99,6 +99,12 @@ async def connect(address: Address, *, name: str, timeout_s: float) -> Connectio
         connection = Connection(await _open(address), address)
         try:
             await _introduce(connection, address, name)
+        except LinkLostError as error:
+            await connection.aclose()
+            if address.tls is None or error.reason != "reset":
+                raise
+            # In TLS 1.3 that is how a client learns that its certificate is not good enough.
+            raise LinkLostError(f"{error} (does it want a certificate?)", "tls") from error
         except BaseException:
             await connection.aclose()
             raise

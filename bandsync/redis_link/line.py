@@ -47,6 +47,12 @@ class Call:
         self.event = event
         self.reply: Reply | RedisError = None
 
+    def answer(self, reply: Reply | RedisError) -> None:
+        """Wake up who waits."""
+        self.reply = reply
+        if self.event is not None:
+            self.event.set()
+
 
 class Line(ABC):
     """Calls over one connection.
@@ -156,9 +162,7 @@ class Line(ABC):
         self._usable = False
         pending, self._pending = self._pending, deque()
         for call in pending:
-            call.reply = error
-            if call.event is not None:
-                call.event.set()
+            call.answer(error)
         if self._tasks is not None:
             self._tasks.cancel_scope.cancel()
 

@@ -63,7 +63,4 @@ class Link(Line):
         for reply in replies:
             if not pending:
                 raise InvalidResponse(f"{self._address}: a reply that nobody asked for")
-            call = pending.popleft()
-            call.reply = reply
-            if call.event is not None:
-                call.event.set()
+            pending.popleft().answer(reply)

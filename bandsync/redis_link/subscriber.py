@@ -12,7 +12,7 @@ from redis.exceptions import InvalidResponse, RedisError, TimeoutError  # noqa: 
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Reply, pack
 from bandsync.redis_link.errors import again
-from bandsync.redis_link.line import Call, Line
+from bandsync.redis_link.line import Line
 
 
 class Subscriber(Line):
@@ -145,7 +145,4 @@ class Subscriber(Line):
 
     def _answer(self, reply: Reply | RedisError) -> None:
         self._expected.popleft()
-        call: Call = self._pending.popleft()
-        call.reply = reply
-        if call.event is not None:
-            call.event.set()
+        self._pending.popleft().answer(reply)

@@ -16,7 +16,6 @@ from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
-from bandsync.redis_link.address import Address
 from bandsync.redis_link.errors import LossReason, loss_reason
 from bandsync.redis_link.link import Link
 from bandsync.session import Session
@@ -72,7 +71,8 @@ class StorageManager:
     """Opens Redis, watches it, and says where sessions are kept.
 
     Args:
-        address: where Redis is; None keeps sessions in memory for good.
+        make_link: a link for each attempt; None keeps sessions in memory for good.
+        address: where it leads, without secrets.
         health: looks after each link.
         now: the session clock.
 
@@ -84,8 +84,9 @@ class StorageManager:
     def __init__(
         self,
         settings: Settings,
-        address: Address | None,
+        make_link: Callable[[], Link] | None,
         *,
+        address: str,
         memory: MemoryStorage,
         health: HealthCheck,
         keys: Keys,
@@ -98,13 +99,14 @@ class StorageManager:
     ) -> None:
         self.memory = memory
         self.settled = trio.Event()
-        self.mode: Mode = "memory (disabled)" if address is None else "memory"
+        self.mode: Mode = "memory (disabled)" if make_link is None else "memory"
         self.since = now()
         self.last_failover: Failover | None = None
         self.last_recovery: Recovery | None = None
         self.migration: Migration | None = None
         self.attempts = 0
         self._settings = settings
+        self._make_link = make_link
         self._address = address
         self._health = health
         self._keys = keys
@@ -123,6 +125,9 @@ class StorageManager:
         self._lost_at: float | None = None
         self._recovered_at: float | None = None
         self._flaps = 0
+        self._gave_up = False
+        self._hurry = trio.Event()
+        self._transition = trio.Event()
 
     @property
     def era(self) -> Era | None:
@@ -138,12 +143,12 @@ class StorageManager:
     @property
     def degraded(self) -> bool:
         """Whether this is not the storage that was asked for."""
-        return self._address is not None and self.storage_type != "redis"
+        return self._make_link is not None and self.storage_type != "redis"
 
     @property
     def reason(self) -> str | None:
         """Why sessions are in memory, for operators; None while they are in Redis."""
-        if self._address is None:
+        if self._make_link is None:
             return "REDIS_ENABLED=false"
         if self.storage_type == "redis":
             return None
@@ -151,6 +156,8 @@ class StorageManager:
             return "sessions are on their way back to Redis"
         if self._loss is None:
             return f"not connected to {self._address} yet"
+        if self._gave_up and not self._settings.redis_auto_recover:
+            return f"{self._loss}; REDIS_AUTO_RECOVER=false: restart to use Redis again"
         return str(self._loss)
 
     @property
@@ -160,7 +167,7 @@ class StorageManager:
         return RedisStatus(
             connected=link is not None and link.usable,
             connection_attempts=self.attempts,
-            address=None if self._address is None else str(self._address),
+            address=None if self._make_link is None else self._address,
             outstanding=0 if link is None else link.outstanding,
         )
 
@@ -180,6 +187,12 @@ class StorageManager:
         found.update((session.session_id, session) for session in await self.memory.list_sessions())
         return list(found.values())
 
+    async def hand_over(self) -> None:
+        """Before the end, bring what is in memory to Redis if it can be had; try once."""
+        self._hurry.set()
+        while self.degraded and len(self.memory) and not self._gave_up:
+            await self._transition.wait()
+
     async def run(
         self,
         migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
@@ -193,7 +206,7 @@ class StorageManager:
             hosted: how many that will be.
             tell: called after each transition, without waiting.
         """
-        if self._address is None:
+        if self._make_link is None:
             self.settled.set()
             return
         settings = self._settings
@@ -205,14 +218,16 @@ class StorageManager:
             failures = 0 if used else failures + 1
             if failures >= enough:
                 self.settled.set()
-            if used and not settings.redis_auto_recover:
-                self._log.warning("storage.no_recovery", hint="REDIS_AUTO_RECOVER=false")
+            slow = failures > settings.redis_max_retries
+            if not settings.redis_auto_recover and (used or slow):
+                self._give_up()
+                self._log.warning("storage.gave_up", hint="REDIS_AUTO_RECOVER=false")
                 return
-            if failures > settings.redis_max_retries:
-                delay_s = MAX_RETRY_DELAY_S
-            else:
-                delay_s = self._backoff.compute(failures)
-            await trio.sleep(delay_s)
+            if self._hurry.is_set() and not used:
+                self._give_up()
+                return
+            with trio.move_on_after(MAX_RETRY_DELAY_S if slow else self._backoff.compute(failures)):
+                await self._hurry.wait()
 
     async def _use(
         self,
@@ -221,22 +236,15 @@ class StorageManager:
         tell: Callable[[], None],
     ) -> bool:
         """Use Redis until it is lost; False if it could not be used at all."""
-        settings = self._settings
-        assert self._address is not None
-        link = Link(
-            self._address,
-            name=f"bandsync-{self._server_id}",
-            connect_timeout_s=settings.redis_connect_timeout / 1000,
-            command_timeout_s=settings.redis_command_timeout / 1000,
-            silence_s=settings.redis_health_timeout_ms / 1000,
-        )
+        assert self._make_link is not None
+        link = self._make_link()
         era: Era | None = None
         loss: Loss | None = None
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(link.run)
                 self._link = link
-                await self._health.prove(link, self._checks_wanted())
+                await self._health.prove(link, self._checks_wanted(), self._hurry)
                 era = self._begin(link, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._health.watch, link)
                 await self._bring_back(era, migrate, hosted, tell)
@@ -315,7 +323,7 @@ class StorageManager:
         self.settled.set()
         self._log.info(
             "storage.recovered" if outage_s is not None else "storage.connected",
-            address=str(self._address),
+            address=self._address,
             sessions=migration.moved,
             outage_s=outage_s,
             migration_s=finished - started,
@@ -327,7 +335,7 @@ class StorageManager:
         if self._loss is None or self._loss.reason != loss.reason or self.attempts == 1:
             self._log.warning(
                 "storage.unreachable",
-                address=str(self._address),
+                address=self._address,
                 reason=loss.reason,
                 detail=loss.detail,
                 attempts=self.attempts,
@@ -350,7 +358,7 @@ class StorageManager:
         self._enter("memory")
         self._log.warning(
             "storage.failover",
-            address=str(self._address),
+            address=self._address,
             reason=loss.reason,
             detail=loss.detail,
             lasted_s=lasted_s,
@@ -359,6 +367,15 @@ class StorageManager:
     def _enter(self, mode: Mode) -> None:
         self.mode = mode
         self.since = self._now()
+        self._news()
+
+    def _give_up(self) -> None:
+        self._gave_up = True
+        self._news()
+
+    def _news(self) -> None:
+        self._transition.set()
+        self._transition = trio.Event()
 
 
 def _loss(group: BaseExceptionGroup[RedisError]) -> Loss:

@@ -110,7 +110,8 @@ class MemoryStorage(Storage):
         Returns:
             The ids of the sessions that were forgotten.
         """
-        surplus = len(self._sessions) - len(hosted) - keep
+        idle = len(self._sessions) - sum(session_id in self._sessions for session_id in hosted)
+        surplus = idle - keep
         expired: list[str] = []
         for session in self._sessions.values():
             if session.session_id in hosted:

@@ -23,6 +23,9 @@ from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Se
 # Raised by whatever an older server could not read, or would drop when it writes.
 FORMAT = 1
 
+# Above, a number in JSON is not the same everywhere, and arithmetic overflows in the end.
+_EXACT = 2**53
+
 MEMBER = "member:"
 CHAT = "chat:"
 
@@ -129,7 +132,8 @@ def read_tip(epoch: bytes | None, version: bytes | None, event_id: bytes | None)
         raise UnreadableError("epoch, version or eventId is missing")
     try:
         number = int(version)
-        if not 0 < number < 2**53:
+        # Compared as a text: one that is written in another way would always differ.
+        if not 0 < number < _EXACT or version != b"%d" % number:
             raise ValueError
         return Tip(epoch.decode(), number, event_id.decode())
     except ValueError as error:
@@ -155,6 +159,7 @@ def _playable(segment: Segment) -> bool:
         MIN_TEMPO_BPM <= segment.tempo_bpm <= MAX_TEMPO_BPM
         and 0 <= segment.position_ms <= MAX_POSITION_MS
         and segment.beats_per_bar >= 1
+        and max(abs(segment.anchor_time), abs(segment.beat)) < _EXACT
     )
 
 

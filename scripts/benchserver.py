@@ -1,0 +1,149 @@
+"""Server processes that are measured, and what is measured of them: CPU, memory, time."""
+
+IMPORTS
+
+class BenchError(Exception):
+    """A measurement that would mean nothing."""
+
+
+def now_s() -> float:
+    """A clock for durations, seconds."""
+    return time.perf_counter()
+
+
+def wall_ms() -> float:
+    """The wall clock, milliseconds since the Unix epoch."""
+    return time.time_ns() / 1e6
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` (0 to 1) of ``values`` do not exceed."""
+    if not values:
+        raise BenchError("nothing was sampled")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def raise_file_limit(connections: int) -> None:
+    """Allow this process and its children that many sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise BenchError(f"{wanted} file descriptors are needed: raise ulimit -n ({hard})")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def pin_generator() -> None:
+    """Keep this process off the core that the servers run on, if there is another."""
+    if len(_CORES) > 1:
+        os.sched_setaffinity(0, _CORES[1:])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The percentiles of latencies, milliseconds."""
+    return {
+        "p50": round(percentile(values, 0.5), 2),
+        "p99": round(percentile(values, 0.99), 2),
+        "max": round(max(values), 2),
+    }
+
+
+class Server:
+    """A server in a process of its own, on the first core.
+
+    Args:
+        command: what to run, without the interpreter; prints a line with `:PORT` when it listens.
+    """
+
+    def __init__(self, *command: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(  # noqa: S603  # our own scripts
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            env=environment,
+            # No `.env` there that would change the settings.
+            cwd=ROOT / "scripts",
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        os.sched_setaffinity(self.pid, _CORES[:1])
+        try:
+            self.port = self._read_port()
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the process."""
+        self.resume()
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def suspend(self) -> None:
+        """Let it use no CPU at all while another is measured."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def cpu_s(self) -> float:
+        """User and system time of all its threads so far, seconds."""
+        total_ns = 0
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            total_ns += int((thread / "schedstat").read_text().split()[0])
+        return total_ns / 1e9
+
+    def rss_kb(self) -> float:
+        """Its resident memory, KB (1024 bytes)."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1024
+
+    def get(self, path: str) -> str:
+        """The body of an HTTP resource."""
+        with socket.create_connection((HOST, self.port), timeout=_STOP_S) as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\n\r\n".encode())
+            received = b""
+            while data := sock.recv(_RECEIVE_BYTES):
+                received += data
+        return received.partition(b"\r\n\r\n")[2].decode()
+
+    def _read_port(self) -> int:
+        assert self._process.stdout is not None
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        if not poll.poll(_START_S * 1000):
+            raise BenchError("the server did not start")
+        line = self._process.stdout.readline().decode()
+        found = re.search(r":(\d+)\s*$", line)
+        if found is None:
+            raise BenchError(f"the server did not say where it listens: {line!r}")
+        return int(found[1])
+
+
+def bandsync(connections: int, members: int, *flags: str) -> Server:
+    """A BandSync server that only does what is measured: no Redis, no rate limits, no logs."""
+    return Server(
+        str(ROOT / "scripts" / "serve.py"),
+        *("--host", HOST, "--port", "0", "--redis-enabled", "false", "--log-level", "warning"),
+        *("--rate-limit-factor", "0", "--connection-timeout-ms", "600000"),
+        *("--max-connections", str(connections + 64), "--max-members", str(members)),
+        *flags,
+    )
+
+

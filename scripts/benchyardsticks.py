@@ -1,0 +1,138 @@
+YHEAD
+
+def serve_bare(connections: int, members: int, payload: str) -> None:
+    """The yardstick that is nothing but sends: no reading, no event loop, no protocol."""
+    listener = socket.create_server((HOST, 0), backlog=1024)
+    print(f"listening on {HOST}:{listener.getsockname()[1]}", flush=True)
+    places: list[list[socket.socket]] = [[] for _ in range(connections // members)]
+    for _ in range(connections):
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += sock.recv(4096)
+        sock.sendall(_switching_protocols(head))
+        sock.setblocking(False)
+        places[int(head.split(b" ")[1].rpartition(b"-")[2])].append(sock)
+    encoded = payload.encode()
+    frame = (
+        b"\x81"
+        + (
+            bytes([len(encoded)])
+            if len(encoded) < 126
+            else b"\x7e" + len(encoded).to_bytes(2, "big")
+        )
+        + encoded
+    )
+    slots = [
+        [sock for room in places[slot::_TICK_SLOTS] for sock in room] for slot in range(_TICK_SLOTS)
+    ]
+    # The clients leave at the end.
+    with suppress(ConnectionError):
+        for slot in _steps(time.sleep):
+            for sock in slots[slot]:
+                sock.send(frame)
+
+
+def _steps(sleep: Callable[[float], None]) -> Iterator[int]:
+    """Slots at the moments at which BandSync visits them."""
+    due = now_s()
+    while True:
+        for slot in range(_TICK_SLOTS):
+            due += _TICK_S / _TICK_SLOTS
+            late = now_s() - due
+            if late > _TICK_S:
+                due += late
+            elif late < 0:
+                sleep(-late)
+            yield slot
+
+
+def _switching_protocols(head: bytes) -> bytes:
+    found = re.search(rb"Sec-WebSocket-Key: (\S+)", head)
+    assert found is not None
+    # RFC 6455 asks for it.
+    digest = hashlib.sha1(found[1] + _GUID).digest()  # noqa: S324
+    return (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n"
+    )
+
+
+def serve_send_message(connections: int, payload: str) -> None:
+    """The yardstick that sends each member a message by trio-websocket's own means."""
+    # Not at the top: only this process should pay for them.
+    import trio
+    from trio_websocket import (
+        ConnectionClosed,
+        WebSocketConnection,
+        WebSocketRequest,
+        WebSocketServer,
+    )
+
+    rooms: dict[str, list[WebSocketConnection]] = defaultdict(list)
+    joined = 0
+    complete = trio.Event()
+
+    async def handle(request: WebSocketRequest) -> None:
+        nonlocal joined
+        websocket = await request.accept()
+        rooms[request.path].append(websocket)
+        joined += 1
+        if joined == connections:
+            complete.set()
+        try:
+            while True:
+                await websocket.get_message()
+        except ConnectionClosed:
+            pass
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            listeners = await trio.open_tcp_listeners(0, host=HOST, backlog=1024)
+            server = WebSocketServer(handle, listeners, handler_nursery=nursery)
+            await nursery.start(server.run)
+            print(f"listening on {HOST}:{server.port}", flush=True)
+            await complete.wait()
+            everybody = list(rooms.values())
+            due = trio.current_time()
+            while True:
+                for slot in range(_TICK_SLOTS):
+                    due += _TICK_S / _TICK_SLOTS
+                    await trio.sleep_until(due)
+                    due = max(due, trio.current_time() - _TICK_S)
+                    for room in everybody[slot::_TICK_SLOTS]:
+                        for websocket in room:
+                            await websocket.send_message(payload)
+
+    try:
+        trio.run(run)
+    except* ConnectionClosed:
+        pass  # The clients leave at the end.
+
+
+def serve_websockets() -> None:
+    """The yardstick that broadcasts what it receives to the room, with the websockets library."""
+    from websockets.asyncio.server import ServerConnection, broadcast, serve
+
+    rooms: dict[str, set[ServerConnection]] = defaultdict(set)
+
+    async def handle(connection: ServerConnection) -> None:
+        assert connection.request is not None
+        room = rooms[connection.request.path]
+        room.add(connection)
+        try:
+            async for message in connection:
+                broadcast(room, message)
+        finally:
+            room.discard(connection)
+
+    async def run() -> None:
+        async with serve(handle, HOST, 0, compression=None) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            print(f"listening on {HOST}:{port}", flush=True)
+            await server.serve_forever()
+
+    asyncio.run(run())
+
+
