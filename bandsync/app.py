@@ -1,5 +1,6 @@
 """The server as a whole: one nursery, in which everything that runs can be read."""
 
+import re
 import secrets
 import socket
 import ssl
@@ -250,7 +251,8 @@ class _State:
 def _make_link(settings: Settings, address: Address, server_id: str) -> Link:
     return Link(
         address,
-        name=f"bandsync-{server_id}",
+        # Redis takes printable ASCII without spaces.
+        name=re.sub(r"[^!-~]", "-", f"bandsync-{server_id}"),
         connect_timeout_s=settings.redis_connect_timeout / 1000,
         command_timeout_s=settings.redis_command_timeout / 1000,
         silence_s=settings.redis_health_timeout_ms / 1000,

@@ -42,8 +42,12 @@ class Settings(Struct, frozen=True, kw_only=True):
         "bandsync:"
     )
     redis_ttl: Annotated[
-        Positive,
-        Meta(description="Seconds until a session that nobody is in is forgotten; in memory too."),
+        int,
+        Meta(
+            ge=1,
+            le=315_360_000,
+            description="Seconds until a session that nobody is in is forgotten; in memory too.",
+        ),
     ] = 3600
     redis_max_retries: Annotated[
         int, Meta(ge=0, description="Fast attempts to reconnect before the slow cadence.")
