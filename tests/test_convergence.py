@@ -206,7 +206,8 @@ class Server:
     # --- the mirror
 
     def take(self, session: Session) -> None:
-        """A new mirror: it may hold less than the one before in nothing but tombstones."""
+        """A new mirror: it holds all that the one before held, but for tombstones."""
+        self.check_inflation(self.mirror, session)
         slots = [chat.slot for chat in session.chat]
         if len(set(slots)) != len(slots) or not set(slots) <= set(range(RING)):
             raise ViolationError(f"slots {slots}")
@@ -311,7 +312,6 @@ class Server:
                         continue
                 except LostError:
                     continue
-            self.check_inflation(base, session)
             self.take(session)
             for client in self.listeners():
                 client.events(decision.events, session)
@@ -608,6 +608,8 @@ class World:
     def do(self, what: str, salt: int) -> None:
         """Let something happen; ``salt`` says to whom."""
         self.rng = rng = random.Random(salt)
+        # No server does two things at one instant: stamps of one process would be equal.
+        self.now += 0.1
         redis = self.redis
         server = rng.choice(self.servers)
         client = rng.choice(self.clients)

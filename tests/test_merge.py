@@ -160,7 +160,7 @@ apart = st.lists(
         # The clocks of servers disagree.
         st.floats(-5_000, 20_000),
     ),
-    max_size=40,
+    max_size=30,
 )
 
 
@@ -189,13 +189,13 @@ def check_laws(a: Session, b: Session, c: Session) -> None:
         assert same_content(merge(one, ab), ab)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(triples)
 def test_the_laws(copies: Sequence[Session]) -> None:
     check_laws(*copies)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(triples)
 def test_slots_are_unique_and_those_of_the_stored_copy_stay(copies: Sequence[Session]) -> None:
     a, b, _ = copies
@@ -211,7 +211,7 @@ def test_slots_are_unique_and_those_of_the_stored_copy_stay(copies: Sequence[Ses
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(triples)
 def test_what_is_outside_the_merge(copies: Sequence[Session]) -> None:
     a, b, _ = copies
@@ -229,7 +229,7 @@ def reslotted(session: Session) -> tuple[Chat, ...]:
     return tuple(replace(chat, slot=CHAT_RING - 1 - chat.slot) for chat in session.chat)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(histories())
 def test_nothing_done_under_the_winning_leader_is_lost(copies: Sequence[Session]) -> None:
     a, b, _ = copies

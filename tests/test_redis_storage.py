@@ -545,7 +545,7 @@ async def test_a_redis_that_cannot_save_is_lost(redis_server: RedisServer) -> No
         shutil.rmtree(Path(redis_server.cli("CONFIG", "GET", "dir")["dir"]))
         redis_server.cli("BGSAVE")
         with trio.fail_after(PATIENCE_S):
-            while redis_server.cli("INFO", "persistence")["rdb_last_bgsave_status"] != "err":
+            while redis_server.cli("INFO", "persistence")["rdb_last_bgsave_status"] != "err":  # noqa: ASYNC110
                 await trio.sleep(0.01)
         await lost_for_writing(song, "misconf", losses, redis_server)
 
@@ -571,7 +571,7 @@ async def test_a_redis_that_is_busy_with_a_script_is_lost(
         redis_server.cli("CONFIG", "SET", "lua-time-limit", 1)
 
         def hog() -> None:
-            with pytest.raises(redis.RedisError, match="(?i)script killed"):
+            with pytest.raises(redis.RedisError, match=r"(?i)script killed"):
                 redis_server.cli("EVAL", "while true do end", 0)
 
         async def hogged() -> None:
@@ -581,7 +581,7 @@ async def test_a_redis_that_is_busy_with_a_script_is_lost(
         try:
             # Until the script runs all is well.
             with trio.fail_after(PATIENCE_S):
-                while not isinstance(await storage.get_session("song"), Lost):
+                while not isinstance(await storage.get_session("song"), Lost):  # noqa: ASYNC110
                     await trio.sleep(0.001)
             assert await storage.commit(song.session, song.next(), ()) == Lost("overloaded")
             assert set(losses) == {"overloaded"}
