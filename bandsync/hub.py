@@ -15,8 +15,9 @@ from bandsync.decide import Bind
 from bandsync.draft import Here
 from bandsync.messages import LeaveReason, You
 from bandsync.mirror import House, Stores
-from bandsync.rooms import CLOSED, Peer, Room
+from bandsync.rooms import CLOSED, Room
 from bandsync.rota import Rota
+from bandsync.seats import Peer
 from bandsync.session import tip
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
@@ -117,6 +118,12 @@ class Hub:
                 return room, outcome
             if outcome is not CLOSED:
                 return outcome
+
+    def hear(self, session_id: str, payload: bytes) -> None:
+        """Pass on what the relay brings. Never blocks."""
+        room = self.rooms.get(session_id)
+        if room is not None:
+            room.hear(payload)
 
     async def migrate(self, era: Era, moved: Callable[[], None]) -> None:
         """Bring every session that is hosted or kept here to Redis, until ``era`` is over.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
@@ -26,8 +26,10 @@ from bandsync.storage.base import (
     Unreadable,
     Unusable,
 )
+from bandsync.storage.changes import Change
 from bandsync.storage.era import Era
 from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.records import UnreadableError, patch_session
 
 
 class Stores(Protocol):
@@ -148,8 +150,28 @@ class Mirror:
             await self.move(stores.era)
         self.opened = True
 
+    def hear(self, change: Change) -> Literal["news", "known", "gap"]:
+        """Take over what another server committed, if it follows on what is known here."""
+        session = self.session
+        if session is None or self.era is None:
+            return "gap"
+        known = tip(session)
+        if change.event_id == known.event_id:
+            return "known"
+        if change.prev != known:
+            same = change.prev is not None and change.prev.epoch == known.epoch
+            return "known" if same and change.version <= known.version else "gap"
+        try:
+            self._take(patch_session(session, change))
+        except UnreadableError:
+            return "gap"
+        return "news"
+
     async def move(self, era: Era) -> bool:
         """Bring the session to Redis; False if it stays in memory."""
+        if era.relay is not None:
+            # Before it is read, so that nothing falls in between.
+            await era.relay.subscribe(self.session_id)
         if not await self._read(era):
             return False
         self._era = era
