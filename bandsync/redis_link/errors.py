@@ -117,6 +117,8 @@ _BY_CODE: dict[str, Callable[[str], RedisError]] = {
 
 # Up to Redis 6 an error within a script is wrapped: "ERR Error running script (call to f_…):
 # @user_script:1: @user_script: 1: -OOM command not allowed …". Since 7 its code comes first.
+# A right that the user lacks has no code there until Redis 7.2.
+_FORBIDDEN_IN_SCRIPT = "The user executing the script can't"
 _IN_SCRIPT = re.compile(r"^ERR Error running script .*?: -([A-Z]+) ")
 
 
@@ -126,6 +128,8 @@ def reply_error(message: str) -> RedisError:
     if code == "ERR":
         if "max number of clients" in message:
             return LinkLostError(message, "refused")
+        if _FORBIDDEN_IN_SCRIPT in message:
+            return NoPermissionError(message)
         wrapped = _IN_SCRIPT.match(message)
         if wrapped is not None:
             code = wrapped[1]
