@@ -15,7 +15,7 @@ from bandsync.draft import Here
 from bandsync.frames import text_frame
 from bandsync.messages import RoleChanged, encode
 from bandsync.reconcile import Adopt, Write, reconcile
-from bandsync.session import Member, Session, tip
+from bandsync.session import Member, Session, Tip, tip
 from bandsync.storage.base import (
     CONFLICT,
     MAX_ATTEMPTS,
@@ -138,6 +138,11 @@ class Mirror:
         era = self._era
         return None if era is None or era.over else era
 
+    @property
+    def tip(self) -> Tip | None:
+        """What identifies the state that is mirrored; None if there is none."""
+        return None if self.session is None else tip(self.session)
+
     async def open(self) -> None:
         """Read the session, once."""
         if self.opened:
@@ -152,10 +157,9 @@ class Mirror:
 
     def hear(self, change: Change) -> Literal["news", "known", "gap"]:
         """Take over what another server committed, if it follows on what is known here."""
-        session = self.session
-        if session is None or self.era is None:
+        session, known = self.session, self.tip
+        if session is None or known is None or self.era is None:
             return "gap"
-        known = tip(session)
         if change.event_id == known.event_id:
             return "known"
         if change.prev != known:
@@ -283,9 +287,9 @@ class Mirror:
 
     def _jump(self, session: Session, shown: Session, events: Sequence[RoleChanged]) -> None:
         """Take a state that did not come from our mirror, and show it if it is news."""
-        known = self.session
+        known = self.tip
         self._take(session)
-        if known is None or tip(known) != tip(session):
+        if known != tip(session):
             self._audience.jumped(shown, events)
 
     def _leave(self, why: Unusable) -> None:

@@ -21,7 +21,7 @@ class Change(Struct, frozen=True, rename="camel"):
     version: int
     event_id: str
     server_id: str
-    delta: dict[str, Raw | None]
+    delta: dict[str, Raw]
     frames: list[Raw]
 
 
@@ -46,8 +46,8 @@ def write_change(
     events: Sequence[bytes],
 ) -> bytes:
     """The message for a commit that set ``fields`` and deleted those that are ``gone``."""
-    delta: dict[str, Raw | None] = {name: Raw(value) for name, value in fields.items()}
-    delta.update(dict.fromkeys(gone))
+    delta = {name: Raw(value) for name, value in fields.items()}
+    delta.update(dict.fromkeys(gone, _NULL))
     if old is None or old.epoch != new.epoch:
         delta["epoch"] = Raw(_encode(new.epoch))
     frames = [Raw(event) for event in events]
@@ -80,4 +80,5 @@ def read_whisper(payload: bytes) -> Whisper | None:
 _encode = msgspec.json.Encoder().encode
 _changes = msgspec.json.Decoder(Change)
 _whispers = msgspec.json.Decoder(Whisper)
+_NULL = Raw(b"null")
 _WHISPER = b'{"to":'

@@ -130,7 +130,7 @@ def patch_session(session: Session, change: Change) -> Session:
     ring: dict[int, Chat] | None = None
     epoch = session.epoch
     for name, raw in change.delta.items():
-        value = None if raw is None else bytes(raw)
+        value = None if (text := bytes(raw)) == b"null" else text
         if name.startswith(MEMBER):
             members = dict(session.members) if members is None else members
             if value is None:
