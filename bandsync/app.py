@@ -26,6 +26,7 @@ from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.redis_link.address import Address, parse_address
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.subscriber import Subscriber
 from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.base import Presence
@@ -110,6 +111,9 @@ async def _serve(
         manager = StorageManager(
             settings,
             None if address is None else partial(_make_link, settings, address, server_id),
+            None
+            if address is None
+            else partial(_make_subscriber, settings, address, server_id, keys),
             address=str(address),
             memory=MemoryStorage(boot_id, "memory of a server"),
             health=HealthCheck(
@@ -155,7 +159,7 @@ async def _serve(
                 )
             )
 
-        nursery.start_soon(manager.run, hub.migrate, state.sessions, tell_storage)
+        nursery.start_soon(manager.run, hub, tell_storage)
         await _settled(manager, settings)
         nursery.start_soon(hub.run_ticker)
         nursery.start_soon(hub.run_stats)
@@ -251,12 +255,37 @@ class _State:
 def _make_link(settings: Settings, address: Address, server_id: str) -> Link:
     return Link(
         address,
-        # Redis takes printable ASCII without spaces.
-        name=re.sub(r"[^!-~]", "-", f"bandsync-{server_id}"),
+        name=_client_name("link", server_id),
         connect_timeout_s=settings.redis_connect_timeout / 1000,
         command_timeout_s=settings.redis_command_timeout / 1000,
         silence_s=settings.redis_health_timeout_ms / 1000,
     )
+
+
+def _make_subscriber(
+    settings: Settings,
+    address: Address,
+    server_id: str,
+    keys: Keys,
+    link: Link,
+    heard: Callable[[bytes, bytes], None],
+) -> Subscriber:
+    channel = keys.probe(server_id)
+    return Subscriber(
+        address,
+        name=_client_name("relay", server_id),
+        connect_timeout_s=settings.redis_connect_timeout / 1000,
+        command_timeout_s=settings.redis_command_timeout / 1000,
+        silence_s=settings.redis_health_timeout_ms / 1000,
+        on_message=heard,
+        probe_channel=channel.encode(),
+        probe=partial(link.execute, "PUBLISH", channel),
+    )
+
+
+def _client_name(role: str, server_id: str) -> str:
+    """What CLIENT LIST shows: Redis takes printable ASCII without spaces."""
+    return re.sub(r"[^!-~]", "-", f"bandsync-{role}-{server_id}")
 
 
 async def _settled(manager: StorageManager, settings: Settings) -> None:

@@ -16,6 +16,7 @@ class Counters:
         errors: ``error`` answers, by code.
         joins: members that joined or resumed, by which of the two.
         conflicts: commits that others were faster than.
+        relayed: changes of other servers that were passed on.
         reconciled: merges that had to be written back to Redis.
         unreadable: times that something stored could not be read.
         failovers: losses of Redis, by reason.
@@ -33,6 +34,7 @@ class Counters:
         "joins",
         "received",
         "reconciled",
+        "relayed",
         "unreadable",
     )
 
@@ -43,6 +45,7 @@ class Counters:
         self.dropped = 0
         self.conflicts = 0
         self.reconciled = 0
+        self.relayed = 0
         self.unreadable = 0
         self.failovers: Counter[str] = Counter()
         self.handshakes_refused: Counter[str] = Counter()

@@ -15,9 +15,10 @@ from bandsync.decide import Bind
 from bandsync.draft import Here
 from bandsync.messages import LeaveReason, You
 from bandsync.mirror import House, Stores
-from bandsync.rooms import CLOSED, Peer, Room
+from bandsync.rooms import CLOSED, Room
 from bandsync.rota import Rota
-from bandsync.session import tip
+from bandsync.seats import Peer
+from bandsync.session import Tip
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
 
@@ -25,6 +26,7 @@ STATS_PERIOD_S = 5.0
 # Anti-entropy: how often the tips of all hosted sessions are compared with what is stored.
 COMPARE_PERIOD_S = 5.0
 _COMPARED_AT_ONCE = 100
+_ON_ITS_WAY_S = 0.1
 # Rooms that migrate at the same time: enough to fill the round trips, few enough that commands
 # get their turn in between.
 _MOVERS = 8
@@ -118,6 +120,12 @@ class Hub:
             if outcome is not CLOSED:
                 return outcome
 
+    def hear(self, session_id: str, payload: bytes) -> None:
+        """Pass on what the relay brings. Never blocks."""
+        room = self.rooms.get(session_id)
+        if room is not None:
+            room.hear(payload)
+
     async def migrate(self, era: Era, moved: Callable[[], None]) -> None:
         """Bring every session that is hosted or kept here to Redis, until ``era`` is over.
 
@@ -148,6 +156,7 @@ class Hub:
 
     async def compare(self, era: Era) -> None:
         """Catch up with whatever was written, or lost, behind our back."""
+        suspects: dict[str, Tip | None] = {}
         session_ids = list(self.rooms)
         for start in range(0, len(session_ids), _COMPARED_AT_ONCE):
             batch = session_ids[start : start + _COMPARED_AT_ONCE]
@@ -158,12 +167,18 @@ class Hub:
                 room = self.rooms.get(session_id)
                 if room is None:
                     continue
-                session = room.mirror.session
                 if room.mirror.era is not era:
                     # It stayed in memory when the others moved.
                     await room.move(era)
-                elif (None if session is None else tip(session)) != stored[session_id]:
-                    await room.catch_up()
+                elif room.mirror.tip != stored[session_id]:
+                    suspects[session_id] = room.mirror.tip
+        if suspects:
+            # What is on its way over the relay will have come by then, and moved the mirror.
+            await trio.sleep(_ON_ITS_WAY_S)
+        for session_id, seen in suspects.items():
+            room = self.rooms.get(session_id)
+            if room is not None and room.mirror.tip == seen:
+                await room.catch_up()
 
     async def _move(self, session_id: str, era: Era) -> None:
         room = self.rooms.get(session_id)

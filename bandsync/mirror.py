@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
@@ -15,7 +15,7 @@ from bandsync.draft import Here
 from bandsync.frames import text_frame
 from bandsync.messages import RoleChanged, encode
 from bandsync.reconcile import Adopt, Write, reconcile
-from bandsync.session import Member, Session, tip
+from bandsync.session import Member, Session, Tip, tip
 from bandsync.storage.base import (
     CONFLICT,
     MAX_ATTEMPTS,
@@ -26,8 +26,10 @@ from bandsync.storage.base import (
     Unreadable,
     Unusable,
 )
+from bandsync.storage.changes import Change
 from bandsync.storage.era import Era
 from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.records import UnreadableError, patch_session
 
 
 class Stores(Protocol):
@@ -136,6 +138,11 @@ class Mirror:
         era = self._era
         return None if era is None or era.over else era
 
+    @property
+    def tip(self) -> Tip | None:
+        """What identifies the state that is mirrored; None if there is none."""
+        return None if self.session is None else tip(self.session)
+
     async def open(self) -> None:
         """Read the session, once."""
         if self.opened:
@@ -148,8 +155,27 @@ class Mirror:
             await self.move(stores.era)
         self.opened = True
 
+    def hear(self, change: Change) -> Literal["news", "known", "gap"]:
+        """Take over what another server committed, if it follows on what is known here."""
+        session, known = self.session, self.tip
+        if session is None or known is None or self.era is None:
+            return "gap"
+        if change.event_id == known.event_id:
+            return "known"
+        if change.prev != known:
+            same = change.prev is not None and change.prev.epoch == known.epoch
+            return "known" if same and change.version <= known.version else "gap"
+        try:
+            self._take(patch_session(session, change))
+        except UnreadableError:
+            return "gap"
+        return "news"
+
     async def move(self, era: Era) -> bool:
         """Bring the session to Redis; False if it stays in memory."""
+        if era.relay is not None:
+            # Before it is read, so that nothing falls in between.
+            await era.relay.subscribe(self.session_id)
         if not await self._read(era):
             return False
         self._era = era
@@ -261,9 +287,9 @@ class Mirror:
 
     def _jump(self, session: Session, shown: Session, events: Sequence[RoleChanged]) -> None:
         """Take a state that did not come from our mirror, and show it if it is news."""
-        known = self.session
+        known = self.tip
         self._take(session)
-        if known is None or tip(known) != tip(session):
+        if known != tip(session):
             self._audience.jumped(shown, events)
 
     def _leave(self, why: Unusable) -> None:

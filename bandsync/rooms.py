@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import trio
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from bandsync.commands import LeaveSession, Play, Refusal
 from bandsync.decide import Audit, Bind, Command, Drop, Expire
@@ -22,8 +23,10 @@ from bandsync.messages import (
     encode,
 )
 from bandsync.mirror import Mirror, Outcome
-from bandsync.reconcile import superseded
+from bandsync.reconcile import audit, superseded
+from bandsync.seats import Peer, Seats
 from bandsync.session import Member, Session, present
+from bandsync.storage.changes import read_change, read_whisper
 from bandsync.storage.era import Era
 from bandsync.transport import beat_at, in_force, position_at
 from bandsync.views import room_stats, snapshot
@@ -32,36 +35,8 @@ if TYPE_CHECKING:
     from bandsync.hub import Hub
 
 
-class Peer(Protocol):
-    """A connection, as a room sees it.
-
-    Attributes:
-        member_id: the member it is bound to in its room; empty before it joined.
-        latency_ms: its round trip; None before the first pong.
-        sync_error_ms: the client's own bound on its clock error, if it told.
-    """
-
-    connection_id: str
-    member_id: str
-    wants_ticks: bool
-    latency_ms: float | None
-    sync_error_ms: float | None
-
-    @property
-    def push(self) -> Callable[[bytes], None]:
-        """Hand over frames; never blocks."""
-
-    @property
-    def push_volatile(self) -> Callable[[bytes], None]:
-        """The same for frames that may be dropped when the peer is slow."""
-
-    def push_snapshot(self, frames: bytes) -> None:
-        """The same as ``push`` for frames with a snapshot, which may be large."""
-
-    def close(self, code: int, reason: str) -> None:
-        """Close the connection soon; never blocks."""
-
-
+# More than a room is behind in any lock's life: rather read it whole.
+MAX_HEARD = 256
 REPLACED = "the same member resumed on another connection"
 
 # The room was let go of while somebody waited for it; there is another by now.
@@ -72,36 +47,40 @@ class Room:
     """One hosted session.
 
     Attributes:
+        lock: held while the session is changed: its changes on this server are serial.
         mirror: the session as this server knows it.
-        peers: the connections of its members, by member id.
+        seats: the members whose connections are here.
     """
 
     __slots__ = (
-        "_bound",
+        "_catching_up",
         "_closed",
         "_graces",
+        "_heard",
         "_hub",
-        "_lock",
-        "_tick_pushes",
+        "lock",
         "mirror",
-        "peers",
+        "seats",
         "session_id",
     )
 
     def __init__(self, hub: Hub, session_id: str) -> None:
         self._hub = hub
-        self._lock = trio.Lock()
+        self.lock = trio.Lock()
         self._closed = False
         self.session_id = session_id
         self.mirror = Mirror(session_id, hub.house, self, self.catch_up)
-        self.peers: dict[str, Peer] = {}
-        # The members of ``peers`` as they were bound, for the audit.
-        self._bound: dict[str, Member] = {}
+        self.seats = Seats()
         # The connections whose graces run.
         self._graces: set[str] = set()
-        # What a tick needs of the peers: each object more that it touched would be a cache miss
-        # more per delivery.
-        self._tick_pushes: tuple[Callable[[bytes], None], ...] = ()
+        # What the relay brought while the lock was held.
+        self._heard: list[bytes] = []
+        self._catching_up = False
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """The connections of the members that are here, by member id."""
+        return self.seats.peers
 
     async def bind(
         self, peer: Peer, command: Bind, fresh_id: str, request_id: str | UnsetType
@@ -111,7 +90,7 @@ class Room:
         Returns:
             Why not; `CLOSED` when another room must be asked.
         """
-        async with _Held(self._lock):
+        async with _Held(self):
             if self._closed:
                 return CLOSED
             own = peer.member_id if self.peers.get(peer.member_id) is peer else ""
@@ -138,7 +117,7 @@ class Room:
         """Carry out a member's command and tell everybody, or return why not."""
         latencies_ms = self._latencies() if isinstance(command, Play) else None
         member_id = peer.member_id
-        async with _Held(self._lock):
+        async with _Held(self):
             outcome = await self.mirror.change(
                 command, peer.connection_id, member_id, fresh_id, latencies_ms
             )
@@ -161,7 +140,7 @@ class Room:
 
     async def drop(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
         """Show a member as disconnected and start its grace, if this is its connection."""
-        async with _Held(self._lock):
+        async with _Held(self):
             if self._closed:
                 return
             outcome = await self.mirror.change(Drop(), connection_id, member_id)
@@ -179,7 +158,8 @@ class Room:
 
     async def catch_up(self) -> None:
         """Take over what others stored, and what became of a commit that was interrupted."""
-        async with _Held(self._lock):
+        async with _Held(self):
+            self._catching_up = False
             if not self._closed:
                 await self.mirror.catch_up()
                 self._close_if_empty()
@@ -189,7 +169,7 @@ class Room:
 
         A room that only holds what a band has left is closed afterwards.
         """
-        async with _Held(self._lock):
+        async with _Held(self):
             if self._closed or self.mirror.era is era:
                 return True
             try:
@@ -198,9 +178,33 @@ class Room:
             finally:
                 self._close_if_empty()
 
+    def hear(self, payload: bytes) -> None:
+        """Take what the relay brings: now, or when the lock is free. Never blocks."""
+        if self.lock.locked():
+            self._heard.append(payload)
+            if len(self._heard) > MAX_HEARD:
+                self._heard.clear()
+                self._must_catch_up()
+        else:
+            self._hear(payload)
+
+    def listen(self) -> None:
+        """Take what was heard while the lock was held."""
+        if self._heard:
+            heard, self._heard = self._heard, []
+            for payload in heard:
+                self._hear(payload)
+
+    async def audit(self) -> None:
+        """Assert what is known here of our own members, after a change from outside."""
+        async with _Held(self):
+            if not self._closed:
+                await self._audit()
+                self._close_if_empty()
+
     def own(self) -> Mapping[str, Member]:
         """The members that are bound to connections here, as they were bound."""
-        return self._bound
+        return self.seats.bound
 
     def changed(self, session: Session) -> None:
         """The session moves or stands still from now on."""
@@ -217,23 +221,16 @@ class Room:
 
         Whose member is bound elsewhere by now is closed; whose connection is gone gets its grace.
         """
-        for member_id in superseded(shown, self._bound):
-            peer = self._seat(member_id, None)
-            if peer is not None:
-                peer.close(4001, REPLACED)
-        frame = _frame(snapshot(shown, self._hub.now()))
+        self._let_go(shown)
         frames = b"".join([_frame(event) for event in events])
-        for peer in self.peers.values():
-            peer.push_snapshot(frame)
-            if frames:
-                peer.push(frames)
+        self.seats.push_snapshot(_frame(snapshot(shown, self._hub.now())), frames)
         self._hub.counters.deliveries += len(self.peers) * (1 + len(events))
         self._start_graces(shown)
 
     def unregister(self, peer: Peer, member_id: str) -> None:
         """Send nothing more to ``peer`` as this member."""
         if self.peers.get(member_id) is peer:
-            self._seat(member_id, None)
+            self.seats.clear(member_id)
 
     def tick(self) -> None:
         """Tell the position to those who want ticks, while the song plays."""
@@ -247,22 +244,17 @@ class Room:
         position = position_at(segment, now)
         beat = beat_at(segment, now)
         frame = _frame(ScrollTick(self.session_id, now, position, beat, segment.tempo_bpm))
-        for push_volatile in self._tick_pushes:
-            push_volatile(frame)
-        self._hub.counters.deliveries += len(self._tick_pushes)
+        self._hub.counters.deliveries += self.seats.tick(frame)
 
     def send_stats(self) -> None:
         """Tell everybody how well everybody is connected."""
         session = self.mirror.session
-        peers = self.peers
-        if session is None or not peers:
+        seats = self.seats
+        if session is None or not seats.peers:
             return
-        latencies = {member_id: peer.latency_ms for member_id, peer in peers.items()}
-        sync_errors = {member_id: peer.sync_error_ms for member_id, peer in peers.items()}
-        frame = _frame(room_stats(session, self._hub.now(), latencies, sync_errors))
-        for peer in peers.values():
-            peer.push_volatile(frame)
-        self._hub.counters.deliveries += len(peers)
+        latencies, sync_errors = seats.latencies_ms(), seats.sync_errors_ms()
+        seats.push_volatile(_frame(room_stats(session, self._hub.now(), latencies, sync_errors)))
+        self._hub.counters.deliveries += len(seats.peers)
 
     async def _open(self) -> None:
         """Read the session; members that an earlier room of ours left behind get their graces."""
@@ -270,17 +262,74 @@ class Room:
         if mirror.opened:
             return
         await mirror.open()
-        if mirror.session is not None:
-            outcome = await mirror.change(Audit(self._bound), "")
-            if isinstance(outcome, Outcome):
-                self._tell(outcome)
-            self._start_graces(mirror.session)
+        # Those who join see only what came before.
+        self.listen()
+        await self._audit()
+
+    async def _audit(self) -> None:
+        mirror = self.mirror
+        if mirror.session is None:
+            return
+        outcome = await mirror.change(Audit(self.seats.bound), "")
+        if isinstance(outcome, Outcome):
+            self._tell(outcome)
+        self._start_graces(mirror.session)
+
+    def _hear(self, payload: bytes) -> None:
+        """Take one message of the relay; the lock is free, or about to be."""
+        if self._closed:
+            return
+        whisper = read_whisper(payload)
+        if whisper is not None:
+            peer = self.peers.get(whisper.to)
+            if peer is not None:
+                peer.push(text_frame(whisper.frame))
+            return
+        change = read_change(payload)
+        known = self.mirror.session
+        hearing = "gap" if change is None else self.mirror.hear(change)
+        if hearing == "gap":
+            self._must_catch_up()
+        if hearing != "news":
+            return
+        session = self.mirror.session
+        assert change is not None
+        assert session is not None
+        self._let_go(session)
+        events = b"".join([text_frame(frame) for frame in change.frames])
+        jumped = session.version - len(change.frames)
+        if known is not None and jumped == known.version:
+            self.seats.push(events)
+        else:
+            # A merge: it is shown whole, its events follow.
+            shown = replace(session, version=jumped)
+            self.seats.push_snapshot(_frame(snapshot(shown, self._hub.now())), events)
+        self._hub.counters.deliveries += len(self.peers) * len(change.frames)
+        self._hub.counters.relayed += 1
+        self._start_graces(session)
+        if audit(session, self.seats.bound, self._hub.here, self._hub.now()) is not session:
+            self._hub.finish(self.audit)
+        if known is None or len(known.members) != len(session.members):
+            self.send_stats()
+
+    def _must_catch_up(self) -> None:
+        """Read the session once, however many messages show that it must be read."""
+        if not self._catching_up:
+            self._catching_up = True
+            self._hub.finish(self.catch_up)
+
+    def _let_go(self, session: Session) -> None:
+        """Close the connections of members that are bound elsewhere by now."""
+        for member_id in superseded(session, self.seats.bound):
+            peer = self.seats.clear(member_id)
+            if peer is not None:
+                peer.close(4001, REPLACED)
 
     async def _on_behalf(
         self, command: Command, member_id: str, connection_id: str, reason: LeaveReason
     ) -> None:
         """Remove a member that is not there to ask for it."""
-        async with _Held(self._lock):
+        async with _Held(self):
             if self._closed:
                 return
             outcome = await self.mirror.change(command, connection_id, member_id)
@@ -307,13 +356,12 @@ class Room:
         assert isinstance(reply, Snapshot)
         assert reply.you is not UNSET
         member_id = reply.you.member_id
-        replaced = self._seat(member_id, None)
-        self._seat(own, None)
+        replaced = self.seats.clear(member_id)
+        self.seats.clear(own)
         self._tell(outcome)
         if replaced is not None and replaced is not peer:
             replaced.close(4001, REPLACED)
-        self._seat(member_id, peer)
-        self._bound[member_id] = outcome.decision.session.members[member_id]
+        self.seats.put(outcome.decision.session.members[member_id], peer)
         peer.member_id = member_id
         peer.push_snapshot(_frame(reply) + _ack(request_id, reply.version))
         self._hub.stats.add(self)
@@ -329,17 +377,6 @@ class Room:
         )
         return reply.you
 
-    def _seat(self, member_id: str, peer: Peer | None) -> Peer | None:
-        """Put ``peer`` (None for nobody) in a member's place; who had it before."""
-        before = self.peers.pop(member_id, None)
-        self._bound.pop(member_id, None)
-        if peer is not None:
-            self.peers[member_id] = peer
-        self._tick_pushes = tuple(
-            [peer.push_volatile for peer in self.peers.values() if peer.wants_ticks]
-        )
-        return before
-
     def _tell(
         self, outcome: Outcome, caller: Peer | None = None, request_id: str | UnsetType = UNSET
     ) -> None:
@@ -353,9 +390,7 @@ class Room:
             version = decision.session.version if frames else UNSET
             answer += _ack(request_id, version)
         if frames:
-            for peer in self.peers.values():
-                if peer is not caller:
-                    peer.push(frames)
+            self.seats.push(frames, without=caller)
             self._hub.counters.deliveries += len(decision.events) * len(self.peers)
         if caller is not None and isinstance(decision.reply, Snapshot):
             caller.push_snapshot(answer)
@@ -364,6 +399,9 @@ class Room:
         for member_id, message in decision.private:
             if member_id in self.peers:
                 self.peers[member_id].push(_frame(message))
+            elif self.mirror.era is not None:
+                whisper = self.mirror.era.storage.whisper
+                self._hub.finish(whisper, self.session_id, member_id, encode(message))
 
     def _left(self, member_id: str, reason: LeaveReason) -> None:
         self._hub.log.info(
@@ -373,11 +411,8 @@ class Room:
         self._close_if_empty()
 
     def _latencies(self) -> dict[str, float]:
-        return {
-            member_id: peer.latency_ms
-            for member_id, peer in self.peers.items()
-            if peer.latency_ms is not None
-        }
+        known = self.seats.latencies_ms()
+        return {member_id: ms for member_id, ms in known.items() if ms is not None}
 
     def _close_if_empty(self) -> None:
         """Let go of a session whose last member here is gone; the storage still has it."""
@@ -390,6 +425,8 @@ class Room:
         ):
             return
         self._closed = True
+        if mirror.era is not None and mirror.era.relay is not None:
+            self._hub.finish(mirror.era.relay.unsubscribe, self.session_id)
         if self._hub.rooms.get(self.session_id) is self:
             del self._hub.rooms[self.session_id]
         self._hub.stats.discard(self)
@@ -398,21 +435,23 @@ class Room:
 
 
 class _Held:
-    """Holds a lock, without a pass of the scheduler when it is free. FIFO like the lock."""
+    """Holds a room's lock, without a pass of the scheduler when it is free. FIFO like the lock."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_room",)
 
-    def __init__(self, lock: trio.Lock) -> None:
-        self._lock = lock
+    def __init__(self, room: Room) -> None:
+        self._room = room
 
     async def __aenter__(self) -> None:
+        lock = self._room.lock
         try:
-            self._lock.acquire_nowait()
+            lock.acquire_nowait()
         except trio.WouldBlock:
-            await self._lock.acquire()
+            await lock.acquire()
 
     async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
+        self._room.listen()
+        self._room.lock.release()
 
 
 def _frame(message: Outgoing) -> bytes:

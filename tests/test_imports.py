@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "bandsync"
 ROWS = [
     {"app"},
     {"net", "ops"},
-    {"sweeper", "hub", "rooms", "mirror", "rota"},
+    {"sweeper", "hub", "rooms", "seats", "mirror", "rota"},
     {"storage"},
     {"redis_link"},
 ]

@@ -1,6 +1,6 @@
 """Which storage is in use, when: the state machine, on virtual time and a Redis that obeys."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import anyio
@@ -107,6 +107,7 @@ class Stage:
         self.redis = ObedientRedis()
         self.counters = Counters()
         self.log = CapturingLogger()
+        self.rooms: dict[str, object] = {}
         self.told: list[tuple[str, float]] = []
         self.migrations: list[Era] = []
         self.gate = trio.Event()
@@ -117,6 +118,7 @@ class Stage:
         self.manager = StorageManager(
             settings,
             self.redis.link,
+            None,
             address="redis://stage",
             memory=self.memory,
             health=HealthCheck(
@@ -143,13 +145,19 @@ class Stage:
         self._news = trio.Event()
 
     def start(self) -> None:
-        self._nursery.start_soon(self.manager.run, self._migrate, lambda: 1, self._tell)
+        self._nursery.start_soon(self.manager.run, self, self.tell)
 
-    async def _migrate(self, era: Era, moved: object) -> None:
+    async def migrate(self, era: Era, moved: Callable[[], None]) -> None:
         self.migrations.append(era)
         await self.gate.wait()
 
-    def _tell(self) -> None:
+    async def compare(self, era: Era) -> None:
+        """Nothing is committed unheard here."""
+
+    def hear(self, session_id: str, payload: bytes) -> None:
+        raise AssertionError(session_id)
+
+    def tell(self) -> None:
         self.told.append((self.manager.storage_type, trio.current_time()))
         self._news.set()
         self._news = trio.Event()
@@ -188,7 +196,7 @@ async def test_at_the_start_redis_is_used_at_once(stage: Stage, autojump_clock: 
 async def test_disabled_is_memory_for_good(nursery: trio.Nursery) -> None:
     stage = Stage(nursery)
     stage.manager._make_link = None  # noqa: SLF001
-    await stage.manager.run(stage._migrate, lambda: 0, stage._tell)  # noqa: SLF001
+    await stage.manager.run(stage, stage.tell)
     assert stage.manager.settled.is_set()
     assert (stage.manager.storage_type, stage.manager.degraded) == ("memory", False)
     assert stage.manager.reason == "REDIS_ENABLED=false"

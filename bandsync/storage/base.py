@@ -133,6 +133,10 @@ class Storage(ABC):
         """The tips that are stored, None where nothing is; what is there expires later."""
 
     @abstractmethod
+    async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
+        """Have the server of the member ``to`` send it ``frame``, if it is within reach."""
+
+    @abstractmethod
     async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
         """Those of these servers that are alive, as far as the storage knows."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from bandsync.storage.base import Storage
+from bandsync.storage.relay import Relay
 
 
 class Loss(Struct, frozen=True):
@@ -29,13 +30,17 @@ class Era:
         cancel: ends all waiting on Redis.
 
     Attributes:
+        relay: hears what others commit; None where there are no others.
         loss: why it ended; None while it lasts.
     """
 
-    __slots__ = ("_cancel", "loss", "storage")
+    __slots__ = ("_cancel", "loss", "relay", "storage")
 
-    def __init__(self, storage: Storage, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, storage: Storage, cancel: Callable[[], None], relay: Relay | None = None
+    ) -> None:
         self.storage = storage
+        self.relay = relay
         self.loss: Loss | None = None
         self._cancel = cancel
 

@@ -6,8 +6,9 @@ redis ──loss──▶ memory ──stable──▶ migrating ──last room
 """
 
 import itertools
-from collections.abc import Awaitable, Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, Protocol
 
 import trio
 from msgspec import Struct
@@ -18,6 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.counters import Counters
 from bandsync.redis_link.errors import LossReason, loss_reason
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.subscriber import Subscriber
 from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.base import Lost, RedisStatus, StorageType
@@ -25,6 +27,7 @@ from bandsync.storage.era import Era, Loss
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys, RedisStorage
+from bandsync.storage.relay import Relay
 
 Mode = Literal["redis", "memory", "migrating", "memory (disabled)"]
 
@@ -67,11 +70,33 @@ class Migration(Struct, rename="camel"):
     moved: int = 0
 
 
+MakeSubscriber = Callable[[Link, Callable[[bytes, bytes], None]], Subscriber]
+
+
+class Host(Protocol):
+    """Who hosts sessions here."""
+
+    @property
+    def rooms(self) -> Mapping[str, object]:
+        """What is hosted, by session id."""
+
+    async def migrate(self, era: Era, moved: Callable[[], None]) -> None:
+        """Bring all sessions of this server to Redis; tells of each one."""
+
+    async def compare(self, era: Era) -> None:
+        """Catch up with what was committed unheard."""
+
+    def hear(self, session_id: str, payload: bytes) -> None:
+        """Take a message of a session's channel, without waiting."""
+
+
 class StorageManager:
     """Opens Redis, watches it, and says where sessions are kept.
 
     Args:
         make_link: a link for each attempt; None keeps sessions in memory for good.
+        make_subscriber: a subscriber beside a link, for each attempt to hear other servers, that
+            calls what it is given with each channel and message; None hears nobody.
         address: where it leads, without secrets.
         health: looks after each link.
         now: the session clock.
@@ -85,6 +110,7 @@ class StorageManager:
         self,
         settings: Settings,
         make_link: Callable[[], Link] | None,
+        make_subscriber: MakeSubscriber | None,
         *,
         address: str,
         memory: MemoryStorage,
@@ -107,6 +133,7 @@ class StorageManager:
         self.attempts = 0
         self._settings = settings
         self._make_link = make_link
+        self._make_subscriber = make_subscriber
         self._address = address
         self._health = health
         self._keys = keys
@@ -193,17 +220,10 @@ class StorageManager:
         while self.degraded and len(self.memory) and not self._gave_up:
             await self._transition.wait()
 
-    async def run(
-        self,
-        migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
-        hosted: Callable[[], int],
-        tell: Callable[[], None],
-    ) -> None:
+    async def run(self, host: Host, tell: Callable[[], None]) -> None:
         """Use Redis whenever it can be used, for ever.
 
         Args:
-            migrate: brings all sessions of this server to Redis; tells of each one.
-            hosted: how many that will be.
             tell: called after each transition, without waiting.
         """
         if self._make_link is None:
@@ -214,7 +234,7 @@ class StorageManager:
         enough = settings.redis_max_retries + 1 if settings.redis_required else 1
         while True:
             self.attempts += 1
-            used = await self._use(migrate, hosted, tell)
+            used = await self._use(host, tell)
             failures = 0 if used else failures + 1
             if failures >= enough:
                 self.settled.set()
@@ -229,12 +249,7 @@ class StorageManager:
             with trio.move_on_after(MAX_RETRY_DELAY_S if slow else self._backoff.compute(failures)):
                 await self._hurry.wait()
 
-    async def _use(
-        self,
-        migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
-        hosted: Callable[[], int],
-        tell: Callable[[], None],
-    ) -> bool:
+    async def _use(self, host: Host, tell: Callable[[], None]) -> bool:
         """Use Redis until it is lost; False if it could not be used at all."""
         assert self._make_link is not None
         link = self._make_link()
@@ -245,9 +260,11 @@ class StorageManager:
                 await nursery.start(link.run)
                 self._link = link
                 await self._health.prove(link, self._checks_wanted(), self._hurry)
-                era = self._begin(link, nursery.cancel_scope.cancel)
+                era = self._begin(link, host, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._health.watch, link)
-                await self._bring_back(era, migrate, hosted, tell)
+                if era.relay is not None:
+                    nursery.start_soon(era.relay.run)
+                await self._bring_back(era, host, tell)
         except* RedisError as group:
             loss = _loss(group)
         finally:
@@ -270,7 +287,7 @@ class StorageManager:
         interval_s = self._settings.redis_health_interval_ms / 1000
         return max(STABLE_CHECKS, min(checks, round(MAX_STABLE_S / interval_s)))
 
-    def _begin(self, link: Link, cancel: Callable[[], None]) -> Era:
+    def _begin(self, link: Link, host: Host, cancel: Callable[[], None]) -> Era:
         """From now on sessions are opened in Redis."""
 
         def on_loss(reason: LossReason, error: RedisError) -> None:
@@ -285,27 +302,30 @@ class StorageManager:
             on_loss=on_loss,
         )
         era = Era(storage, cancel)
+        if self._make_subscriber is not None:
+            era.relay = Relay(
+                partial(self._make_subscriber, link),
+                self._keys,
+                hosted=lambda: host.rooms,
+                heard=host.hear,
+                catch_up=partial(host.compare, era),
+                log=self._log,
+            )
         self.attempts = 0
         self._era = era
         self._enter("migrating")
         return era
 
-    async def _bring_back(
-        self,
-        era: Era,
-        migrate: Callable[[Era, Callable[[], None]], Awaitable[None]],
-        hosted: Callable[[], int],
-        tell: Callable[[], None],
-    ) -> None:
+    async def _bring_back(self, era: Era, host: Host, tell: Callable[[], None]) -> None:
         """Migrate; afterwards Redis is in use again."""
         started = trio.current_time()
-        migration = self.migration = Migration(hosted())
+        migration = self.migration = Migration(len({*host.rooms, *self.memory.ids()}))
         self._log.info("storage.migrating", sessions=migration.total)
 
         def moved() -> None:
             migration.moved += 1
 
-        await migrate(era, moved)
+        await host.migrate(era, moved)
         if era.over:
             return
         finished = trio.current_time()

@@ -85,6 +85,9 @@ class MemoryStorage(Storage):
             for session_id, session in found.items()
         }
 
+    async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
+        """Nobody else is within reach."""
+
     async def find_servers(self, server_ids: Sequence[str]) -> list[Presence]:
         return []
 

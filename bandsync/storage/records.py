@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from bandsync.session import (
     CHAT_RING,
@@ -18,6 +19,7 @@ from bandsync.session import (
     Tip,
     TransportRegister,
 )
+from bandsync.storage.changes import Change
 from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 
 # Raised by whatever an older server could not read, or would drop when it writes.
@@ -97,16 +99,11 @@ def read_session(session_id: str, fields: Mapping[str, bytes]) -> Session:
     ring: list[Chat] = []
     for name, value in fields.items():
         if name.startswith(MEMBER):
-            member = _read(name, value, _members)
-            if MEMBER + member.member_id != name:
-                raise UnreadableError(f"{name}: holds the member {member.member_id!r}")
+            member = _read_member(name, value)
             members[member.member_id] = member
         elif name.startswith(CHAT):
-            chat = _read(name, value, _chats)
-            if f"{CHAT}{chat.slot}" != name or not 0 <= chat.slot < CHAT_RING:
-                raise UnreadableError(f"{name}: holds the message of slot {chat.slot}")
-            ring.append(chat)
-    ring.sort(key=lambda chat: (chat.sent_at, chat.message_id))
+            ring.append(_read_chat(name, value))
+    ring.sort(key=_chat_order)
     return Session(
         session_id=session_id,
         epoch=Epoch(head.created_at, tip.epoch),
@@ -120,6 +117,51 @@ def read_session(session_id: str, fields: Mapping[str, bytes]) -> Session:
         chat=tuple(ring),
         last_active_at=head.last_active_at,
     )
+
+
+def patch_session(session: Session, change: Change) -> Session:
+    """What ``session`` is after a change that was made from it.
+
+    Raises:
+        UnreadableError: a field is not what it should be.
+    """
+    changes: dict[str, object] = {"version": change.version, "event_id": change.event_id}
+    members: dict[str, Member] | None = None
+    ring: dict[int, Chat] | None = None
+    epoch = session.epoch
+    for name, raw in change.delta.items():
+        value = None if (text := bytes(raw)) == b"null" else text
+        if name.startswith(MEMBER):
+            members = dict(session.members) if members is None else members
+            if value is None:
+                members.pop(name.removeprefix(MEMBER), None)
+            else:
+                member = _read_member(name, value)
+                members[member.member_id] = member
+        elif name.startswith(CHAT):
+            ring = {chat.slot: chat for chat in session.chat} if ring is None else ring
+            if value is None:
+                ring.pop(int(name.removeprefix(CHAT)), None)
+            else:
+                chat = _read_chat(name, value)
+                ring[chat.slot] = chat
+        elif name == "head" and value is not None:
+            head = _read_head(value)
+            epoch = Epoch(head.created_at, epoch.id)
+            changes |= {
+                "leader": head.leader,
+                "transport": head.transport,
+                "headline": head.message,
+                "settings": head.settings,
+                "last_active_at": head.last_active_at,
+            }
+        elif name == "epoch" and value is not None:
+            epoch = Epoch(epoch.created_at, _read(name, value, _texts))
+    if members is not None:
+        changes["members"] = members
+    if ring is not None:
+        changes["chat"] = tuple(sorted(ring.values(), key=_chat_order))
+    return replace(session, epoch=epoch, **changes)
 
 
 def read_tip(epoch: bytes | None, version: bytes | None, event_id: bytes | None) -> Tip:
@@ -154,6 +196,24 @@ def _read_head(value: bytes) -> _Head:
     return head
 
 
+def _read_member(name: str, value: bytes) -> Member:
+    member = _read(name, value, _members)
+    if MEMBER + member.member_id != name:
+        raise UnreadableError(f"{name}: holds the member {member.member_id!r}")
+    return member
+
+
+def _read_chat(name: str, value: bytes) -> Chat:
+    chat = _read(name, value, _chats)
+    if f"{CHAT}{chat.slot}" != name or not 0 <= chat.slot < CHAT_RING:
+        raise UnreadableError(f"{name}: holds the message of slot {chat.slot}")
+    return chat
+
+
+def _chat_order(chat: Chat) -> tuple[float, str]:
+    return chat.sent_at, chat.message_id
+
+
 def _playable(segment: Segment) -> bool:
     return (
         MIN_TEMPO_BPM <= segment.tempo_bpm <= MAX_TEMPO_BPM
@@ -175,3 +235,4 @@ _formats = msgspec.json.Decoder(_Format)
 _heads = msgspec.json.Decoder(_Head)
 _members = msgspec.json.Decoder(Member)
 _chats = msgspec.json.Decoder(Chat)
+_texts = msgspec.json.Decoder(str)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 from msgspec.structs import replace
 from redis.exceptions import RedisError
 
@@ -25,6 +25,7 @@ from bandsync.storage.base import (
     Unreadable,
     Unusable,
 )
+from bandsync.storage.changes import write_change, write_whisper
 from bandsync.storage.records import UnreadableError, changed_fields, read_session, read_tip
 
 _COMMIT = Script(resources.files("bandsync").joinpath("storage", "commit.lua").read_text())
@@ -62,23 +63,6 @@ class Keys(Struct, frozen=True):
     def probe(self, server_id: str) -> str:
         """The channel by which a server hears itself."""
         return f"{self.prefix}probe:{server_id}"
-
-
-class Change(Struct, frozen=True, rename="camel"):
-    """What the channel of a session is told of one commit.
-
-    Attributes:
-        prev: the tip it was made from; None if there was no session.
-        delta: the fields of the hash that changed, as JSON; null for those deleted.
-        frames: the events of the change, for members on other servers.
-    """
-
-    prev: Tip | None
-    version: int
-    event_id: str
-    server_id: str
-    delta: dict[str, Raw | None]
-    frames: list[Raw]
 
 
 class RedisStorage(Storage):
@@ -127,7 +111,7 @@ class RedisStorage(Storage):
         old = None if base is None else tip(base)
         new = tip(committed)
         fields, gone = changed_fields(base, committed)
-        message = _change(old, new, self._server_id, fields, gone, events)
+        message = write_change(old, new, self._server_id, fields, gone, events)
         arguments: list[Argument] = [
             *(("", "", "") if old is None else (old.epoch, old.version, old.event_id)),
             new.epoch,
@@ -203,6 +187,13 @@ class RedisStorage(Storage):
             if isinstance(reply, RedisError) and loss_reason(reply) is not None:
                 return self._lost(reply)
         return dict(zip(session_ids, map(_read_tip, replies[::2]), strict=True))
+
+    async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
+        message = write_whisper(to, frame)
+        try:
+            await self._link.execute("PUBLISH", self._keys.events(session_id), message)
+        except RedisError as error:
+            self._unusable(error)
 
     async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
         if not server_ids:
@@ -292,27 +283,9 @@ def _read_tip(reply: Reply | RedisError) -> Tip | Unreadable | None:
         return Unreadable(str(error))
 
 
-def _change(
-    old: Tip | None,
-    new: Tip,
-    server_id: str,
-    fields: dict[str, bytes],
-    gone: Sequence[str],
-    events: Sequence[bytes],
-) -> bytes:
-    """The message for a session's channel."""
-    delta: dict[str, Raw | None] = {name: Raw(value) for name, value in fields.items()}
-    delta.update(dict.fromkeys(gone))
-    if old is None or old.epoch != new.epoch:
-        delta["epoch"] = Raw(_encode(new.epoch))
-    frames = [Raw(event) for event in events]
-    return _encode(Change(old, new.version, new.event_id, server_id, delta, frames))
-
-
 def _literally(text: str) -> str:
     """A pattern of SCAN that matches ``text`` only."""
     return "".join(f"\\{sign}" if sign in "*?[]\\^" else sign for sign in text)
 
 
-_encode = msgspec.json.Encoder().encode
 _presences = msgspec.json.Decoder(Presence)

@@ -1,6 +1,6 @@
 """The relay: what other servers commit, heard as it happens (design.md section 4, step 6)."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection
 
 import trio
 from redis.backoff import EqualJitterBackoff
@@ -23,7 +23,7 @@ class Relay:
     Args:
         make_subscriber: a subscriber for each attempt, that calls what it is given with each
             channel and message.
-        hosted: the ids of the sessions whose channels are wanted.
+        hosted: the sessions whose channels are wanted, by id.
         heard: called with a session id and a message; never blocks.
         catch_up: compares all that is hosted with what is stored: messages were missed.
 
@@ -36,7 +36,7 @@ class Relay:
         make_subscriber: Callable[[Callable[[bytes, bytes], None]], Subscriber],
         keys: Keys,
         *,
-        hosted: Callable[[], Iterable[str]],
+        hosted: Callable[[], Collection[str]],
         heard: Callable[[str, bytes], None],
         catch_up: Callable[[], Awaitable[None]],
         log: FilteringBoundLogger,

@@ -1,0 +1,84 @@
+"""What is said on a session's channel: protocol.md section 8."""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from msgspec import Raw, Struct
+
+from bandsync.session import Tip
+
+
+class Change(Struct, frozen=True, rename="camel"):
+    """What the channel of a session is told of one commit.
+
+    Attributes:
+        prev: the tip it was made from; None if there was no session.
+        delta: the fields of the hash that changed, as JSON; null for those deleted.
+        frames: the events of the change, for members on other servers.
+    """
+
+    prev: Tip | None
+    version: int
+    event_id: str
+    server_id: str
+    delta: dict[str, Raw]
+    frames: list[Raw]
+
+
+class Whisper(Struct, frozen=True):
+    """A message for one member, wherever it is: no change, and not kept.
+
+    Attributes:
+        to: member id.
+        frame: the message, as JSON.
+    """
+
+    to: str
+    frame: Raw
+
+
+def write_change(
+    old: Tip | None,
+    new: Tip,
+    server_id: str,
+    fields: Mapping[str, bytes],
+    gone: Sequence[str],
+    events: Sequence[bytes],
+) -> bytes:
+    """The message for a commit that set ``fields`` and deleted those that are ``gone``."""
+    delta = {name: Raw(value) for name, value in fields.items()}
+    delta.update(dict.fromkeys(gone, _NULL))
+    if old is None or old.epoch != new.epoch:
+        delta["epoch"] = Raw(_encode(new.epoch))
+    frames = [Raw(event) for event in events]
+    return _encode(Change(old, new.version, new.event_id, server_id, delta, frames))
+
+
+def write_whisper(to: str, frame: bytes) -> bytes:
+    """The message for one member."""
+    return _encode(Whisper(to, Raw(frame)))
+
+
+def read_change(payload: bytes) -> Change | None:
+    """The change in a message; None if there is none that can be read."""
+    try:
+        return _changes.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def read_whisper(payload: bytes) -> Whisper | None:
+    """The whisper in a message; None if it is something else."""
+    if not payload.startswith(_WHISPER):
+        return None
+    try:
+        return _whispers.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+_encode = msgspec.json.Encoder().encode
+_changes = msgspec.json.Decoder(Change)
+_whispers = msgspec.json.Decoder(Whisper)
+_NULL = Raw(b"null")
+_WHISPER = b'{"to":'
