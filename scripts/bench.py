@@ -8,59 +8,32 @@ time, `…Ms` milliseconds, `…Kb` 1024 bytes, `…Cpu` a fraction of one core.
 """
 
 import argparse
-import asyncio
-import base64
-import gc
-import hashlib
 import json
 import re
-import socket
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from statistics import median
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
 
-from benchload import (
-    HOST,
-    SETTLE_S,
-    TICK,
-    WARM_UP_S,
+from benchcommands import commands
+from benchcommit import commit
+from benchfleet import Fleet, masked
+from benchload import SETTLE_S, TICK, WARM_UP_S, Chatter, Latencies, after, capture, join, settle
+from benchmigrate import migrate
+from benchserver import (
     BenchError,
-    Chatter,
-    Client,
-    ClosedLoop,
-    Contender,
-    Fleet,
-    Latencies,
-    Server,
-    Window,
-    after,
-    alternate,
     bandsync,
-    masked,
-    masked_text,
-    measure,
     now_s,
     percentile,
     pin_generator,
     raise_file_limit,
     spread,
-    total,
+    yardstick,
 )
+from benchwindows import Contender, Window, alternate, cpu_us, measure, median_ratio, total
 
-from bandsync.hub import TICK_SLOTS
-
-_TICK_S = 0.1
-# The bursts of the yardsticks are those of the server.
-_TICK_SLOTS = TICK_SLOTS
 # A whole number of ping and statistics periods.
 _IDLE_S = 5.0
-_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-
-_ACK = b'{"type":"ack","requestId":"'
-_NO_EVENTS = (b'ack"', b"erro", b"room", b"scro", b"snap", b"sync", b"welc")
 
 
 def fanout(connections: int, members: int, seconds: float) -> dict[str, object]:
@@ -132,7 +105,7 @@ def _yardstick(
     stack: ExitStack, name: str, sessions: int, members: int, payload: bytes
 ) -> Contender:
     server = stack.enter_context(
-        Server(__file__, name, str(sessions * members), str(members), payload.decode())
+        yardstick(name, str(sessions * members), str(members), payload.decode())
     )
     fleet = stack.enter_context(Fleet(server.port))
     # Member by member, as BandSync's sessions were filled.
@@ -238,32 +211,27 @@ def _watch_for_drop(session: int, dropped: dict[int, float]) -> Callable[[bytes,
 
 
 def main() -> int:
-    """Run one benchmark, or be one of the yardsticks."""
-    if sys.argv[1:2] and sys.argv[1] in YARDSTICKS:
-        YARDSTICKS[sys.argv[1]](sys.argv[2:])
-        return 0
-    options = parse_arguments()
+    """Run one benchmark."""
+    options = vars(parse_arguments())
+    bench = _BENCHES[options.pop("bench")]
     pin_generator()
     try:
-        if options.bench == "fanout":
-            raise_file_limit(3 * options.connections)
-            result = fanout(options.connections, options.members, options.seconds)
-        elif options.bench == "commands":
-            raise_file_limit(2 * options.sessions * options.members)
-            result = commands(options.sessions, options.members, options.seconds)
-        elif options.bench == "connections":
-            raise_file_limit(options.connections)
-            result = many_connections(options.connections, options.members)
-        else:
-            raise_file_limit(options.sessions * options.members)
-            result = slow_consumer(
-                options.sessions, options.members, options.seconds, options.chats_per_second
-            )
+        members = options.get("members", 1)
+        connections = options.get("connections", options.get("sessions", 0) * members)
+        raise_file_limit(3 * connections)
+        result = bench.run(**options)
     except BenchError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result))
     return 0
+
+
+class Bench(NamedTuple):
+    """A benchmark, and the arguments it takes with their defaults."""
+
+    run: Callable[..., dict[str, object]]
+    defaults: dict[str, float]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -272,33 +240,37 @@ def parse_arguments() -> argparse.Namespace:
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     benches = parser.add_subparsers(dest="bench", required=True)
-    defaults: dict[Callable[..., object], dict[str, float]] = {
-        fanout: {"connections": 1000, "seconds": 10.0},
-        commands: {"sessions": 25, "seconds": 10.0},
-        many_connections: {"connections": 5000},
-        slow_consumer: {"sessions": 25, "seconds": 5.0, "chats-per-second": 20.0},
-    }
-    names = ("fanout", "commands", "connections", "slow")
-    for name, (bench, flags) in zip(names, defaults.items(), strict=True):
-        meaning = bench.__doc__
+    for name, bench in _BENCHES.items():
+        meaning = bench.run.__doc__
         sub = benches.add_parser(name, help=meaning, description=meaning)
-        for flag, default in {"members": 8, **flags}.items():
-            sub.add_argument(f"--{flag}", type=type(default), default=default, help=_HELP[flag])
+        for argument, default in bench.defaults.items():
+            flag = f"--{argument.replace('_', '-')}"
+            if isinstance(default, bool):
+                sub.add_argument(flag, action="store_true", help=_HELP[argument])
+            else:
+                sub.add_argument(flag, type=type(default), default=default, help=_HELP[argument])
     return parser.parse_args()
 
 
-_HELP = {
-    "chats-per-second": "long messages of each leader (default %(default)s)",
-    "connections": "how many, in sessions of --members (default %(default)s)",
-    "members": "of each session (default %(default)s)",
-    "seconds": "how long each measurement takes (default %(default)s)",
-    "sessions": "how many (default %(default)s)",
+_BENCHES = {
+    "fanout": Bench(fanout, {"connections": 1000, "members": 8, "seconds": 10.0}),
+    "commands": Bench(commands, {"sessions": 25, "members": 8, "seconds": 10.0, "redis": False}),
+    "connections": Bench(many_connections, {"connections": 5000, "members": 8}),
+    "slow": Bench(
+        slow_consumer, {"sessions": 25, "members": 8, "seconds": 5.0, "chats_per_second": 20.0}
+    ),
+    "commit": Bench(commit, {"callers": 50, "members": 8, "seconds": 10.0}),
+    "migrate": Bench(migrate, {"sessions": 1000, "members": 1, "seconds": 2.0}),
 }
 
-YARDSTICKS: dict[str, Callable[[list[str]], None]] = {
-    "bare": lambda given: serve_bare(int(given[0]), int(given[1]), given[2]),
-    "send_message": lambda given: serve_send_message(int(given[0]), given[2]),
-    "websockets": lambda given: serve_websockets(),
+_HELP = {
+    "callers": "how many commit at the same time (default %(default)s)",
+    "chats_per_second": "long messages of each leader (default %(default)s)",
+    "connections": "how many, in sessions of --members (default %(default)s)",
+    "members": "of each session (default %(default)s)",
+    "redis": "measure a server that keeps its sessions in Redis, too",
+    "seconds": "how long each measurement takes (default %(default)s)",
+    "sessions": "how many (default %(default)s)",
 }
 
 

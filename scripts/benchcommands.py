@@ -1,4 +1,17 @@
-CHEAD
+"""Commands in a closed loop; bench.py starts it."""
+
+import json
+from contextlib import ExitStack
+
+from benchfleet import ACK, Client, Fleet, masked, masked_text
+from benchload import SETTLE_S, WARM_UP_S, ClosedLoop, join, settle
+from benchredis import new_redis
+from benchserver import BenchError, Server, bandsync, yardstick
+from benchwindows import Contender, Window, alternate, cpu_us, median_ratio, total
+
+_ACK = b'{"type":"ack","requestId":"'
+_NO_EVENTS = (ACK, b"erro", b"room", b"scro", b"snap", b"stor", b"sync", b"welc")
+
 
 def command_frames() -> list[bytes]:
     """A cycle of leader's commands, each of which changes something."""
@@ -25,40 +38,21 @@ def acked(data: bytes, start: int, end: int) -> int | None:
     return int(data[at + 1 : data.index(b'"', at, end)])
 
 
-def commands(sessions: int, members: int, seconds: float) -> dict[str, object]:
+def commands(
+    sessions: int, members: int, seconds: float, *, redis: bool = False
+) -> dict[str, object]:
     """Commands as fast as they are answered: BandSync beside a server that only broadcasts."""
-    connections = sessions * members
+    contenders: dict[str, Contender] = {}
     with ExitStack() as stack:
-        server = stack.enter_context(bandsync(connections, members))
-        fleet = stack.enter_context(Fleet(server.port))
-        leaders = join(fleet, sessions, members)
-        own = ClosedLoop(command_frames(), acked)
-        for leader in leaders:
-            own.add(leader)
-        own.start()
-        fleet.run_for(WARM_UP_S)
-        own.stop(fleet)
-        event_bytes = _event_bytes(fleet, leaders[0])
-
-        plain = stack.enter_context(Server(__file__, "websockets"))
-        plain_fleet = stack.enter_context(Fleet(plain.port))
-        plain_leaders = plain_fleet.open(range(sessions))
-        for _ in range(1, members):
-            plain_fleet.open(range(sessions))
-        plain_fleet.run_for(SETTLE_S)
-        text = b'{"type":"yardstick","pad":"' + b"x" * (event_bytes - 29) + b'"}'
-        echo = ClosedLoop([masked_text(text)], lambda data, start, end: -1)
-        for leader in plain_leaders:
-            echo.add(leader)
+        contenders["bandsync"], event_bytes = _bands(stack, sessions, members, None)
+        if redis:
+            url = stack.enter_context(new_redis()).url()
+            contenders["bandsyncRedis"], _ = _bands(stack, sessions, members, url)
+        contenders["websockets"] = _yardstick(stack, sessions, members, event_bytes)
         settle()
-
-        contenders = {
-            "bandsync": Contender(server, fleet, wake=own.start, rest=lambda: own.stop(fleet)),
-            "websockets": Contender(
-                plain, plain_fleet, wake=echo.start, rest=lambda: echo.stop(plain_fleet)
-            ),
-        }
         windows = alternate(contenders, seconds)
+        if redis:
+            _expect_no_failover(contenders["bandsyncRedis"].server)
     result: dict[str, object] = {
         "bench": "commands",
         "sessions": sessions,
@@ -68,23 +62,72 @@ def commands(sessions: int, members: int, seconds: float) -> dict[str, object]:
         "slices": len(windows["websockets"]),
         "eventBytes": event_bytes,
     }
-    rates: dict[str, float] = {}
     for name, parts in windows.items():
         whole = total(parts)
         deliveries = whole.frames(without=_NO_EVENTS)
-        rates[name] = _event_rate(whole)
+        acks = whole.kinds[ACK]
         result[name] = {
-            "deliveriesPerSecond": round(rates[name]),
+            "deliveriesPerSecond": round(_event_rate(whole)),
             "perSlice": [round(_event_rate(part)) for part in parts],
             "cpuUsPerDelivery": round(cpu_us(whole, deliveries), 2),
+            **({"cpuUsPerCommand": round(cpu_us(whole, acks), 1)} if acks else {}),
             "otherFramesPerSecond": round((whole.frames() - deliveries) / whole.seconds),
             "serverCpu": round(whole.server_cpu_s / whole.seconds, 3),
             "generatorCpu": round(whole.generator_cpu_s / whole.seconds, 3),
         }
+    if redis:
+        own, memory = windows["bandsyncRedis"], windows["bandsync"]
+        result["ratioRedisToMemory"] = round(
+            _event_rate(total(own)) / _event_rate(total(memory)), 2
+        )
+        result["medianCpuRatioRedisToMemory"] = median_ratio(own, memory, _command_cost)
     return result | {
-        "ratio": round(rates["bandsync"] / rates["websockets"], 2),
+        "ratio": round(
+            _event_rate(total(windows["bandsync"])) / _event_rate(total(windows["websockets"])), 2
+        ),
         "medianRatio": median_ratio(windows["bandsync"], windows["websockets"], _event_rate),
     }
+
+
+def _bands(
+    stack: ExitStack, sessions: int, members: int, redis_url: str | None
+) -> tuple[Contender, int]:
+    """A BandSync server whose leaders give commands, and the mean size of the events, bytes."""
+    server = stack.enter_context(bandsync(sessions * members, members, redis_url=redis_url))
+    fleet = stack.enter_context(Fleet(server.port))
+    leaders = join(fleet, sessions, members)
+    loop = ClosedLoop(command_frames(), acked)
+    for leader in leaders:
+        loop.add(leader)
+    loop.start()
+    fleet.run_for(WARM_UP_S)
+    loop.stop(fleet)
+    event_bytes = _event_bytes(fleet, leaders[0])
+    return Contender(server, fleet, wake=loop.start, rest=lambda: loop.stop(fleet)), event_bytes
+
+
+def _yardstick(stack: ExitStack, sessions: int, members: int, event_bytes: int) -> Contender:
+    server = stack.enter_context(yardstick("websockets"))
+    fleet = stack.enter_context(Fleet(server.port))
+    leaders = fleet.open(range(sessions))
+    for _ in range(1, members):
+        fleet.open(range(sessions))
+    fleet.run_for(SETTLE_S)
+    text = b'{"type":"yardstick","pad":"' + b"x" * (event_bytes - 29) + b'"}'
+    echo = ClosedLoop([masked_text(text)], lambda data, start, end: -1)
+    for leader in leaders:
+        echo.add(leader)
+    return Contender(server, fleet, wake=echo.start, rest=lambda: echo.stop(fleet))
+
+
+def _expect_no_failover(server: Server) -> None:
+    status = json.loads(server.get("/api/storage/status"))
+    if status["mode"] != "redis" or status["lastFailover"] is not None:
+        raise BenchError(f"not all commands went to Redis: {status}")
+
+
+def _command_cost(window: Window) -> float:
+    return cpu_us(window, window.kinds[ACK])
 
 
 def _event_rate(window: Window) -> float:
@@ -107,5 +150,3 @@ def _event_bytes(fleet: Fleet, leader: Client) -> int:
     fleet.run_for(SETTLE_S)
     leader.on_text = previous
     return round(sum(sizes) / len(sizes))
-
-

@@ -1,205 +1,18 @@
-LHEAD
+"""What the clients of a fleet do: join, give commands, talk, note how late the ticks are."""
 
-class Client:
-    """One connection of a `Fleet`.
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 
-    Attributes:
-        session: to which it belongs, by number.
-        on_text: called with (data, start, end) for every text frame, whose payload is
-            ``data[start:end]``; None to count them only.
-        close_code: of the close frame that came, if one did.
-    """
+from benchfleet import Client, Fleet, masked
+from benchserver import BenchError, now_s, wall_ms
 
-    __slots__ = ("close_code", "on_text", "rest", "session", "sock", "upgraded")
+WARM_UP_S = 2.0
+SETTLE_S = 0.5
+TICK = b'{"type":"scroll_tick"'
 
-    def __init__(self, sock: socket.socket, session: int) -> None:
-        self.sock = sock
-        self.session = session
-        self.rest = b""
-        self.upgraded = False
-        self.on_text: Callable[[bytes, int, int], None] | None = None
-        self.close_code: int | None = None
-
-    def send(self, frame: bytes) -> None:
-        """Send a frame that `masked` made."""
-        if self.sock.send(frame) != len(frame):
-            raise BenchError("the server does not read: the load is too high")
-
-
-class Fleet:
-    """Many connections to one server, in one epoll loop.
-
-    Args:
-        port: of the server on this machine.
-
-    Attributes:
-        clients: all that were opened, in order.
-        kinds: text frames received, by the first four letters of their ``type``.
-        payload_bytes: of all text frames received.
-        gone: connections that the server ended.
-    """
-
-    def __init__(self, port: int) -> None:
-        self.clients: list[Client] = []
-        self.kinds: Counter[bytes] = Counter()
-        self.payload_bytes = 0
-        self.gone = 0
-        self._upgraded = 0
-        self._port = port
-        self._epoll = select.epoll()
-        self._by_fd: dict[int, Client] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close everything at once."""
-        for client in self.clients:
-            client.sock.close()
-        self._epoll.close()
-
-    def open(
-        self, sessions: Iterable[int], greeting: bytes = b"", *, receive_buffer: int | None = None
-    ) -> list[Client]:
-        """Open a connection for each of ``sessions`` and shake hands, many at a time.
-
-        Args:
-            greeting: sent as soon as the handshake is done.
-            receive_buffer: of the kernel, bytes; None for its default.
-        """
-        opened: list[Client] = []
-        before = self._upgraded
-        for session in sessions:
-            while len(opened) - (self._upgraded - before) >= _OPENING:
-                self._poll(1.0, greeting)
-            opened.append(self._connect(session, receive_buffer))
-        deadline = now_s() + _START_S
-        while self._upgraded - before < len(opened):
-            self._poll(1.0, greeting)
-            if now_s() > deadline:
-                raise BenchError("the handshakes do not come to an end")
-        return opened
-
-    def run_for(self, seconds: float) -> None:
-        """Receive for so long."""
-        deadline = now_s() + seconds
-        while (left := deadline - now_s()) > 0:
-            self._poll(left)
-
-    def run_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
-        """Receive until ``condition``.
-
-        Raises:
-            BenchError: not within ``seconds``.
-        """
-        deadline = now_s() + seconds
-        while not condition():
-            if now_s() > deadline:
-                raise BenchError(f"what was waited for did not come: {dict(self.kinds)}")
-            self._poll(0.05)
-
-    def stop_reading(self, client: Client) -> None:
-        """Leave what comes for ``client`` in the kernel from now on."""
-        self._epoll.unregister(client.sock)
-
-    def read_again(self, client: Client) -> None:
-        """Take `stop_reading` back."""
-        self._epoll.register(client.sock, select.EPOLLIN)
-
-    def frames(self) -> int:
-        """All text frames received."""
-        return sum(self.kinds.values())
-
-    def _connect(self, session: int, receive_buffer: int | None) -> Client:
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if receive_buffer is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.connect_ex((HOST, self._port))
-        client = Client(sock, session)
-        self.clients.append(client)
-        self._by_fd[sock.fileno()] = client
-        self._epoll.register(sock, select.EPOLLOUT)
-        return client
-
-    def _poll(self, timeout_s: float, greeting: bytes = b"") -> None:
-        for fd, event in self._epoll.poll(timeout_s, _POLL_EVENTS):
-            client = self._by_fd[fd]
-            if event & select.EPOLLOUT and not event & select.EPOLLERR:
-                client.send(_upgrade(client.session))
-                self._epoll.modify(fd, select.EPOLLIN)
-            elif client.upgraded:
-                self._receive(client)
-            else:
-                self._shake_hands(client, greeting)
-
-    def _shake_hands(self, client: Client, greeting: bytes) -> None:
-        data = client.rest + _received(client.sock)
-        head, end, client.rest = data.partition(b"\r\n\r\n")
-        if not end:
-            client.rest = data
-        if not data or (end and b" 101 " not in head[:16]):
-            raise BenchError(f"the server refused the handshake: {head!r}")
-        if end:
-            client.upgraded = True
-            self._upgraded += 1
-            if greeting:
-                client.send(greeting)
-            self._parse(client, client.rest)
-
-    def _receive(self, client: Client) -> None:
-        data = _received(client.sock)
-        if data:
-            self._parse(client, client.rest + data if client.rest else data)
-        else:
-            self.gone += 1
-            self._epoll.unregister(client.sock)
-
-    def _parse(self, client: Client, data: bytes) -> None:
-        """Walk from header to header; one function, because this is what the generator does."""
-        size = len(data)
-        position = 0
-        while size - position >= 2:
-            first = data[position]
-            length = data[position + 1]
-            start = position + 2
-            if length == 126:
-                if size < start + 2:
-                    break
-                length = data[start] << 8 | data[start + 1]
-                start += 2
-            elif length == 127:
-                raise BenchError("a frame of 64 KiB or more")
-            end = start + length
-            if end > size:
-                break
-            if first == _TEXT:
-                self.kinds[data[start + _KIND_FROM : start + _KIND_TO]] += 1
-                self.payload_bytes += length
-                if client.on_text is not None:
-                    client.on_text(data, start, end)
-            elif first == _PING:
-                client.send(_client_frame(_PONG, data[start:end]))
-            elif first == _CLOSE:
-                client.close_code = int.from_bytes(data[start : start + 2], "big")
-            position = end
-        client.rest = data[position:]
-
-
-def masked(message: dict[str, object]) -> bytes:
-    """A client's text frame."""
-    return _client_frame(_TEXT, json.dumps(message, ensure_ascii=False).encode())
-
-
-def masked_text(text: bytes) -> bytes:
-    """A client's text frame with a payload that is encoded already."""
-    return _client_frame(_TEXT, text)
+_SLOW_LIMIT_S = 60.0
+_LEAST_POLL_S = 0.0002
 
 
 class Latencies:
@@ -315,33 +128,6 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: now_s() >= end
 
 
-def _client_frame(first: int, payload: bytes) -> bytes:
-    length = len(payload)
-    mask = secrets.token_bytes(4)
-    if length < 126:
-        header = struct.pack("!BB", first, 0x80 | length)
-    else:
-        header = struct.pack("!BBH", first, 0x80 | 126, length)
-    key = (mask * (length // 4 + 1))[:length]
-    body = int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")
-    return header + mask + body.to_bytes(length, "little")
-
-
-def _upgrade(session: int) -> bytes:
-    key = base64.b64encode(secrets.token_bytes(16)).decode()
-    return (
-        f"GET /ws/bench-{session} HTTP/1.1\r\nHost: {HOST}\r\nUpgrade: websocket\r\n"
-        f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    ).encode()
-
-
-def _received(sock: socket.socket) -> bytes:
-    try:
-        return sock.recv(_RECEIVE_BYTES)
-    except ConnectionError:
-        return b""
-
-
 def join(fleet: Fleet, sessions: int, members: int, *, slow: bool = False) -> list[Client]:
     """Fill the sessions, the first of each leads.
 
@@ -380,5 +166,3 @@ def capture(fleet: Fleet, client: Client, start: bytes) -> bytes:
     fleet.run_until(lambda: bool(found))
     client.on_text = None
     return found[0]
-
-

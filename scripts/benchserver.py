@@ -1,6 +1,29 @@
 """Server processes that are measured, and what is measured of them: CPU, memory, time."""
 
-IMPORTS
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bandsync.settings import OPTIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+
+_CORES = sorted(os.sched_getaffinity(0))
+_START_S = 20.0
+_STOP_S = 5.0
+_RECEIVE_BYTES = 65_536
+
 
 class BenchError(Exception):
     """A measurement that would mean nothing."""
@@ -35,9 +58,17 @@ def raise_file_limit(connections: int) -> None:
 
 
 def pin_generator() -> None:
-    """Keep this process off the core that the servers run on, if there is another."""
+    """Keep this process off the core that the servers run on, if there is another.
+
+    What it starts inherits that, and so does a Redis.
+    """
     if len(_CORES) > 1:
         os.sched_setaffinity(0, _CORES[1:])
+
+
+def all_cores() -> list[int]:
+    """Those that this process might use when it began; servers run on the first."""
+    return list(_CORES)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -57,11 +88,10 @@ class Server:
     """
 
     def __init__(self, *command: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(  # noqa: S603  # our own scripts
             [sys.executable, *command],
             stdout=subprocess.PIPE,
-            env=environment,
+            env=clean_environment(),
             # No `.env` there that would change the settings.
             cwd=ROOT / "scripts",
             start_new_session=True,
@@ -136,14 +166,32 @@ class Server:
         return int(found[1])
 
 
-def bandsync(connections: int, members: int, *flags: str) -> Server:
-    """A BandSync server that only does what is measured: no Redis, no rate limits, no logs."""
+def clean_environment() -> dict[str, str]:
+    """The environment, without what would change the settings of a BandSync server."""
+    ours = {option.name for option in OPTIONS}
+    kept = {name: text for name, text in os.environ.items() if name not in ours}
+    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def bandsync(connections: int, members: int, *, redis_url: str | None = None) -> Server:
+    """A BandSync server that only does what is measured: no rate limits, no logs.
+
+    Args:
+        redis_url: where it keeps sessions; None for its memory.
+    """
+    redis = (
+        ("--redis-enabled", "false")
+        if redis_url is None
+        else ("--redis-enabled", "true", "--redis-url", redis_url)
+    )
     return Server(
         str(ROOT / "scripts" / "serve.py"),
-        *("--host", HOST, "--port", "0", "--redis-enabled", "false", "--log-level", "warning"),
+        *("--host", HOST, "--port", "0", "--log-level", "warning", *redis),
         *("--rate-limit-factor", "0", "--connection-timeout-ms", "600000"),
         *("--max-connections", str(connections + 64), "--max-members", str(members)),
-        *flags,
     )
 
 
+def yardstick(name: str, *given: str) -> Server:
+    """One of the servers of benchyardsticks.py."""
+    return Server(str(ROOT / "scripts" / "benchyardsticks.py"), name, *given)

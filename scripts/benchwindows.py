@@ -1,6 +1,17 @@
 """Measuring servers beside each other, in windows that take turns."""
 
-IMPORTS
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+from benchfleet import Fleet
+from benchload import SETTLE_S, WARM_UP_S
+from benchserver import BenchError, Server, now_s
+
+_SLICE_S = 1.0
+
 
 class Window(NamedTuple):
     """What happened in some time; windows add up.
@@ -106,5 +117,3 @@ def median_ratio(
     """The median of the ratios of ``figure`` in neighbouring slices: less moved by noise."""
     pairs = zip(mine, other, strict=True)
     return round(median(figure(own) / figure(yardstick) for own, yardstick in pairs), 2)
-
-

@@ -1,4 +1,25 @@
-YHEAD
+"""The servers that bench.py measures BandSync beside; it starts them."""
+
+import asyncio
+import base64
+import hashlib
+import re
+import socket
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from benchserver import HOST, now_s
+
+from bandsync.hub import TICK_SLOTS
+
+_TICK_S = 0.1
+# The bursts of the yardsticks are those of the server.
+_TICK_SLOTS = TICK_SLOTS
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
 
 def serve_bare(connections: int, members: int, payload: str) -> None:
     """The yardstick that is nothing but sends: no reading, no event loop, no protocol."""
@@ -136,3 +157,11 @@ def serve_websockets() -> None:
     asyncio.run(run())
 
 
+_YARDSTICKS: dict[str, Callable[[list[str]], None]] = {
+    "bare": lambda given: serve_bare(int(given[0]), int(given[1]), given[2]),
+    "send_message": lambda given: serve_send_message(int(given[0]), given[2]),
+    "websockets": lambda given: serve_websockets(),
+}
+
+if __name__ == "__main__":
+    _YARDSTICKS[sys.argv[1]](sys.argv[2:])

@@ -13,10 +13,11 @@ import gc
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+import msgspec
 import trio
 from chaosband import Band, ChaosError, Player
 from chaosfaults import FAULTS, Fault, nothing
@@ -37,6 +38,7 @@ _DETECTION_S = 10.0
 # Flaps are damped: up to half a minute of stability is asked for.
 _RECOVERY_S = 90.0
 _SETTLE_S = 0.3
+_STORM_S = 0.2
 _POLL_S = 0.02
 _ENCORE_S = 1.0
 
@@ -45,16 +47,19 @@ class Run:
     """One run with one seed.
 
     Args:
-        faults: in the order in which they come.
+        members: of each band, besides guests.
+        draw: for the times and details of faults.
 
     Attributes:
         findings: what is wrong besides what the records show.
+        windows: of the faults so far.
     """
 
     def __init__(
         self, nursery: trio.Nursery, scene: Stage, bands: int, members: int, draw: Random
     ) -> None:
         self.findings: list[Finding] = []
+        self.windows: list[Window] = []
         self._nursery = nursery
         self._stage = scene
         self._draw = draw
@@ -72,30 +77,33 @@ class Run:
             for number in range(bands)
         ]
 
-    async def play(self, faults: Sequence[Fault]) -> list[Window]:
+    async def play(self, faults: Sequence[Fault]) -> None:
         """Everybody plays, the faults come."""
         for band in self.bands:
             await band.join()
-        windows = [Window("none", "none", trio.current_time(), quiet_from=trio.current_time())]
+        now = trio.current_time()
+        self.windows = [Window("none", "none", now, quiet_from=now)]
         async with trio.open_nursery() as playing:
             for band in self.bands:
                 playing.start_soon(band.play)
             await trio.sleep(_BASELINE_S)
             for fault in faults:
                 await fault.prepare(self._stage)
+                self._storm(True)
+                await trio.sleep(_STORM_S)
                 window = Window(fault.name, fault.kind, trio.current_time())
-                windows.append(window)
+                self.windows.append(window)
                 await self._strike(fault, window)
                 await trio.sleep(self._draw.uniform(*_REST_S))
             for band in self.bands:
                 band.stop()
-        return windows
 
-    async def restart(self, number: signal.Signals) -> Window:
+    async def restart(self, number: signal.Signals) -> None:
         """Restart the server and resume; then everybody plays on for a moment."""
         server = self._stage.server
         before = [essence(await band.leader.fresh_snapshot()) for band in self.bands]
         window = Window(f"server: {number.name}", "none", trio.current_time())
+        self.windows = [window]
         for band in self.bands:
             for player in band.players:
                 player.connection.ending = True
@@ -124,7 +132,6 @@ class Run:
             await trio.sleep(_ENCORE_S)
             for band in self.bands:
                 band.stop()
-        return window
 
     async def finals(self) -> list[Final]:
         """What everybody has at the end, a stranger and Redis included."""
@@ -143,26 +150,32 @@ class Run:
 
     async def _strike(self, fault: Fault, window: Window) -> None:
         """One fault, from its beginning to the recovery."""
-        brief = self._draw.random() < _BRIEF_SHARE
+        brief = fault.end is not nothing and self._draw.random() < _BRIEF_SHARE
         await fault.begin(self._stage, self._draw)
         if brief:
             window.fault += " (brief)"
             await trio.sleep(self._draw.uniform(*_BRIEF_S))
-        elif fault.loses:
-            if not await self._told(window.injected, "memory"):
+        elif fault.loses or fault.end is not nothing:
+            if fault.loses and not await self._told(window.injected, "memory"):
                 self._find(f"{fault.name}: nobody noticed", window.injected)
-            await trio.sleep(self._draw.uniform(*_HOLD_S))
-        elif fault.end is not nothing:
+            await trio.sleep(_STORM_S)
+            self._storm(False)
             await trio.sleep(self._draw.uniform(*_HOLD_S))
         await fault.end(self._stage)
         window.lifted = window.injected if fault.end is nothing else trio.current_time()
         if fault.loses:
             # It may not have noticed yet.
             await trio.sleep(_SETTLE_S)
+            self._storm(False)
         await self._recover()
+        self._storm(False)
         window.quiet_from = trio.current_time()
         window.detected = self._when(window.injected, "memory")
         window.recovered = self._when(window.injected, "redis") or window.quiet_from
+
+    def _storm(self, storm: bool) -> None:
+        for band in self.bands:
+            band.storm = storm
 
     async def _recover(self) -> None:
         """Wait until the server, the clients and Redis itself say that all is back."""
@@ -191,6 +204,7 @@ class Run:
             "epoch": stored.epoch.id,
             "version": stored.version,
             "message": stored.headline.value,
+            "transport": msgspec.to_builtins(stored.transport.value),
             "leaderId": stored.leader.member_id,
             "members": members,
             "chat": [{"messageId": chat.message_id} for chat in stored.chat],
@@ -223,6 +237,15 @@ def _key(session: str) -> str:
     return f"bandsync:session:{{{session}}}"
 
 
+def leaves(group: BaseExceptionGroup[ChaosError]) -> Iterator[ChaosError]:
+    """The errors in it."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaves(error)
+        else:
+            yield error
+
+
 async def perform(
     faults: Sequence[Fault], draw: Random, log: Path, *, bands: int, members: int, memory: bool
 ) -> Verdict:
@@ -234,23 +257,23 @@ async def perform(
         records: list[Record] = []
         parts: list[Verdict] = []
 
-        async def conclude(windows: Sequence[Window]) -> None:
-            finals = await run.finals()
-            new = [
-                r for band in run.bands for r in band.records if all(r is not o for o in records)
-            ]
+        def conclude(finals: Sequence[Final]) -> None:
+            now = [record for band in run.bands for record in band.records]
+            new = [record for record in now if all(record is not old for old in records)]
             records.extend(new)
-            parts.append(judge(new, windows, finals))
+            parts.append(judge(new, run.windows, finals))
 
         try:
-            await conclude(await run.play(faults))
+            await run.play(faults)
+            conclude(await run.finals())
             if not memory:
                 for number in (signal.SIGTERM, signal.SIGKILL):
-                    await conclude([await run.restart(number)])
-        except ChaosError as error:
-            run.findings.append(Finding("state", float("inf"), str(error)))
-            if not parts:
-                parts.append(judge([r for band in run.bands for r in band.records], [], []))
+                    await run.restart(number)
+                    conclude(await run.finals())
+        except* ChaosError as group:
+            for error in leaves(group):
+                run.findings.append(Finding("state", float("inf"), str(error)))
+            conclude([])
         for band in run.bands:
             await band.go_home()
         nursery.cancel_scope.cancel()
@@ -299,16 +322,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     faults = [] if given.memory else choose(given.faults)
     with tempfile.TemporaryDirectory(prefix="bandsync-chaos-") as directory:
-        good = interrupted = False
         try:
             good = _run_all(given, faults, given.keep_logs or Path(directory))
-        except BaseExceptionGroup as group:
-            # What else broke is what clients say when they are cut off in the middle.
-            if group.subgroup(KeyboardInterrupt) is None:
-                raise
-            interrupted = True
-    if interrupted:
-        return 130
+        except KeyboardInterrupt:
+            return 130
     print("\nNothing was lost." if good else "\nFAILED")
     return int(not good)
 
@@ -325,6 +342,8 @@ def _run_all(given: argparse.Namespace, faults: Sequence[Fault], logs: Path) -> 
         log = (logs / f"server-{seed}.log").resolve()
         log.unlink(missing_ok=True)
         verdict = trio.run(_perform, order, draw, log, given)
+        if verdict is None:
+            raise KeyboardInterrupt
         good = report(seed, verdict, log, strict=given.strict) and good
         gc.collect()
     return good
@@ -332,10 +351,25 @@ def _run_all(given: argparse.Namespace, faults: Sequence[Fault], logs: Path) -> 
 
 async def _perform(
     order: Sequence[Fault], draw: Random, log: Path, given: argparse.Namespace
-) -> Verdict:
-    return await perform(
-        order, draw, log, bands=given.bands, members=given.members, memory=given.memory
-    )
+) -> Verdict | None:
+    """A run; None if a signal ended it.
+
+    As an exception a signal could end one of the clients' parsers, which swallow it.
+    """
+    verdict = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_run_signals, nursery.cancel_scope)
+        verdict = await perform(
+            order, draw, log, bands=given.bands, members=given.members, memory=given.memory
+        )
+        nursery.cancel_scope.cancel()
+    return verdict
+
+
+async def _run_signals(everything: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        async for _ in received:
+            everything.cancel()
 
 
 if __name__ == "__main__":

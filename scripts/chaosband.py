@@ -3,24 +3,38 @@
 import json
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import count
 
 import trio
 import trio_websocket
 import websockets.trio.client
 from chaosjudge import Asked, ClockSample, Message, Record
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
 HOST = "127.0.0.1"
 PATIENCE_S = 30.0
 
 _CLOCK_PERIOD_S = 0.2
+_HURRY = 10
 _TEMPI = (60, 92, 120, 138, 174)
 
 
 class ChaosError(Exception):
     """The run cannot go on; the message says why."""
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Wait for ``what``, but not for ever.
+
+    Raises:
+        ChaosError: it did not happen.
+    """
+    with trio.move_on_after(PATIENCE_S) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise ChaosError(f"{what}: waited {PATIENCE_S} s in vain")
 
 
 class Connection:
@@ -90,7 +104,10 @@ class Player:
             ChaosError: refused, or not resumed.
         """
         # The old one may still be noticing that its server is gone.
-        self._connection = await self._nursery.start(self._run)
+        try:
+            self._connection = await self._nursery.start(self._run)
+        except (OSError, WebSocketException, trio_websocket.HandshakeError) as error:
+            raise ChaosError(f"{self.session}/{self.name} cannot connect: {error!r}") from error
         fields = {"displayName": self.name}
         if self._token is not None:
             fields["resumeToken"] = self._token
@@ -118,11 +135,9 @@ class Player:
 
     async def until(self, wanted: Callable[[], bool]) -> None:
         """Wait for what messages bring."""
-        with trio.move_on_after(PATIENCE_S) as patience:
+        with patience(f"{self.session}/{self.name}: a message"):
             while not wanted():
                 await self.connection.news.wait()
-        if patience.cancelled_caught:
-            raise ChaosError(f"{self.session}/{self.name}: what was waited for did not come")
 
     async def fresh_snapshot(self) -> Message:
         """The state of the session, asked for."""
@@ -148,7 +163,7 @@ class Player:
 
     async def ended(self) -> None:
         """Wait until the server has ended the connection, as it was told to."""
-        with trio.fail_after(PATIENCE_S):
+        with patience(f"{self.session}/{self.name}: the end of the connection"):
             await self.connection.ended.wait()
 
     async def leave(self) -> None:
@@ -249,6 +264,7 @@ class Band:
 
     Attributes:
         leader: who leads now.
+        storm: give commands without a break, so that some are on their way whenever a fault comes.
         guests: everybody who was here for a while, too.
     """
 
@@ -267,6 +283,7 @@ class Band:
             for n in range(members)
         ]
         self.leader = self.players[0]
+        self.storm = False
         self.guests: list[Player] = []
         self._nursery = nursery
         self._port = port
@@ -310,7 +327,7 @@ class Band:
     async def _lead(self) -> None:
         draw = self._random
         await self.leader.ask("play", positionMs=0)
-        while await self._pause(0.005, 0.05):
+        while await self._pause(0.02, 0.15):
             at = draw.choice(["now", "beat", "bar"])
             position = draw.randrange(600_000)
             match draw.choices(
@@ -345,20 +362,25 @@ class Band:
     async def _visit(self) -> None:
         """A guest comes, loses the network, comes back and leaves, again and again."""
         for number in count(1):
-            if not await self._pause(0.5, 2.0):
+            if not await self._pause(0.3, 1.0, calm=True):
                 return
             guest = Player(self._nursery, self._port, self.session, f"guest{number}")
             self.guests.append(guest)
             await guest.join()
             await guest.ask("chat_message", text=next(self._words))
             await guest.disconnect()
-            await self._pause(0.0, 0.5)
+            await self._pause(0.0, 0.5, calm=True)
             await guest.join()
-            await self._pause(0.0, 0.5)
+            await self._pause(0.0, 0.5, calm=True)
             await guest.leave()
 
-    async def _pause(self, least_s: float, most_s: float) -> bool:
-        """Wait a little; False when it is time to stop."""
-        with trio.move_on_after(self._random.uniform(least_s, most_s)):
+    async def _pause(self, least_s: float, most_s: float, *, calm: bool = False) -> bool:
+        """Wait a little; False when it is time to stop.
+
+        Args:
+            calm: in a storm, too.
+        """
+        hurry = _HURRY if self.storm and not calm else 1
+        with trio.move_on_after(self._random.uniform(least_s, most_s) / hurry):
             await self._stopping.wait()
         return not self._stopping.is_set()

@@ -16,6 +16,10 @@ from chaosstage import Stage
 _DELAY_S = 0.03
 
 
+async def nothing(stage: Stage) -> None:
+    """For a fault that is over at once, or needs no preparation."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault.
@@ -33,7 +37,7 @@ class Fault:
     begin: Callable[[Stage, Random], Awaitable[None]]
     end: Callable[[Stage], Awaitable[None]]
     loses: bool = True
-    prepare: Callable[[Stage], Awaitable[None]] = lambda stage: nothing(stage)
+    prepare: Callable[[Stage], Awaitable[None]] = nothing
 
 
 async def _kill(stage: Stage, draw: Random) -> None:
@@ -136,10 +140,6 @@ async def _occupy(stage: Stage, draw: Random) -> None:
 
 async def _free(stage: Stage) -> None:
     await stage.ask_redis("SCRIPT", "KILL")
-
-
-async def nothing(stage: Stage) -> None:
-    """For a fault that is over at once, or needs no preparation."""
 
 
 # The first column; `chaos.py --faults` finds them by it.

@@ -165,19 +165,27 @@ def judge(records: Sequence[Record], windows: Sequence[Window], finals: Sequence
             )
         )
     quiet = [
-        longest_stall_ms(records, window.quiet_from, end)
+        longest_stall_ms(records, window.quiet_from, end, whole=True)
         for window, end in zip(windows, [*starts[1:], float("inf")], strict=True)
     ]
     return Verdict(rows, findings, max(quiet, default=0.0))
 
 
-def longest_stall_ms(records: Iterable[Record], begin: float, end: float) -> float:
-    """The longest wait for an answer that came in this time."""
+def longest_stall_ms(
+    records: Iterable[Record], begin: float, end: float, *, whole: bool = False
+) -> float:
+    """The longest wait for an answer that came in this time.
+
+    Args:
+        whole: of the commands that were sent in this time, too.
+    """
     waits = (
         asked.answered - asked.sent
         for record in records
         for asked in record.asked
-        if asked.answer is not None and begin <= asked.answered < end
+        if asked.answer is not None
+        and begin <= asked.answered < end
+        and (asked.sent >= begin or not whole)
     )
     return max(waits, default=0.0) * 1000
 

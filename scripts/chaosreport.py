@@ -31,7 +31,7 @@ def report(seed: int, verdict: Verdict, log: Path, *, strict: bool) -> bool:
     for text in missed:
         print(f"SLOW {text}")
     if not good:
-        print(f"{log} ends with:")
+        print("The log of the server ends with (--keep-logs keeps it):")
         print("\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]))
     sys.stdout.flush()
     return good

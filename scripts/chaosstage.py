@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from chaosband import HOST, PATIENCE_S, ChaosError
+from chaosband import HOST, ChaosError, patience
 from chaosjudge import Message
 
 from bandsync.settings import OPTIONS
@@ -66,7 +66,7 @@ class BandSync:
                 start_new_session=True,
             )
         self._reaper = reaper_of(self._process.pid)
-        with trio.move_on_after(PATIENCE_S):
+        with patience("the start of the BandSync server"):
             while self._process.poll() is None:
                 if await self.get("/api/health"):
                     return
@@ -98,7 +98,7 @@ class BandSync:
     async def gone(self) -> None:
         """Wait until it has ended."""
         assert self._process is not None
-        with trio.fail_after(PATIENCE_S):
+        with patience("the end of the BandSync server"):
             await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
         self.kill()
 

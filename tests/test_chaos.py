@@ -266,6 +266,12 @@ def test_a_stall_counts_where_it_ends(history: History) -> None:
     ]
 
 
+def test_a_command_sent_before_all_was_quiet_again_is_no_quiet_stall(history: History) -> None:
+    late = Asked("chat_message", {"text": "hello"}, 10.9, 11.1, {"type": "ack"})
+    history.record.asked.append(late)
+    assert history.judge().quiet_stall_ms == pytest.approx(2)
+
+
 def test_what_counts_of_a_snapshot_leaves_times_out() -> None:
     assert essence(snapshot(1)) == essence(snapshot(1, serverTime=0.0, position=3.0))
 

@@ -1,0 +1,17 @@
+"""A Redis for benchmarks: the server of the tests, without its log of writes."""
+
+import sys
+
+from benchserver import ROOT
+
+# It is no part of the package, and a script sees only its own directory.
+sys.path.insert(0, str(ROOT))
+
+from tests.redis_servers import RedisServer
+
+__all__ = ["RedisServer", "new_redis"]
+
+
+def new_redis() -> RedisServer:
+    """One of our own, empty, that keeps nothing on disk; on the cores of this process."""
+    return RedisServer(appendonly="no")
