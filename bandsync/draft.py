@@ -1,5 +1,6 @@
 """A session in the making: how a rule writes registers, so that stamps never go backwards."""
 
+import math
 from typing import Literal
 
 from msgspec import Struct
@@ -16,6 +17,9 @@ from bandsync.messages import (
 from bandsync.session import (
     CHAT_RING,
     EPSILON_MS,
+    MAX_AWAITED_TOMBSTONES,
+    MAX_TOMBSTONES,
+    TOMBSTONE_MS,
     Chat,
     Epoch,
     HeadlineRegister,
@@ -48,6 +52,7 @@ class Here(Struct, frozen=True):
         max_members: for the sessions it creates.
         leadership: ``open`` lets anybody claim the lead at any time.
         isolated: True in memory mode: members on other servers are out of reach.
+        awaited: True while somebody out of reach must still learn who has left.
     """
 
     server_id: str
@@ -55,6 +60,7 @@ class Here(Struct, frozen=True):
     max_members: int
     leadership: Literal["claim", "open"] = "claim"
     isolated: bool = True
+    awaited: bool = False
 
 
 def new_session(session_id: str, epoch_id: str, here: Here, now: float) -> Session:
@@ -189,7 +195,9 @@ class Draft:
         self.settle()
         session = self.session
         if session.members is not self._base.members:
-            session = without_old_tombstones(session, self.now)
+            keep = MAX_AWAITED_TOMBSTONES if self._here.awaited else MAX_TOMBSTONES
+            age_ms = math.inf if self._here.awaited else TOMBSTONE_MS
+            session = without_old_tombstones(session, self.now, keep, age_ms)
         session = replace(
             session,
             version=self._base.version + len(self._events),

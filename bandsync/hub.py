@@ -80,7 +80,7 @@ class Hub:
         self.here = here
         self.house = House(
             stores=stores,
-            isolated=replace(here, isolated=True),
+            isolated=replace(here, isolated=True, awaited=stores.awaited),
             connected=replace(here, isolated=False),
             now=self.now,
             timer=trio.current_time,

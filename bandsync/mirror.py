@@ -46,6 +46,10 @@ class Stores(Protocol):
         """The era of Redis that sessions are opened in; None in memory mode."""
 
     @property
+    def awaited(self) -> bool:
+        """Whether Redis is to be used, sooner or later."""
+
+    @property
     def storage_type(self) -> StorageType:
         """Where the sessions are kept."""
 
@@ -185,7 +189,8 @@ class Mirror:
     async def catch_up(self) -> None:
         """Take over what others wrote, and what became of a commit that was interrupted."""
         era = self.era
-        if era is None or await self._read(era):
+        if era is None or await self._read(era) or self.era is None:
+            # In memory there is nothing to learn; a merge will bring what was carried out.
             self.uncertain = False
 
     async def change(

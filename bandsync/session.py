@@ -22,6 +22,8 @@ CHAT_RING = 50
 TOMBSTONE_MS = 60_000.0
 # Members who come and go all day must not make every change of the session more expensive.
 MAX_TOMBSTONES = 64
+# Nor endlessly in a long outage; but whom Redis still has, a pruned tombstone would bring back.
+MAX_AWAITED_TOMBSTONES = 2048
 
 
 class Rank(Struct, frozen=True, order=True, rename="camel"):
@@ -258,14 +260,14 @@ def settle(session: Session, now: float, boot_id: str, reachable: str | None) ->
     return led_by(session, candidate.member_id, now, boot_id)
 
 
-def without_old_tombstones(session: Session, now: float) -> Session:
-    """``session`` without tombstones older than `TOMBSTONE_MS`, and the last few of the rest."""
+def without_old_tombstones(session: Session, now: float, keep: int, age_ms: float) -> Session:
+    """``session`` with the last ``keep`` tombstones, none of them older than ``age_ms``."""
     tombstones = [member for member in session.members.values() if not member.present]
-    horizon = now - TOMBSTONE_MS
-    if len(tombstones) <= MAX_TOMBSTONES and all(stone.time >= horizon for stone in tombstones):
+    horizon = now - age_ms
+    if len(tombstones) <= keep and all(stone.time >= horizon for stone in tombstones):
         return session
     tombstones.sort(key=lambda stone: stone.time)
-    kept = {stone.member_id for stone in tombstones[-MAX_TOMBSTONES:] if stone.time >= horizon}
+    kept = {stone.member_id for stone in tombstones[-keep:] if stone.time >= horizon}
     members = {
         member.member_id: member
         for member in session.members.values()

@@ -21,5 +21,9 @@ class FixedStores:
         return None if self._era is None or self._era.over else self._era
 
     @property
+    def awaited(self) -> bool:
+        return self._era is not None
+
+    @property
     def storage_type(self) -> StorageType:
         return "memory" if self.era is None else "redis"

@@ -90,6 +90,7 @@ class Line(ABC):
         self._usable = False
         self._lost: RedisError | None = None
         self._tasks: TaskGroup | None = None
+        self._new_event: Callable[[], anyio.Event] = anyio.Event
         # What the writer and the watch sleep on when there is nothing to do.
         self._queued: anyio.Event | None = None
         self._awaited: anyio.Event | None = None
@@ -110,6 +111,8 @@ class Line(ABC):
         Raises:
             RedisError: there is no connection, or no longer; `loss_reason` says why.
         """
+        # The class that anyio would look up for each call.
+        self._new_event = type(anyio.Event())
         try:
             connection = await connect(
                 self._address, name=self._name, timeout_s=self._connect_timeout_s

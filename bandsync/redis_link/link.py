@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import anyio
 from redis.exceptions import InvalidResponse, RedisError
 
 from bandsync.redis_link.connecting import Argument, Reply, pack
@@ -24,7 +23,7 @@ class Link(Line):
             RedisError: an error reply, or the link is lost: then it is not known whether Redis
                 carried the command out.
         """
-        event = anyio.Event()
+        event = self._new_event()
         call = self._call(pack(args), event)
         await event.wait()
         reply = call.reply
@@ -46,7 +45,7 @@ class Link(Line):
         packed = [pack(command) for command in commands]
         if not packed:
             return []
-        event = anyio.Event()
+        event = self._new_event()
         last = packed.pop()
         calls = [self._call(command, None) for command in packed]
         calls.append(self._call(last, event))

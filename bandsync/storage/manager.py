@@ -163,6 +163,11 @@ class StorageManager:
         return None if era is None or era.over else era
 
     @property
+    def awaited(self) -> bool:
+        """Whether Redis is to be used, sooner or later."""
+        return self._make_link is not None
+
+    @property
     def storage_type(self) -> StorageType:
         """Where the sessions are kept; memory until the last one is in Redis."""
         return "redis" if self.mode == "redis" and self.era is not None else "memory"
@@ -170,7 +175,7 @@ class StorageManager:
     @property
     def degraded(self) -> bool:
         """Whether this is not the storage that was asked for."""
-        return self._make_link is not None and self.storage_type != "redis"
+        return self.awaited and self.storage_type != "redis"
 
     @property
     def reason(self) -> str | None:
