@@ -206,14 +206,15 @@ async def band(server: Server, *names: str, session: str = "song") -> AsyncItera
     async with trio.open_nursery() as nursery:
         players: list[Musician] = []
         for name in names:
-            player = await nursery.start(_play_along, server)
+            player = await nursery.start(play_along, server)
             await player.join(session, displayName=name)
             players.append(player)
         yield players
         nursery.cancel_scope.cancel()
 
 
-async def _play_along(server: Server, *, task_status: trio.TaskStatus[Musician]) -> None:
+async def play_along(server: Server, *, task_status: trio.TaskStatus[Musician]) -> None:
+    """A connection that has been welcomed, for as long as the nursery lives."""
     async with musician(server) as player:
         task_status.started(player)
         await trio.sleep_forever()
