@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection
 from functools import partial
 
-import msgspec
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
@@ -160,7 +159,7 @@ async def _serve(
             )
 
         nursery.start_soon(manager.run, hub, tell_storage)
-        await _settled(manager, settings)
+        await _settled(manager, settings, server_id)
         nursery.start_soon(hub.run_ticker)
         nursery.start_soon(hub.run_stats)
         nursery.start_soon(hub.run_graces)
@@ -239,16 +238,14 @@ class _State:
         mirrors = [room.mirror.session for room in self._hub.rooms.values()]
         return [session for session in mirrors if session is not None]
 
-    def presence(self) -> bytes:
+    def presence(self) -> Presence:
         """What other servers, and whoever debugs, can read of this one in Redis."""
-        return msgspec.json.encode(
-            Presence(
-                self._hub.here.boot_id,
-                self.now() - self.uptime_ms(),
-                self._url,
-                list(self._hub.rooms),
-                self.connections(),
-            )
+        return Presence(
+            self._hub.here.boot_id,
+            self.now() - self.uptime_ms(),
+            self._url,
+            list(self._hub.rooms),
+            self.connections(),
         )
 
 
@@ -288,17 +285,25 @@ def _client_name(role: str, server_id: str) -> str:
     return re.sub(r"[^!-~]", "-", f"bandsync-{role}-{server_id}")
 
 
-async def _settled(manager: StorageManager, settings: Settings) -> None:
+async def _settled(manager: StorageManager, settings: Settings, server_id: str) -> None:
     """Wait for Redis, a little: a server that starts without it is of use too.
 
     Raises:
-        StartError: it is required and cannot be used.
+        StartError: it is required and cannot be used, or another server has our name.
     """
     patience_ms = settings.redis_health_timeout_ms
     if settings.redis_required:
         patience_ms += settings.redis_connect_timeout
-    with trio.move_on_after(patience_ms / 1000):
-        await manager.settled.wait()
+    while True:
+        with trio.move_on_after(patience_ms / 1000):
+            await manager.settled.wait()
+        # Whether an entry of our name is that of an earlier life takes longer to see.
+        if not manager.claiming:
+            break
+    if manager.name_taken is not None:
+        raise StartError(
+            f"SERVER_ID={server_id!r}: {manager.name_taken}; give each server a name of its own"
+        )
     if settings.redis_required and manager.storage_type != "redis":
         raise StartError(
             f"REDIS_REQUIRED=true: Redis cannot be used: {manager.reason}. "

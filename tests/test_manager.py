@@ -20,10 +20,12 @@ from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
 from bandsync.settings import Settings
+from bandsync.storage.base import Presence
 from bandsync.storage.era import Era
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import MAX_RETRY_DELAY_S, STABLE_CHECKS, StorageManager
 from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.records import read_presence, write_presence
 from bandsync.storage.redis import Keys
 from tests.states import HERE, NOW
 
@@ -54,6 +56,20 @@ class ObedientLink(Link):
             self._usable = False
         raise LinkLostError("gone", "reset")
 
+    async def execute(self, *args: Argument) -> Reply:
+        if args[0] == "DEL":
+            self.redis.entry = None
+            return 1
+        entry = self.redis.entry
+        if args[0] == "GET":
+            return None if entry is None else write_presence(entry)
+        assert args[0] == "PTTL"
+        refreshed = self.redis.refreshed
+        moment = trio.current_time()
+        if self.redis.rival_lives:
+            refreshed = moment - moment % 3
+        return round(10_000 - (moment - refreshed) * 1000)
+
     async def execute_all(
         self, commands: Sequence[tuple[Argument, ...]]
     ) -> list[Reply | RedisError]:
@@ -65,6 +81,8 @@ class ObedientLink(Link):
                 replies.append([b"1800000000", b"0"])
             elif command[0] == "SET":
                 self.redis.writes.append(trio.current_time())
+                assert isinstance(command[2], bytes)
+                self.redis.entry = read_presence(command[2])
                 replies.append(OutOfMemoryError("OOM") if self.redis.full else b"OK")
             else:
                 replies.append(b"PONG")
@@ -76,6 +94,8 @@ class ObedientRedis:
 
     Attributes:
         attempts, writes: when somebody connected, and wrote its presence.
+        entry: the presence under our name, and when it was last refreshed.
+        rival_lives: whether somebody else refreshes it every three seconds.
     """
 
     def __init__(self) -> None:
@@ -84,6 +104,9 @@ class ObedientRedis:
         self.full = False
         self.attempts: list[float] = []
         self.writes: list[float] = []
+        self.entry: Presence | None = None
+        self.refreshed = trio.current_time()
+        self.rival_lives = False
         self.links: list[ObedientLink] = []
 
     def link(self) -> ObedientLink:
@@ -126,7 +149,7 @@ class Stage:
                 timeout_s=TIMEOUT_S,
                 clock=clock,
                 presence_key="server:stage",
-                presence=lambda: b"{}",
+                presence=lambda: Presence("boot-1", NOW, "http://here", [], 0),
                 serving=lambda: True,
             ),
             keys=Keys("bandsync:"),
@@ -407,3 +430,42 @@ async def test_before_the_end_a_redis_that_is_not_there_is_tried_once(
     await stage.manager.hand_over()
     assert len(stage.redis.attempts) == attempts + 1
     assert trio.current_time() == started
+
+
+RIVAL = Presence("boot-2", NOW, "http://there", [], 0)
+
+
+async def test_an_entry_of_an_earlier_life_is_taken_over(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.redis.entry = RIVAL
+    stage.start()
+    await stage.manager.settled.wait()
+    assert stage.manager.mode == "redis"
+    assert stage.manager.name_taken is None
+    assert stage.redis.entry.boot_id == "boot-1"
+    # Not at once: it might have been alive.
+    assert 3 <= trio.current_time() - stage.redis.attempts[0] <= 10
+
+
+async def test_a_live_server_of_the_same_name_keeps_us_out(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.redis.entry = RIVAL
+    stage.redis.rival_lives = True
+    stage.start()
+    await stage.manager.settled.wait()
+    assert stage.manager.storage_type == "memory"
+    assert "http://there" in (stage.manager.name_taken or "")
+    assert "http://there" in (stage.manager.reason or "")
+    assert stage.redis.entry is RIVAL
+
+
+async def test_at_the_end_the_entry_is_taken_back(stage: Stage, autojump_clock: MockClock) -> None:
+    stage.start()
+    await stage.manager.settled.wait()
+    assert stage.redis.entry is not None
+    await stage.manager.hand_over()
+    assert stage.redis.entry is None
+    await trio.sleep(10)
+    assert stage.redis.entry is None

@@ -1,5 +1,6 @@
 """The health watcher: whether Redis lives and takes writes, how far it is, and what time it has."""
 
+import math
 from collections.abc import Callable
 
 import trio
@@ -9,12 +10,19 @@ from bandsync.clock import SessionClock
 from bandsync.redis_link.connecting import Argument
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
+from bandsync.storage.base import Presence
+from bandsync.storage.records import read_presence, write_presence
 
 # Presence: protocol.md section 8.
 PRESENCE_PERIOD_S = 3.0
 PRESENCE_EXPIRY_MS = 10_000
 # A clock that is set by one answer is wrong by half of its round trip, however slow that was.
 _FIRST_LOOKS = 3
+_CLAIM_POLL_S = 0.25
+
+
+class NameTakenError(RedisError):
+    """Another live server has our name; the message says which."""
 
 
 class HealthCheck:
@@ -24,7 +32,7 @@ class HealthCheck:
         interval_s: between two checks, seconds.
         timeout_s: how long an answer may take, seconds.
         presence_key: what a check writes.
-        presence: its value.
+        presence: its value, and who we are.
         serving: whether anybody has been told an instant yet.
 
     Attributes:
@@ -38,7 +46,7 @@ class HealthCheck:
         timeout_s: float,
         clock: SessionClock,
         presence_key: str,
-        presence: Callable[[], bytes],
+        presence: Callable[[], Presence],
         serving: Callable[[], bool],
     ) -> None:
         self.round_trip_ms: float | None = None
@@ -49,6 +57,38 @@ class HealthCheck:
         self._presence = presence
         self._serving = serving
         self._written = -PRESENCE_PERIOD_S
+
+    async def claim(self, link: Link) -> None:
+        """Make sure that no other live server has our name.
+
+        An entry that an earlier life of ours left behind is not refreshed.
+
+        Raises:
+            NameTakenError: somebody refreshed it.
+            RedisError: Redis cannot be used.
+        """
+        mine = self._presence().boot_id
+        deadline = trio.current_time() + PRESENCE_PERIOD_S + self._timeout_s
+        before_ms = float(PRESENCE_EXPIRY_MS)
+        while True:
+            value = await link.execute("GET", self._presence_key)
+            left_ms = await link.execute("PTTL", self._presence_key)
+            entry = read_presence(value)
+            if entry is None or entry.boot_id == mine or not isinstance(left_ms, int):
+                return
+            if left_ms > before_ms:
+                raise NameTakenError(
+                    f"another server that is alive, at {entry.address}, has the same SERVER_ID"
+                )
+            before_ms = left_ms
+            if trio.current_time() >= deadline:
+                return
+            await trio.sleep(_CLAIM_POLL_S)
+
+    async def give_up(self, link: Link) -> None:
+        """Take our presence back: we are about to end."""
+        self._written = math.inf
+        await link.execute("DEL", self._presence_key)
 
     async def prove(self, link: Link, checks: int, hurry: trio.Event) -> None:
         """Return after so many checks in a row, each with a write: a full Redis answers PING.
@@ -84,7 +124,15 @@ class HealthCheck:
         sent = trio.current_time()
         commands: list[tuple[Argument, ...]] = [("PING",), ("TIME",)]
         if write:
-            commands.append(("SET", self._presence_key, self._presence(), "PX", PRESENCE_EXPIRY_MS))
+            commands.append(
+                (
+                    "SET",
+                    self._presence_key,
+                    write_presence(self._presence()),
+                    "PX",
+                    PRESENCE_EXPIRY_MS,
+                )
+            )
         with trio.move_on_after(self._timeout_s) as deadline:
             replies = await link.execute_all(commands)
         if deadline.cancelled_caught:

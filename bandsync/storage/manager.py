@@ -5,6 +5,7 @@ redis ──loss──▶ memory ──stable──▶ migrating ──last room
 └───────loss─────────┘
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.base import Lost, RedisStatus, StorageType
 from bandsync.storage.era import Era, Loss
-from bandsync.storage.health import HealthCheck
+from bandsync.storage.health import HealthCheck, NameTakenError
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.storage.relay import Relay
@@ -104,6 +105,8 @@ class StorageManager:
     Attributes:
         memory: sessions that are not in Redis, or not yet.
         settled: set when Redis is in use, or has failed often enough to start without it.
+        claiming: whether it is being found out if another live server has our name.
+        name_taken: who has it; None if nobody.
     """
 
     def __init__(
@@ -130,6 +133,8 @@ class StorageManager:
         self.last_failover: Failover | None = None
         self.last_recovery: Recovery | None = None
         self.migration: Migration | None = None
+        self.claiming = False
+        self.name_taken: str | None = None
         self.attempts = 0
         self._settings = settings
         self._make_link = make_link
@@ -224,6 +229,9 @@ class StorageManager:
         self._hurry.set()
         while self.degraded and len(self.memory) and not self._gave_up:
             await self._transition.wait()
+        if self.era is not None and self._link is not None:
+            with contextlib.suppress(RedisError):
+                await self._health.give_up(self._link)
 
     async def run(self, host: Host, tell: Callable[[], None]) -> None:
         """Use Redis whenever it can be used, for ever.
@@ -241,7 +249,7 @@ class StorageManager:
             self.attempts += 1
             used = await self._use(host, tell)
             failures = 0 if used else failures + 1
-            if failures >= enough:
+            if failures >= enough or self.name_taken is not None:
                 self.settled.set()
             slow = failures > settings.redis_max_retries
             if not settings.redis_auto_recover and (used or slow):
@@ -264,6 +272,7 @@ class StorageManager:
             async with trio.open_nursery() as nursery:
                 await nursery.start(link.run)
                 self._link = link
+                await self._claim(link)
                 await self._health.prove(link, self._checks_wanted(), self._hurry)
                 era = self._begin(link, host, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._health.watch, link)
@@ -283,6 +292,18 @@ class StorageManager:
         self._fail_over(era.loss)
         tell()
         return True
+
+    async def _claim(self, link: Link) -> None:
+        """Be the only live server of our name, or do not use Redis."""
+        self.claiming = True
+        try:
+            await self._health.claim(link)
+            self.name_taken = None
+        except NameTakenError as error:
+            self.name_taken = str(error)
+            raise
+        finally:
+            self.claiming = False
 
     def _checks_wanted(self) -> int:
         if self._lost_at is None and not len(self.memory):
@@ -410,6 +431,8 @@ def _loss(group: BaseExceptionGroup[RedisError]) -> Loss:
         reason = loss_reason(error)
         if reason is not None:
             return Loss(reason, str(error))
+        if isinstance(error, NameTakenError):
+            return Loss("name_taken", str(error))
     return Loss("protocol", str(errors[0]))
 
 

@@ -19,6 +19,7 @@ from bandsync.session import (
     Tip,
     TransportRegister,
 )
+from bandsync.storage.base import Presence
 from bandsync.storage.changes import Change
 from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 
@@ -182,6 +183,19 @@ def read_tip(epoch: bytes | None, version: bytes | None, event_id: bytes | None)
         raise UnreadableError("epoch, version or eventId is no text or no number") from error
 
 
+def write_presence(presence: Presence) -> bytes:
+    """A server's entry, as it stands in Redis."""
+    return _encode(presence)
+
+
+def read_presence(value: object) -> Presence | None:
+    """The entry of a server; None if there is none that can be read."""
+    try:
+        return _presences.decode(value) if isinstance(value, bytes) else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
 def _read_head(value: bytes) -> _Head:
     written = _read("head", value, _formats).format
     if written > FORMAT:
@@ -235,4 +249,5 @@ _formats = msgspec.json.Decoder(_Format)
 _heads = msgspec.json.Decoder(_Head)
 _members = msgspec.json.Decoder(Member)
 _chats = msgspec.json.Decoder(Chat)
+_presences = msgspec.json.Decoder(Presence)
 _texts = msgspec.json.Decoder(str)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 from redis.exceptions import RedisError
@@ -26,7 +25,13 @@ from bandsync.storage.base import (
     Unusable,
 )
 from bandsync.storage.changes import write_change, write_whisper
-from bandsync.storage.records import UnreadableError, changed_fields, read_session, read_tip
+from bandsync.storage.records import (
+    UnreadableError,
+    changed_fields,
+    read_presence,
+    read_session,
+    read_tip,
+)
 
 _COMMIT = Script(resources.files("bandsync").joinpath("storage", "commit.lua").read_text())
 _TIP_FIELDS = ("epoch", "version", "eventId")
@@ -205,14 +210,8 @@ class RedisStorage(Storage):
             )
         except RedisError as error:
             return self._lost(error)
-        found: list[Presence] = []
-        for reply in replies:
-            if isinstance(reply, bytes):
-                try:
-                    found.append(_presences.decode(reply))
-                except msgspec.DecodeError:
-                    continue
-        return found
+        entries = map(read_presence, replies)
+        return [entry for entry in entries if entry is not None]
 
     async def _scan(self) -> list[str]:
         """The ids of all sessions."""
@@ -286,6 +285,3 @@ def _read_tip(reply: Reply | RedisError) -> Tip | Unreadable | None:
 def _literally(text: str) -> str:
     """A pattern of SCAN that matches ``text`` only."""
     return "".join(f"\\{sign}" if sign in "*?[]\\^" else sign for sign in text)
-
-
-_presences = msgspec.json.Decoder(Presence)
