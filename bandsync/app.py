@@ -1,16 +1,15 @@
 """The server as a whole: one nursery, in which everything that runs can be read."""
 
-import re
+import contextlib
+import os
 import secrets
 import socket
 import ssl
 import time
 from collections.abc import Callable, Collection
-from functools import partial
 
 import trio
 from msgspec import Struct
-from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.clock import SessionClock
@@ -23,11 +22,10 @@ from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
-from bandsync.redis_link.address import Address, parse_address
-from bandsync.redis_link.link import Link
-from bandsync.redis_link.subscriber import Subscriber
+from bandsync.ops.process import is_gone, machine
 from bandsync.session import Session
 from bandsync.settings import Settings
+from bandsync.storage.access import Access
 from bandsync.storage.base import Presence
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import StorageManager
@@ -73,9 +71,13 @@ async def serve(
     Raises:
         StartError: the settings cannot be used on this machine.
     """
+    listeners = await _open_listeners(settings)
     refused: BaseExceptionGroup[StartError] | None = None
     try:
-        await _serve(settings, log, announce, signals, task_status)
+        with contextlib.ExitStack() as stack:
+            for listener in listeners:
+                stack.callback(listener.close)
+            await _serve(settings, log, listeners, announce, signals, task_status)
     except* StartError as group:
         refused = group
     if refused is not None:
@@ -85,13 +87,12 @@ async def serve(
 async def _serve(
     settings: Settings,
     log: FilteringBoundLogger,
+    listeners: list[socket.socket],
     announce: Callable[[str], None],
     signals: Collection[int],
     task_status: trio.TaskStatus[Serving],
 ) -> None:
     tls = _tls_context(settings)
-    address = _redis_address(settings)
-    listeners = await _open_listeners(settings)
     port: int = listeners[0].getsockname()[1]
     server_id = settings.server_id or f"{socket.gethostname()}-{port}"
     boot_id = secrets.token_hex(8)
@@ -99,7 +100,7 @@ async def _serve(
     clock = SessionClock(wall_ms=_wall_ms(), monotonic_s=started)
     counters = Counters()
     metrics = Metrics()
-    keys = Keys(settings.redis_key_prefix)
+    access = _access(settings, server_id)
     stopping = trio.Event()
     serving = trio.Event()
 
@@ -109,21 +110,17 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         manager = StorageManager(
             settings,
-            None if address is None else partial(_make_link, settings, address, server_id),
-            None
-            if address is None
-            else partial(_make_subscriber, settings, address, server_id, keys),
-            address=str(address),
+            access,
             memory=MemoryStorage(boot_id, "memory of a server"),
             health=HealthCheck(
                 interval_s=settings.redis_health_interval_ms / 1000,
                 timeout_s=settings.redis_health_timeout_ms / 1000,
                 clock=clock,
-                presence_key=keys.server(server_id),
+                presence_key=Keys(settings.redis_key_prefix).server(server_id),
                 presence=lambda: state.presence(),
+                is_gone=lambda entry: is_gone(entry.machine, entry.pid),
                 serving=serving.is_set,
             ),
-            keys=keys,
             server_id=server_id,
             boot_id=boot_id,
             now=now,
@@ -174,7 +171,7 @@ async def _serve(
 
         url = _url(settings, port)
         announce(f"BandSync listening on {url}")
-        announce(f"Storage: {manager.storage_type} ({manager.reason or address})")
+        announce(f"Storage: {manager.storage_type} ({manager.reason or access})")
         log.info("server.started", url=url, server_id=server_id, boot_id=boot_id)
         task_status.started(Serving(url, port, server_id, stopping.set))
 
@@ -205,6 +202,7 @@ class _State:
         self._connections = connections
         self._stopping = stopping
         self._url = url
+        self._machine = machine()
         self._started = trio.current_time()
 
     @property
@@ -246,43 +244,18 @@ class _State:
             self._url,
             list(self._hub.rooms),
             self.connections(),
+            self._machine,
+            os.getpid(),
         )
 
 
-def _make_link(settings: Settings, address: Address, server_id: str) -> Link:
-    return Link(
-        address,
-        name=_client_name("link", server_id),
-        connect_timeout_s=settings.redis_connect_timeout / 1000,
-        command_timeout_s=settings.redis_command_timeout / 1000,
-        silence_s=settings.redis_health_timeout_ms / 1000,
-    )
-
-
-def _make_subscriber(
-    settings: Settings,
-    address: Address,
-    server_id: str,
-    keys: Keys,
-    link: Link,
-    heard: Callable[[bytes, bytes], None],
-) -> Subscriber:
-    channel = keys.probe(server_id)
-    return Subscriber(
-        address,
-        name=_client_name("relay", server_id),
-        connect_timeout_s=settings.redis_connect_timeout / 1000,
-        command_timeout_s=settings.redis_command_timeout / 1000,
-        silence_s=settings.redis_health_timeout_ms / 1000,
-        on_message=heard,
-        probe_channel=channel.encode(),
-        probe=partial(link.execute, "PUBLISH", channel),
-    )
-
-
-def _client_name(role: str, server_id: str) -> str:
-    """What CLIENT LIST shows: Redis takes printable ASCII without spaces."""
-    return re.sub(r"[^!-~]", "-", f"bandsync-{role}-{server_id}")
+def _access(settings: Settings, server_id: str) -> Access | None:
+    if not settings.redis_enabled:
+        return None
+    try:
+        return Access(settings, server_id)
+    except ValueError as error:
+        raise StartError(f"REDIS_URL=(not shown): {error}") from error
 
 
 async def _settled(manager: StorageManager, settings: Settings, server_id: str) -> None:
@@ -309,28 +282,6 @@ async def _settled(manager: StorageManager, settings: Settings, server_id: str) 
             f"REDIS_REQUIRED=true: Redis cannot be used: {manager.reason}. "
             "Start Redis, correct the REDIS_ settings, or set REDIS_REQUIRED=false"
         )
-
-
-def _redis_address(settings: Settings) -> Address | None:
-    if not settings.redis_enabled:
-        return None
-    if settings.redis_url is None:
-        return Address(
-            host=settings.redis_host,
-            port=settings.redis_port,
-            username=settings.redis_username,
-            password=settings.redis_password,
-            db=settings.redis_db,
-        )
-    try:
-        address = parse_address(settings.redis_url)
-        return replace(
-            address,
-            username=address.username or settings.redis_username,
-            password=address.password or settings.redis_password,
-        )
-    except ValueError as error:
-        raise StartError(f"REDIS_URL=(not shown): {error}") from error
 
 
 async def _run_expiry(

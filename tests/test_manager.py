@@ -19,6 +19,7 @@ from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.subscriber import Subscriber
 from bandsync.settings import Settings
 from bandsync.storage.base import Presence
 from bandsync.storage.era import Era
@@ -89,6 +90,12 @@ class ObedientLink(Link):
         return replies
 
 
+class DeafSubscriber(Subscriber):
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        task_status.started()
+        await trio.sleep_forever()
+
+
 class ObedientRedis:
     """What the links of a manager find.
 
@@ -108,6 +115,23 @@ class ObedientRedis:
         self.refreshed = trio.current_time()
         self.rival_lives = False
         self.links: list[ObedientLink] = []
+        self.keys = Keys("bandsync:")
+
+    def __str__(self) -> str:
+        return "redis://stage"
+
+    def subscriber(self, link: Link, heard: Callable[[bytes, bytes], None]) -> Subscriber:
+        """Nobody is heard, and nobody speaks."""
+        return DeafSubscriber(
+            Address(),
+            name="test",
+            connect_timeout_s=1,
+            command_timeout_s=1,
+            silence_s=1,
+            on_message=heard,
+            probe_channel=b"probe",
+            probe=trio.sleep,
+        )
 
     def link(self) -> ObedientLink:
         self.links.append(ObedientLink(self))
@@ -140,9 +164,7 @@ class Stage:
         clock = SessionClock(NOW, trio.current_time())
         self.manager = StorageManager(
             settings,
-            self.redis.link,
-            None,
-            address="redis://stage",
+            self.redis,
             memory=self.memory,
             health=HealthCheck(
                 interval_s=INTERVAL_S,
@@ -150,9 +172,9 @@ class Stage:
                 clock=clock,
                 presence_key="server:stage",
                 presence=lambda: Presence("boot-1", NOW, "http://here", [], 0),
+                is_gone=lambda entry: entry.pid == GONE,
                 serving=lambda: True,
             ),
-            keys=Keys("bandsync:"),
             server_id="stage",
             boot_id="boot-1",
             now=lambda: clock.at(trio.current_time()),
@@ -218,7 +240,7 @@ async def test_at_the_start_redis_is_used_at_once(stage: Stage, autojump_clock: 
 
 async def test_disabled_is_memory_for_good(nursery: trio.Nursery) -> None:
     stage = Stage(nursery)
-    stage.manager._make_link = None  # noqa: SLF001
+    stage.manager._redis = None  # noqa: SLF001
     await stage.manager.run(stage, stage.tell)
     assert stage.manager.settled.is_set()
     assert (stage.manager.storage_type, stage.manager.degraded) == ("memory", False)
@@ -432,6 +454,7 @@ async def test_before_the_end_a_redis_that_is_not_there_is_tried_once(
     assert trio.current_time() == started
 
 
+GONE = 99
 RIVAL = Presence("boot-2", NOW, "http://there", [], 0)
 
 
@@ -469,3 +492,13 @@ async def test_at_the_end_the_entry_is_taken_back(stage: Stage, autojump_clock: 
     assert stage.redis.entry is None
     await trio.sleep(10)
     assert stage.redis.entry is None
+
+
+async def test_an_entry_of_a_process_that_has_ended_is_taken_over_at_once(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.redis.entry = replace(RIVAL, pid=GONE)
+    stage.start()
+    await stage.manager.settled.wait()
+    assert trio.current_time() == stage.redis.attempts[0]
+    assert stage.manager.mode == "redis"

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import structlog
@@ -25,7 +25,6 @@ from bandsync.storage.base import (
     Conflict,
     Lost,
     Presence,
-    Storage,
     Unreadable,
 )
 from bandsync.storage.era import Era, Loss
@@ -37,9 +36,7 @@ from tests.stores import FixedStores
 from tests.test_rooms import Listener, cancel_when_all_wait
 
 GRACE_S = 10
-OTHER = Here(server_id="hall", boot_id="boot-2", max_members=8)
-
-Fate = Callable[[], Awaitable[Committed | Conflict | Unreadable | Lost | None]]
+OTHER = Here(server_id="hall", boot_id="boot-2", max_members=8, isolated=False)
 
 
 class Remote(MemoryStorage):
@@ -190,7 +187,7 @@ class Stage:
         member = None if base is None else base.members.get(f"member {name}")
         connection = connection or ("" if member is None else member.connection_id)
         actor = Actor(OTHER, connection, f"member {name}", fresh_id or f"member {name}")
-        decision = decide(base, command, replace_here(actor), self.hub.now())
+        decision = decide(base, command, actor, self.hub.now())
         assert isinstance(decision, Decision), decision
         result = await MemoryStorage.commit(self.remote, base, decision.session, ())
         assert isinstance(result, Committed)
@@ -198,10 +195,6 @@ class Stage:
 
     def logged(self, event: str) -> list[dict[str, object]]:
         return [call.kwargs for call in self.log.calls if call.kwargs["event"] == event]
-
-
-def replace_here(actor: Actor) -> Actor:
-    return replace(actor, here=replace(actor.here, isolated=False))
 
 
 def texts(session: Session) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from msgspec import Raw
 from msgspec.structs import replace
 
 from bandsync.commands import (
@@ -21,11 +22,13 @@ from bandsync.commands import (
     UpdateMessage,
 )
 from bandsync.decide import Command, Drop
-from bandsync.session import CHAT_RING, TOMBSTONE_MS, Session
+from bandsync.session import CHAT_RING, TOMBSTONE_MS, Session, tip
+from bandsync.storage.changes import Change, read_change, write_change
 from bandsync.storage.records import (
     FORMAT,
     UnreadableError,
     changed_fields,
+    patch_session,
     read_session,
     read_tip,
 )
@@ -47,6 +50,14 @@ def stored(session: Session, base: Session | None = None, under: Fields | None =
         "version": str(session.version).encode(),
         "eventId": session.event_id.encode(),
     }
+
+
+def told(before: Session, after: Session) -> Change:
+    """What the relay brings to other servers."""
+    fields, gone = changed_fields(before, after)
+    change = read_change(write_change(tip(before), tip(after), "hall", fields, gone, ()))
+    assert change is not None
+    return change
 
 
 def a_band() -> Stage:
@@ -84,6 +95,8 @@ def test_whatever_a_band_does_is_read_as_it_was_written(
         fields = stored(stage.session, before, fields)
         assert read_session("song", fields) == stage.session
         assert fields == stored(stage.session)
+        if before is not None and before.version < stage.session.version:
+            assert patch_session(before, told(before, stage.session)) == stage.session
 
 
 def test_the_fields_are_those_of_the_protocol() -> None:
@@ -315,3 +328,43 @@ def test_a_newer_format_says_so_whatever_else_it_changed() -> None:
     fields = readable() | {"head": b'{"format": 2, "leader": "elsewhere"}'}
     with pytest.raises(UnreadableError, match="newer version"):
         read_session("song", fields)
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"chat:0": 7},
+        {"chat:50": {}},
+        {"member:Ann": []},
+        {"head": {"format": FORMAT + 1}},
+        {"head": {}},
+        {"epoch": 7},
+    ],
+    ids=repr,
+)
+def test_a_change_that_cannot_be_read_is_not_applied(delta: dict[str, object]) -> None:
+    session = a_band().session
+    assert session is not None
+    raw = {name: Raw(json.dumps(value).encode()) for name, value in delta.items()}
+    change = Change(tip(session), session.version + 1, "event", "hall", raw, [])
+    with pytest.raises(UnreadableError):
+        patch_session(session, change)
+
+
+def test_a_change_that_deletes_what_is_not_there_changes_nothing_else() -> None:
+    session = a_band().session
+    assert session is not None
+    gone = dict.fromkeys(("chat:x", "chat:", "chat:00", "member:", "note"), Raw(b"null"))
+    change = Change(tip(session), session.version + 1, "event", "hall", gone, [])
+    after = replace(session, version=session.version + 1, event_id="event")
+    assert patch_session(session, change) == after
+
+
+@pytest.mark.parametrize("version", [-1, 0, 5, 2**53])
+def test_a_change_that_goes_nowhere_is_not_applied(version: int) -> None:
+    session = a_band().session
+    assert session is not None
+    assert session.version > 5
+    change = Change(tip(session), version, "event", "hall", {}, [])
+    with pytest.raises(UnreadableError):
+        patch_session(session, change)

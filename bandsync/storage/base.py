@@ -69,6 +69,7 @@ class Presence(Struct, frozen=True, rename="camel"):
         started_at: session clock, milliseconds.
         address: where it listens.
         sessions: the ids of those it hosts.
+        machine, pid: where the process runs, see `bandsync.ops.process`.
     """
 
     boot_id: str
@@ -76,6 +77,8 @@ class Presence(Struct, frozen=True, rename="camel"):
     address: str
     sessions: list[str]
     connections: int
+    machine: str = ""
+    pid: int = 0
 
 
 class StorageHealth(Struct, frozen=True, rename="camel"):

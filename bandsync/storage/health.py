@@ -33,6 +33,7 @@ class HealthCheck:
         timeout_s: how long an answer may take, seconds.
         presence_key: what a check writes.
         presence: its value, and who we are.
+        is_gone: whether the process of an entry has certainly ended.
         serving: whether anybody has been told an instant yet.
 
     Attributes:
@@ -47,6 +48,7 @@ class HealthCheck:
         clock: SessionClock,
         presence_key: str,
         presence: Callable[[], Presence],
+        is_gone: Callable[[Presence], bool],
         serving: Callable[[], bool],
     ) -> None:
         self.round_trip_ms: float | None = None
@@ -55,13 +57,15 @@ class HealthCheck:
         self._clock = clock
         self._presence_key = presence_key
         self._presence = presence
+        self._is_gone = is_gone
         self._serving = serving
         self._written = -PRESENCE_PERIOD_S
 
     async def claim(self, link: Link) -> None:
         """Make sure that no other live server has our name.
 
-        An entry that an earlier life of ours left behind is not refreshed.
+        An entry that an earlier life of ours left behind is not refreshed, and if that was on this
+        machine it need not be waited for.
 
         Raises:
             NameTakenError: somebody refreshed it.
@@ -74,7 +78,9 @@ class HealthCheck:
             value = await link.execute("GET", self._presence_key)
             left_ms = await link.execute("PTTL", self._presence_key)
             entry = read_presence(value)
-            if entry is None or entry.boot_id == mine or not isinstance(left_ms, int):
+            if entry is None or entry.boot_id == mine or self._is_gone(entry):
+                return
+            if not isinstance(left_ms, int):
                 return
             if left_ms > before_ms:
                 raise NameTakenError(

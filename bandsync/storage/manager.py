@@ -71,7 +71,18 @@ class Migration(Struct, rename="camel"):
     moved: int = 0
 
 
-MakeSubscriber = Callable[[Link, Callable[[bytes, bytes], None]], Subscriber]
+class Redis(Protocol):
+    """How to reach Redis. As a text it says where that is, without secrets."""
+
+    @property
+    def keys(self) -> Keys:
+        """The names of everything there."""
+
+    def link(self) -> Link:
+        """A link for one attempt."""
+
+    def subscriber(self, link: Link, heard: Callable[[bytes, bytes], None]) -> Subscriber:
+        """A subscriber beside ``link``, that calls ``heard`` with each channel and message."""
 
 
 class Host(Protocol):
@@ -95,10 +106,7 @@ class StorageManager:
     """Opens Redis, watches it, and says where sessions are kept.
 
     Args:
-        make_link: a link for each attempt; None keeps sessions in memory for good.
-        make_subscriber: a subscriber beside a link, for each attempt to hear other servers, that
-            calls what it is given with each channel and message; None hears nobody.
-        address: where it leads, without secrets.
+        redis: None keeps sessions in memory for good.
         health: looks after each link.
         now: the session clock.
 
@@ -112,13 +120,10 @@ class StorageManager:
     def __init__(
         self,
         settings: Settings,
-        make_link: Callable[[], Link] | None,
-        make_subscriber: MakeSubscriber | None,
+        redis: Redis | None,
         *,
-        address: str,
         memory: MemoryStorage,
         health: HealthCheck,
-        keys: Keys,
         server_id: str,
         boot_id: str,
         now: Callable[[], float],
@@ -128,7 +133,7 @@ class StorageManager:
     ) -> None:
         self.memory = memory
         self.settled = trio.Event()
-        self.mode: Mode = "memory (disabled)" if make_link is None else "memory"
+        self.mode: Mode = "memory (disabled)" if redis is None else "memory"
         self.since = now()
         self.last_failover: Failover | None = None
         self.last_recovery: Recovery | None = None
@@ -137,11 +142,8 @@ class StorageManager:
         self.name_taken: str | None = None
         self.attempts = 0
         self._settings = settings
-        self._make_link = make_link
-        self._make_subscriber = make_subscriber
-        self._address = address
+        self._redis = redis
         self._health = health
-        self._keys = keys
         self._server_id = server_id
         self._event_ids = (f"{boot_id}-r{number:x}" for number in itertools.count(1))
         self._now = now
@@ -170,7 +172,7 @@ class StorageManager:
     @property
     def awaited(self) -> bool:
         """Whether Redis is to be used, sooner or later."""
-        return self._make_link is not None
+        return self._redis is not None
 
     @property
     def storage_type(self) -> StorageType:
@@ -185,14 +187,14 @@ class StorageManager:
     @property
     def reason(self) -> str | None:
         """Why sessions are in memory, for operators; None while they are in Redis."""
-        if self._make_link is None:
+        if self._redis is None:
             return "REDIS_ENABLED=false"
         if self.storage_type == "redis":
             return None
         if self.mode == "migrating":
             return "sessions are on their way back to Redis"
         if self._loss is None:
-            return f"not connected to {self._address} yet"
+            return f"not connected to {self._redis} yet"
         if self._gave_up and not self._settings.redis_auto_recover:
             return f"{self._loss}; REDIS_AUTO_RECOVER=false: restart to use Redis again"
         return str(self._loss)
@@ -204,7 +206,7 @@ class StorageManager:
         return RedisStatus(
             connected=link is not None and link.usable,
             connection_attempts=self.attempts,
-            address=None if self._make_link is None else self._address,
+            address=None if self._redis is None else str(self._redis),
             outstanding=0 if link is None else link.outstanding,
         )
 
@@ -239,7 +241,7 @@ class StorageManager:
         Args:
             tell: called after each transition, without waiting.
         """
-        if self._make_link is None:
+        if self._redis is None:
             self.settled.set()
             return
         settings = self._settings
@@ -264,8 +266,8 @@ class StorageManager:
 
     async def _use(self, host: Host, tell: Callable[[], None]) -> bool:
         """Use Redis until it is lost; False if it could not be used at all."""
-        assert self._make_link is not None
-        link = self._make_link()
+        assert self._redis is not None
+        link = self._redis.link()
         era: Era | None = None
         loss: Loss | None = None
         try:
@@ -274,10 +276,10 @@ class StorageManager:
                 self._link = link
                 await self._claim(link)
                 await self._health.prove(link, self._checks_wanted(), self._hurry)
-                era = self._begin(link, host, nursery.cancel_scope.cancel)
+                era = self._begin(self._redis, link, host, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._health.watch, link)
-                if era.relay is not None:
-                    nursery.start_soon(era.relay.run)
+                assert era.relay is not None
+                nursery.start_soon(era.relay.run)
                 await self._bring_back(era, host, tell)
         except* RedisError as group:
             loss = _loss(group)
@@ -313,7 +315,7 @@ class StorageManager:
         interval_s = self._settings.redis_health_interval_ms / 1000
         return max(STABLE_CHECKS, min(checks, round(MAX_STABLE_S / interval_s)))
 
-    def _begin(self, link: Link, host: Host, cancel: Callable[[], None]) -> Era:
+    def _begin(self, redis: Redis, link: Link, host: Host, cancel: Callable[[], None]) -> Era:
         """From now on sessions are opened in Redis."""
 
         def on_loss(reason: LossReason, error: RedisError) -> None:
@@ -321,22 +323,21 @@ class StorageManager:
 
         storage = RedisStorage(
             link,
-            self._keys,
+            redis.keys,
             ttl_s=self._settings.redis_ttl,
             server_id=self._server_id,
             event_ids=self._event_ids,
             on_loss=on_loss,
         )
         era = Era(storage, cancel)
-        if self._make_subscriber is not None:
-            era.relay = Relay(
-                partial(self._make_subscriber, link),
-                self._keys,
-                hosted=lambda: host.rooms,
-                heard=host.hear,
-                catch_up=partial(host.compare, era),
-                log=self._log,
-            )
+        era.relay = Relay(
+            partial(redis.subscriber, link),
+            redis.keys,
+            hosted=lambda: host.rooms,
+            heard=host.hear,
+            catch_up=partial(host.compare, era),
+            log=self._log,
+        )
         self.attempts = 0
         self._era = era
         self._enter("migrating")
@@ -369,7 +370,7 @@ class StorageManager:
         self.settled.set()
         self._log.info(
             "storage.recovered" if outage_s is not None else "storage.connected",
-            address=self._address,
+            address=str(self._redis),
             sessions=migration.moved,
             outage_s=outage_s,
             migration_s=finished - started,
@@ -381,7 +382,7 @@ class StorageManager:
         if self._loss is None or self._loss.reason != loss.reason or self.attempts == 1:
             self._log.warning(
                 "storage.unreachable",
-                address=self._address,
+                address=str(self._redis),
                 reason=loss.reason,
                 detail=loss.detail,
                 attempts=self.attempts,
@@ -404,7 +405,7 @@ class StorageManager:
         self._enter("memory")
         self._log.warning(
             "storage.failover",
-            address=self._address,
+            address=str(self._redis),
             reason=loss.reason,
             detail=loss.detail,
             lasted_s=lasted_s,

@@ -126,6 +126,8 @@ def patch_session(session: Session, change: Change) -> Session:
     Raises:
         UnreadableError: a field is not what it should be.
     """
+    if not session.version < change.version < _EXACT:
+        raise UnreadableError(f"a change to version {change.version}")
     changes: dict[str, object] = {"version": change.version, "event_id": change.event_id}
     members: dict[str, Member] | None = None
     ring: dict[int, Chat] | None = None
@@ -142,7 +144,7 @@ def patch_session(session: Session, change: Change) -> Session:
         elif name.startswith(CHAT):
             ring = {chat.slot: chat for chat in session.chat} if ring is None else ring
             if value is None:
-                ring.pop(int(name.removeprefix(CHAT)), None)
+                ring = {slot: chat for slot, chat in ring.items() if f"{CHAT}{slot}" != name}
             else:
                 chat = _read_chat(name, value)
                 ring[chat.slot] = chat
