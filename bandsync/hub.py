@@ -85,6 +85,7 @@ class Hub:
             now=self.now,
             timer=trio.current_time,
             finish=self.finish,
+            unreadable={},
             counters=counters,
             commit_seconds=commit_seconds,
             log=log,
@@ -172,6 +173,10 @@ class Hub:
                     await room.move(era)
                 elif room.mirror.tip != stored[session_id]:
                     suspects[session_id] = room.mirror.tip
+        for session_id in self.stores.memory.ids():
+            # It could not be read when the others moved, and nobody is in it.
+            if session_id not in self.rooms:
+                await self._move(session_id, era)
         if suspects:
             # What is on its way over the relay will have come by then, and moved the mirror.
             await trio.sleep(_ON_ITS_WAY_S)

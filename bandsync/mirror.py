@@ -31,6 +31,9 @@ from bandsync.storage.era import Era
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import UnreadableError, patch_session
 
+# Told in the log once each, as far as this goes.
+_MAX_UNREADABLE = 10_000
+
 
 class Stores(Protocol):
     """Where sessions are kept.
@@ -73,6 +76,7 @@ class House(Struct, frozen=True):
     Attributes:
         isolated: what the rules need to know of this server in memory mode.
         connected: the same for sessions that are in Redis.
+        unreadable: why, by the id of each session in Redis that could not be read.
         finish: runs what must be finished although its caller is cancelled.
         commit_seconds: told how long each commit took.
     """
@@ -83,6 +87,7 @@ class House(Struct, frozen=True):
     now: Callable[[], float]
     timer: Callable[[], float]
     finish: Callable[[Callable[[], Awaitable[None]]], None]
+    unreadable: dict[str, str]
     counters: Counters
     commit_seconds: Callable[[float], None]
     log: FilteringBoundLogger
@@ -112,7 +117,6 @@ class Mirror:
         "_catch_up",
         "_era",
         "_house",
-        "_unreadable",
         "opened",
         "session",
         "session_id",
@@ -134,7 +138,6 @@ class Mirror:
         self._catch_up = catch_up
         self._era: Era | None = None
         self.opened = False
-        self._unreadable = ""
 
     @property
     def era(self) -> Era | None:
@@ -184,6 +187,7 @@ class Mirror:
             return False
         self._era = era
         self._house.stores.memory.discard(self.session_id)
+        self._house.unreadable.pop(self.session_id, None)
         return True
 
     async def catch_up(self) -> None:
@@ -268,8 +272,8 @@ class Mirror:
             match plan:
                 case None:
                     return True
-                case Adopt(session=session):
-                    self._jump(session, session, ())
+                case Adopt(session=session, shown=shown, events=events):
+                    self._jump(session, shown or session, events)
                     return True
                 case Write(session=session, shown=shown, events=events):
                     frames = [encode(event) for event in events]
@@ -300,9 +304,11 @@ class Mirror:
     def _leave(self, why: Unusable) -> None:
         """Go on in memory, and leave what is stored as it is."""
         self._era = None
-        if isinstance(why, Unreadable) and why.detail != self._unreadable:
-            self._unreadable = why.detail
-            self._house.counters.unreadable += 1
-            self._house.log.error(
-                "session.unreadable", session_id=self.session_id, reason=why.detail
-            )
+        house = self._house
+        known = house.unreadable
+        if isinstance(why, Unreadable) and known.get(self.session_id) != why.detail:
+            if len(known) >= _MAX_UNREADABLE:
+                known.clear()
+            known[self.session_id] = why.detail
+            house.counters.unreadable += 1
+            house.log.error("session.unreadable", session_id=self.session_id, reason=why.detail)

@@ -30,9 +30,16 @@ FORGETTABLE_MS = TOMBSTONE_MS / 2
 
 
 class Adopt(Struct, frozen=True):
-    """Take the stored state as the mirror; there is nothing to write."""
+    """Take the stored state as the mirror; there is nothing to write.
+
+    Attributes:
+        shown: the same at its version before the events, if there are any.
+        events: the roles that changed, as far as the versions that were skipped have room.
+    """
 
     session: Session
+    shown: Session | None = None
+    events: tuple[RoleChanged, ...] = ()
 
 
 class Write(Struct, frozen=True):
@@ -104,11 +111,19 @@ def reconcile(
         base = merge(mine, stored)
     result = settle(audit(base, own, here, now), now, here.boot_id, None)
     if stored is not None and same_content(result, stored) and _ahead(stored, mine):
-        return Adopt(stored)
+        return _adopt(mine, stored, now)
     shown = replace(result, version=base.version + 1)
     before = (mine,) if stored is None else (mine, stored)
     events = tuple(_merged_roles(before, shown, now))
     return Write(replace(shown, version=shown.version + len(events)), shown, events)
+
+
+def _adopt(mine: Session, stored: Session, now: float) -> Adopt:
+    events = tuple(_merged_roles((mine,), stored, now))
+    shown = replace(stored, version=stored.version - len(events))
+    if not events or (shown.version <= mine.version and shown.epoch == mine.epoch):
+        return Adopt(stored)
+    return Adopt(stored, shown, tuple(_merged_roles((mine,), shown, now)))
 
 
 def _ahead(stored: Session, mine: Session) -> bool:

@@ -1,13 +1,11 @@
 """The sweeper: members of servers that are gone are not left behind (design.md section 5)."""
 
-from collections import defaultdict
-
 import trio
 
 from bandsync.hub import Hub
 from bandsync.rooms import Room
 from bandsync.session import Member, present
-from bandsync.storage.base import Lost
+from bandsync.storage.base import Lost, Presence, Unreadable
 from bandsync.storage.era import Era
 
 GLANCE_PERIOD_S = 2.0
@@ -48,13 +46,17 @@ class Sweeper:
         entries = await era.storage.find_servers(servers)
         if isinstance(entries, Lost):
             return
-        hosted: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
-        for entry in entries:
-            hosted[entry.boot_id] = frozenset(entry.sessions)
+        hosted: dict[str, frozenset[str]] = {}
+        for entry in entries.values():
+            if isinstance(entry, Presence):
+                hosted[entry.boot_id] = frozenset(entry.sessions)
         now = trio.current_time()
         absent: dict[tuple[str, str], float] = {}
         for room, member in foreign:
-            if room.session_id not in hosted[member.boot_id]:
+            if isinstance(entries.get(member.server_id), Unreadable):
+                # Of a newer version, perhaps: no reason to throw its members out.
+                continue
+            if room.session_id not in hosted.get(member.boot_id, ()):
                 key = (room.session_id, member.boot_id)
                 since = absent[key] = self._absent.get(key, now)
                 if now - since >= ABSENCE_S:

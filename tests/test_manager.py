@@ -8,7 +8,7 @@ import pytest
 import structlog
 import trio
 from msgspec.structs import replace
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
@@ -61,6 +61,10 @@ class ObedientLink(Link):
         if args[0] == "DEL":
             self.redis.entry = None
             return 1
+        if args[0] == "EVALSHA":
+            if self.redis.lacks_scripts:
+                raise ResponseError("ERR unknown command 'EVALSHA'")
+            return []
         entry = self.redis.entry
         if args[0] == "GET":
             return None if entry is None else write_presence(entry)
@@ -83,7 +87,9 @@ class ObedientLink(Link):
             elif command[0] == "SET":
                 self.redis.writes.append(trio.current_time())
                 assert isinstance(command[2], bytes)
-                self.redis.entry = read_presence(command[2])
+                written = read_presence(command[2])
+                assert isinstance(written, Presence)
+                self.redis.entry = written
                 replies.append(OutOfMemoryError("OOM") if self.redis.full else b"OK")
             else:
                 replies.append(b"PONG")
@@ -114,6 +120,7 @@ class ObedientRedis:
         self.entry: Presence | None = None
         self.refreshed = trio.current_time()
         self.rival_lives = False
+        self.lacks_scripts = False
         self.links: list[ObedientLink] = []
         self.keys = Keys("bandsync:")
 
@@ -502,3 +509,14 @@ async def test_an_entry_of_a_process_that_has_ended_is_taken_over_at_once(
     await stage.manager.settled.wait()
     assert trio.current_time() == stage.redis.attempts[0]
     assert stage.manager.mode == "redis"
+
+
+async def test_a_redis_that_cannot_do_what_we_need_is_not_used(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.redis.lacks_scripts = True
+    stage.start()
+    await stage.manager.settled.wait()
+    assert stage.manager.mode == "memory"
+    assert stage.manager.reason == "unsupported: ERR unknown command 'EVALSHA'"
+    assert stage.migrations == []

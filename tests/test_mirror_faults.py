@@ -99,10 +99,12 @@ class Remote(MemoryStorage):
         hidden = self.unreadable.intersection(session_ids)
         return found | dict.fromkeys(hidden, Unreadable("head: it is in Latin"))
 
-    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
+    async def find_servers(
+        self, server_ids: Sequence[str]
+    ) -> dict[str, Presence | Unreadable | None] | Lost:
         if self.broken:
             return self._lost()
-        return [entry for id_, entry in self.servers.items() if id_ in server_ids]
+        return {server_id: self.servers.get(server_id) for server_id in server_ids}
 
     def _lost(self) -> Lost:
         self.lose()

@@ -96,6 +96,24 @@ def test_what_others_committed_is_adopted_as_it_is(band: Band) -> None:
     assert reconcile(mirror, band.state, own, TWO, band.now) == Adopt(band.state)
 
 
+def test_who_leads_by_now_is_told_where_the_versions_have_room(band: Band) -> None:
+    mirror = band.state
+    own = band.own("Bob")
+    band.do("Ann", SetRole("leader", band.ids["Bob"]))
+    handed = reconcile(mirror, band.state, own, TWO, band.now)
+    # Two versions were skipped, and a snapshot needs one.
+    assert handed == Adopt(band.state)
+    band.do("Bob", UpdateMessage(message="my turn"))
+    later = reconcile(mirror, band.state, own, TWO, band.now)
+    assert isinstance(later, Adopt)
+    assert later.session == band.state
+    assert later.shown == replace(band.state, version=mirror.version + 1)
+    heard = [(band.name(event.member_id), event.role, event.version) for event in later.events]
+    first = mirror.version + 2
+    assert heard == [("Ann", "follower", first), ("Bob", "leader", first + 1)]
+    assert first + 1 == band.state.version
+
+
 def test_adopting_never_goes_backwards(band: Band) -> None:
     stored = band.state
     mirror = replace(stored, version=stored.version + 5, event_id="later")

@@ -18,6 +18,7 @@ from bandsync.settings import OPTIONS
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "serve.py"
 PATIENCE_S = 30
+REQUIRED = ["--redis-enabled=true", "--redis-required=true"]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -117,8 +118,7 @@ def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None
         (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "TLS_CERT='a.pem'"),
         (["--redis-url", "redis://a/b", "--redis-enabled", "true"], "REDIS_URL=(not shown)"),
         (
-            ["--redis-enabled", "true", "--redis-required", "true"]
-            + ["--redis-port", "1", "--redis-max-retries", "0"],
+            [*REQUIRED, "--redis-port=1", "--redis-max-retries=0"],
             "REDIS_REQUIRED=true: Redis cannot be used: refused",
         ),
     ],

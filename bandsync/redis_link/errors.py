@@ -49,6 +49,7 @@ LossReason = Literal[
     "oom",
     "misconf",
     "overloaded",
+    "unsupported",
     "protocol",
 ]
 

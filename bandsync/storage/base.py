@@ -140,8 +140,10 @@ class Storage(ABC):
         """Have the server of the member ``to`` send it ``frame``, if it is within reach."""
 
     @abstractmethod
-    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
-        """Those of these servers that are alive, as far as the storage knows."""
+    async def find_servers(
+        self, server_ids: Sequence[str]
+    ) -> dict[str, Presence | Unreadable | None] | Lost:
+        """The entries of these servers; None for those that are not alive."""
 
     @abstractmethod
     async def health_check(self) -> StorageHealth:

@@ -10,7 +10,7 @@ from bandsync.clock import SessionClock
 from bandsync.redis_link.connecting import Argument
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
-from bandsync.storage.base import Presence
+from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.records import read_presence, write_presence
 
 # Presence: protocol.md section 8.
@@ -77,14 +77,18 @@ class HealthCheck:
         while True:
             value = await link.execute("GET", self._presence_key)
             left_ms = await link.execute("PTTL", self._presence_key)
+            if value is None or not isinstance(left_ms, int):
+                return
             entry = read_presence(value)
-            if entry is None or entry.boot_id == mine or self._is_gone(entry):
+            if isinstance(entry, Unreadable):
+                where = "of another version"
+            elif entry.boot_id == mine or self._is_gone(entry):
                 return
-            if not isinstance(left_ms, int):
-                return
+            else:
+                where = f"at {entry.address}"
             if left_ms > before_ms:
                 raise NameTakenError(
-                    f"another server that is alive, at {entry.address}, has the same SERVER_ID"
+                    f"another server that is alive, {where}, has the same SERVER_ID"
                 )
             before_ms = left_ms
             if trio.current_time() >= deadline:

@@ -27,7 +27,7 @@ from bandsync.storage.base import Lost, RedisStatus, StorageType
 from bandsync.storage.era import Era, Loss
 from bandsync.storage.health import HealthCheck, NameTakenError
 from bandsync.storage.memory import MemoryStorage
-from bandsync.storage.redis import Keys, RedisStorage
+from bandsync.storage.redis import Keys, RedisStorage, UnsupportedError
 from bandsync.storage.relay import Relay
 
 Mode = Literal["redis", "memory", "migrating", "memory (disabled)"]
@@ -38,6 +38,7 @@ STABLE_CHECKS = 3
 FLAPPING_S = 60.0
 MAX_STABLE_S = 30.0
 MAX_RETRY_DELAY_S = 5.0
+_SUBSCRIBED_S = 0.5
 
 
 class Failover(Struct, frozen=True, rename="camel"):
@@ -276,10 +277,13 @@ class StorageManager:
                 self._link = link
                 await self._claim(link)
                 await self._health.prove(link, self._checks_wanted(), self._hurry)
-                era = self._begin(self._redis, link, host, nursery.cancel_scope.cancel)
+                era = await self._begin(self._redis, link, host, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._health.watch, link)
                 assert era.relay is not None
                 nursery.start_soon(era.relay.run)
+                # What is subscribed before it is read need not be compared afterwards.
+                with trio.move_on_after(_SUBSCRIBED_S):
+                    await era.relay.tried.wait()
                 await self._bring_back(era, host, tell)
         except* RedisError as group:
             loss = _loss(group)
@@ -315,7 +319,7 @@ class StorageManager:
         interval_s = self._settings.redis_health_interval_ms / 1000
         return max(STABLE_CHECKS, min(checks, round(MAX_STABLE_S / interval_s)))
 
-    def _begin(self, redis: Redis, link: Link, host: Host, cancel: Callable[[], None]) -> Era:
+    async def _begin(self, redis: Redis, link: Link, host: Host, cancel: Callable[[], None]) -> Era:
         """From now on sessions are opened in Redis."""
 
         def on_loss(reason: LossReason, error: RedisError) -> None:
@@ -329,6 +333,7 @@ class StorageManager:
             event_ids=self._event_ids,
             on_loss=on_loss,
         )
+        await storage.rehearse()
         era = Era(storage, cancel)
         era.relay = Relay(
             partial(redis.subscriber, link),
@@ -434,6 +439,8 @@ def _loss(group: BaseExceptionGroup[RedisError]) -> Loss:
             return Loss(reason, str(error))
         if isinstance(error, NameTakenError):
             return Loss("name_taken", str(error))
+        if isinstance(error, UnsupportedError):
+            return Loss("unsupported", str(error))
     return Loss("protocol", str(errors[0]))
 
 

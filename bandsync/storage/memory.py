@@ -88,8 +88,10 @@ class MemoryStorage(Storage):
     async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
         """Nobody else is within reach."""
 
-    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence]:
-        return []
+    async def find_servers(
+        self, server_ids: Sequence[str]
+    ) -> dict[str, Presence | Unreadable | None]:
+        return dict.fromkeys(server_ids)
 
     async def health_check(self) -> StorageHealth:
         return StorageHealth(

@@ -19,7 +19,7 @@ from bandsync.session import (
     Tip,
     TransportRegister,
 )
-from bandsync.storage.base import Presence
+from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.changes import Change
 from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 
@@ -190,12 +190,14 @@ def write_presence(presence: Presence) -> bytes:
     return _encode(presence)
 
 
-def read_presence(value: object) -> Presence | None:
-    """The entry of a server; None if there is none that can be read."""
+def read_presence(value: object) -> Presence | Unreadable:
+    """The entry of a server."""
+    if not isinstance(value, bytes):
+        return Unreadable(f"no text: {value!r:.100}")
     try:
-        return _presences.decode(value) if isinstance(value, bytes) else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+        return _presences.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return Unreadable(str(error))
 
 
 def _read_head(value: bytes) -> _Head:

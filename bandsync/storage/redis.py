@@ -5,7 +5,7 @@ from importlib import resources
 
 from msgspec import Struct
 from msgspec.structs import replace
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LossReason, loss_reason
@@ -38,6 +38,16 @@ _TIP_FIELDS = ("epoch", "version", "eventId")
 # Large enough that listing is few round trips, small enough that Redis serves others in between.
 _SCAN_COUNT = 500
 _BATCH = 100
+# At the beginning of the error reply, or within that of a script.
+_WRONG_TYPE = "WRONGTYPE"
+
+
+# No session can have this id.
+_NOBODY = "*"
+
+
+class UnsupportedError(ResponseError):
+    """This Redis lacks, or forbids, what we need."""
 
 
 class Keys(Struct, frozen=True):
@@ -139,6 +149,20 @@ class RedisStorage(Storage):
         except (RedisError, UnreadableError) as error:
             return self._unusable(error)
 
+    async def rehearse(self) -> None:
+        """Run the script for a commit that must be refused: whether this Redis can do what we need.
+
+        Raises:
+            RedisError: it cannot.
+        """
+        keys = (self._keys.session(_NOBODY), self._keys.events(_NOBODY))
+        try:
+            await _COMMIT.execute(self._link, keys, ("-", "-", "-"))
+        except RedisError as error:
+            if loss_reason(error) is not None or _WRONG_TYPE in str(error):
+                raise
+            raise UnsupportedError(str(error)) from error
+
     async def delete_session(self, session_id: str) -> bool | Lost:
         try:
             return await self._link.execute("DEL", self._keys.session(session_id)) == 1
@@ -189,7 +213,7 @@ class RedisStorage(Storage):
         except RedisError as error:
             return self._lost(error)
         for reply in replies:
-            if isinstance(reply, RedisError) and loss_reason(reply) is not None:
+            if isinstance(reply, RedisError) and _WRONG_TYPE not in str(reply):
                 return self._lost(reply)
         return dict(zip(session_ids, map(_read_tip, replies[::2]), strict=True))
 
@@ -200,9 +224,11 @@ class RedisStorage(Storage):
         except RedisError as error:
             self._unusable(error)
 
-    async def find_servers(self, server_ids: Sequence[str]) -> list[Presence] | Lost:
+    async def find_servers(
+        self, server_ids: Sequence[str]
+    ) -> dict[str, Presence | Unreadable | None] | Lost:
         if not server_ids:
-            return []
+            return {}
         try:
             # One by one: in a Cluster their keys are on several nodes.
             replies = await self._link.execute_all(
@@ -210,8 +236,8 @@ class RedisStorage(Storage):
             )
         except RedisError as error:
             return self._lost(error)
-        entries = map(read_presence, replies)
-        return [entry for entry in entries if entry is not None]
+        entries = [None if reply is None else read_presence(reply) for reply in replies]
+        return dict(zip(server_ids, entries, strict=True))
 
     async def _scan(self) -> list[str]:
         """The ids of all sessions."""
@@ -233,11 +259,11 @@ class RedisStorage(Storage):
                 return list(found)
 
     def _unusable(self, error: RedisError | UnreadableError) -> Unusable:
-        if isinstance(error, UnreadableError):
+        if isinstance(error, UnreadableError) or _WRONG_TYPE in str(error):
             return Unreadable(str(error))
-        reason = loss_reason(error)
-        if reason is None:
-            return Unreadable(str(error))
+        # An error that is not about the key is about all keys: a command that this Redis does not
+        # have, or forbids.
+        reason = loss_reason(error) or "unsupported"
         self._on_loss(reason, error)
         return Lost(reason)
 

@@ -28,6 +28,7 @@ class Relay:
         catch_up: compares all that is hosted with what is stored: messages were missed.
 
     Attributes:
+        tried: set after the first attempt, whatever came of it.
         losses: how often a subscription was lost.
     """
 
@@ -41,6 +42,7 @@ class Relay:
         catch_up: Callable[[], Awaitable[None]],
         log: FilteringBoundLogger,
     ) -> None:
+        self.tried = trio.Event()
         self.losses = 0
         self._make_subscriber = make_subscriber
         self._keys = keys
@@ -93,6 +95,7 @@ class Relay:
             async with trio.open_nursery() as nursery:
                 await nursery.start(subscriber.run)
                 self._subscriber = subscriber
+                self.tried.set()
                 async with trio.open_nursery() as subscribing:
                     for session_id in list(self._hosted()):
                         subscribing.start_soon(self.subscribe, session_id)
@@ -102,6 +105,7 @@ class Relay:
             lost = _first(group)
         finally:
             self._subscriber = None
+            self.tried.set()
         self.losses += listened
         self._log.warning(
             "relay.lost" if listened else "relay.unreachable",
