@@ -65,7 +65,9 @@ class Here(Struct, frozen=True):
 
 def new_session(session_id: str, epoch_id: str, here: Here, now: float) -> Session:
     """A session as it is before its first join, which is version 1."""
-    rank = Rank(1, now, here.boot_id)
+    # Made without a look at Redis, it must not take the lead of a session that is there already:
+    # its leader's term is one lower than that of any other first leader.
+    rank = Rank(0 if here.awaited else 1, now, here.boot_id)
     stamp = Stamp(rank, now, here.boot_id)
     return Session(
         session_id=session_id,

@@ -219,11 +219,16 @@ class Hub:
 
     def start_grace(
         self, room: Room, member_id: str, connection_id: str, reason: LeaveReason
-    ) -> None:
-        """Remove the member after the grace, unless it is bound to another connection by then."""
+    ) -> float:
+        """Remove the member after the grace, unless it is bound to another connection by then.
+
+        Returns:
+            When that will be, on Trio's clock.
+        """
         deadline = trio.current_time() + self._grace_s
         self._graces.append(Grace(deadline, room, member_id, connection_id, reason))
         self._grace_added.set()
+        return deadline
 
     async def run_graces(self) -> None:
         """Remove members whose grace is over, for ever.

@@ -180,6 +180,8 @@ class Mirror:
 
     async def move(self, era: Era) -> bool:
         """Bring the session to Redis; False if it stays in memory."""
+        if era.over:
+            return False
         if era.relay is not None:
             # Before it is read, so that nothing falls in between.
             await era.relay.subscribe(self.session_id)

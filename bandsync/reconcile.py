@@ -107,7 +107,7 @@ def reconcile(
         return None if stored is None else Adopt(stored)
     base = mine
     if stored is not None:
-        mine = _without_forgotten(mine, stored, now)
+        mine = _without_forgotten(mine, stored, here, now)
         base = merge(mine, stored)
     result = settle(audit(base, own, here, now), now, here.boot_id, None)
     if stored is not None and same_content(result, stored) and _ahead(stored, mine):
@@ -155,17 +155,23 @@ def _asserted(record: Member, mine: Member, here: Here, now: float) -> Member:
     )
 
 
-def _without_forgotten(mine: Session, stored: Session, now: float) -> Session:
-    """``mine`` without the old tombstones that the stored state has pruned.
+def _without_forgotten(mine: Session, stored: Session, here: Here, now: float) -> Session:
+    """``mine`` without what the stored state has pruned.
 
-    To put them back would be a change, and another server would prune them again.
+    Old tombstones: to put them back would be a change, and another server would prune them again.
+    Members of other servers that left so long ago that their tombstones are gone; if they did not
+    leave, their own server asserts them.
     """
+    newer = stored.epoch == mine.epoch and stored.version > mine.version
     forgotten = {
         member.member_id
         for member in mine.members.values()
-        if not member.present
-        and member.time < now - FORGETTABLE_MS
-        and member.member_id not in stored.members
+        if member.member_id not in stored.members
+        and (
+            newer and member.boot_id != here.boot_id and member.time < now - TOMBSTONE_MS
+            if member.present
+            else member.time < now - FORGETTABLE_MS
+        )
     }
     if not forgotten:
         return mine

@@ -71,8 +71,8 @@ class Room:
         self.session_id = session_id
         self.mirror = Mirror(session_id, hub.house, self, self.catch_up)
         self.seats = Seats()
-        # The connections whose graces run.
-        self._graces: set[str] = set()
+        # Until when, on Trio's clock, the graces last that run, by connection id.
+        self._graces: dict[str, float] = {}
         # What the relay brought while the lock was held.
         self._heard: list[bytes] = []
         self._catching_up = False
@@ -135,7 +135,10 @@ class Room:
 
     async def expire(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
         """Remove a member whose grace is over, unless it has come back."""
-        self._graces.discard(connection_id)
+        if self._graces.get(connection_id, 0.0) > trio.current_time():
+            # It came back, and dropped again: that is another grace.
+            return
+        self._graces.pop(connection_id, None)
         await self._on_behalf(Expire(reason), member_id, connection_id, reason)
 
     async def drop(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
@@ -153,7 +156,7 @@ class Room:
         """The member's server is gone: disconnect it, and remove it after the grace."""
         if member.connected:
             await self.drop(member.member_id, member.connection_id, "server_lost")
-        else:
+        elif member.connection_id not in self._graces:
             self._start_grace(member.member_id, member.connection_id, "server_lost")
 
     async def catch_up(self) -> None:
@@ -342,13 +345,14 @@ class Room:
     def _start_graces(self, session: Session) -> None:
         """Start the graces of our members without a connection that have none yet."""
         for member in present(session):
-            if member.boot_id == self._hub.here.boot_id and not member.connected:
+            if member.boot_id != self._hub.here.boot_id or member.connected:
+                continue
+            if member.connection_id not in self._graces:
                 self._start_grace(member.member_id, member.connection_id, "timeout")
 
     def _start_grace(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
-        if connection_id not in self._graces:
-            self._graces.add(connection_id)
-            self._hub.start_grace(self, member_id, connection_id, reason)
+        deadline = self._hub.start_grace(self, member_id, connection_id, reason)
+        self._graces[connection_id] = deadline
 
     def _register(self, peer: Peer, own: str, outcome: Outcome, request_id: str | UnsetType) -> You:
         """Put ``peer`` in its member's place, after telling the others."""
@@ -425,10 +429,12 @@ class Room:
         ):
             return
         self._closed = True
-        if mirror.era is not None and mirror.era.relay is not None:
-            self._hub.finish(mirror.era.relay.unsubscribe, self.session_id)
         if self._hub.rooms.get(self.session_id) is self:
             del self._hub.rooms[self.session_id]
+        era = self._hub.stores.era
+        if era is not None and era.relay is not None:
+            # Also when the session stayed in memory, or was never read.
+            self._hub.finish(era.relay.unsubscribe, self.session_id)
         self._hub.stats.discard(self)
         if self._hub.ticker is not None:
             self._hub.ticker.discard(self)
@@ -450,8 +456,10 @@ class _Held:
             await lock.acquire()
 
     async def __aexit__(self, *_: object) -> None:
-        self._room.listen()
-        self._room.lock.release()
+        try:
+            self._room.listen()
+        finally:
+            self._room.lock.release()
 
 
 def _frame(message: Outgoing) -> bytes:

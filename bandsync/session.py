@@ -6,13 +6,15 @@ do: see `after`.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from bandsync.transport import Transport
 
+# Far above what is counted, and still exact in every JSON.
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Role = Literal["leader", "follower"]
 
 # The least step between two stamps of one register: 1 µs, which a float of milliseconds since
@@ -35,7 +37,7 @@ class Rank(Struct, frozen=True, order=True, rename="camel"):
         boot_id: the server process that made it.
     """
 
-    term: int
+    term: Count
     time: float
     boot_id: str
 
@@ -114,7 +116,7 @@ class Member(Struct, frozen=True, rename="camel"):
     """
 
     member_id: str
-    incarnation: int
+    incarnation: Count
     time: float
     writer: str
     present: bool
@@ -179,6 +181,13 @@ def tip(session: Session) -> Tip:
 def after(now: float, replaced: float) -> float:
     """The time of a stamp written at ``now`` over one of time ``replaced``: always larger."""
     return max(now, replaced + EPSILON_MS)
+
+
+def is_blank(session: Session) -> bool:
+    """Whether nothing is in it but who came and went."""
+    created_at = session.epoch.created_at
+    untouched = session.transport.stamp.time == session.headline.stamp.time == created_at
+    return untouched and not session.chat
 
 
 def present(session: Session) -> Iterator[Member]:

@@ -7,6 +7,9 @@ from msgspec import Raw, Struct
 
 from bandsync.session import Tip
 
+# What decoding raises for what is no JSON, not ours, or nested as only an enemy nests.
+JUNK = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 
 class Change(Struct, frozen=True, rename="camel"):
     """What the channel of a session is told of one commit.
@@ -63,7 +66,7 @@ def read_change(payload: bytes) -> Change | None:
     """The change in a message; None if there is none that can be read."""
     try:
         return _changes.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except JUNK:
         return None
 
 
@@ -73,7 +76,7 @@ def read_whisper(payload: bytes) -> Whisper | None:
         return None
     try:
         return _whispers.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except JUNK:
         return None
 
 

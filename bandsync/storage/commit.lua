@@ -21,8 +21,11 @@ local deleted = tonumber(ARGV[9])
 for i = 10, 9 + deleted do
   redis.call('HDEL', KEYS[1], ARGV[i])
 end
-redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'version', ARGV[5], 'eventId', ARGV[6],
-  unpack(ARGV, 10 + deleted))
+redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'version', ARGV[5], 'eventId', ARGV[6])
+-- In parts: unpack takes some thousands at the most.
+for i = 10 + deleted, #ARGV, 1000 do
+  redis.call('HSET', KEYS[1], unpack(ARGV, i, math.min(i + 999, #ARGV)))
+end
 redis.call('EXPIRE', KEYS[1], ARGV[7])
 redis.call('PUBLISH', KEYS[2], ARGV[8])
 return 1

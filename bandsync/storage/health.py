@@ -7,7 +7,7 @@ import trio
 from redis.exceptions import RedisError
 
 from bandsync.clock import SessionClock
-from bandsync.redis_link.connecting import Argument
+from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
 from bandsync.storage.base import Presence, Unreadable
@@ -60,6 +60,7 @@ class HealthCheck:
         self._is_gone = is_gone
         self._serving = serving
         self._written = -PRESENCE_PERIOD_S
+        self._owned = False
 
     async def claim(self, link: Link) -> None:
         """Make sure that no other live server has our name.
@@ -71,6 +72,7 @@ class HealthCheck:
             NameTakenError: somebody refreshed it.
             RedisError: Redis cannot be used.
         """
+        self._owned = False
         mine = self._presence().boot_id
         deadline = trio.current_time() + PRESENCE_PERIOD_S + self._timeout_s
         before_ms = float(PRESENCE_EXPIRY_MS)
@@ -126,14 +128,31 @@ class HealthCheck:
             RedisError: Redis cannot be used any more.
         """
         while True:
-            await trio.sleep(self._interval_s)
+            await trio.sleep(min(self._interval_s, PRESENCE_PERIOD_S))
             due = trio.current_time() - self._written >= PRESENCE_PERIOD_S
             await self._check(link, write=due)
+
+    def _look_at_rival(self, value: Reply | RedisError) -> None:
+        """Of two servers of one name that started at the same time, one must yield.
+
+        Raises:
+            NameTakenError: we are that one.
+        """
+        if not self._owned or value is None:
+            return
+        entry = read_presence(value)
+        mine = self._presence().boot_id
+        # Whoever stands there has written since we did.
+        if isinstance(entry, Presence) and entry.boot_id < mine:
+            raise NameTakenError(
+                f"another server that is alive, at {entry.address}, has the same SERVER_ID"
+            )
 
     async def _check(self, link: Link, *, write: bool) -> None:
         sent = trio.current_time()
         commands: list[tuple[Argument, ...]] = [("PING",), ("TIME",)]
         if write:
+            commands.append(("GET", self._presence_key))
             commands.append(
                 (
                     "SET",
@@ -152,7 +171,9 @@ class HealthCheck:
             if isinstance(reply, RedisError):
                 raise reply
         if write:
+            self._look_at_rival(replies[2])
             self._written = sent
+            self._owned = True
         self.round_trip_ms = (received - sent) * 1000
         time = replies[1]
         if isinstance(time, list) and len(time) == 2:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
-from bandsync.session import Session, Tip, tip
+from bandsync.session import Session, Tip, is_blank, tip
 from bandsync.storage.base import (
     Committed,
     Conflict,
@@ -117,13 +117,14 @@ class MemoryStorage(Storage):
         """
         idle = len(self._sessions) - sum(session_id in self._sessions for session_id in hosted)
         surplus = idle - keep
-        expired: list[str] = []
-        for session in self._sessions.values():
-            if session.session_id in hosted:
-                continue
-            if len(expired) >= surplus and session.last_active_at + ttl_ms > now:
-                break
-            expired.append(session.session_id)
+        kept = [each for each in self._sessions.values() if each.session_id not in hosted]
+        expired = [each.session_id for each in kept if each.last_active_at + ttl_ms <= now]
+        surplus -= len(expired)
+        if surplus > 0:
+            # In which nothing was ever done goes first.
+            kept = [each for each in kept if each.last_active_at + ttl_ms > now]
+            kept.sort(key=lambda each: not is_blank(each))
+            expired += [each.session_id for each in kept[:surplus]]
         for session_id in expired:
             del self._sessions[session_id]
         return expired

@@ -20,7 +20,7 @@ from bandsync.session import (
     TransportRegister,
 )
 from bandsync.storage.base import Presence, Unreadable
-from bandsync.storage.changes import Change
+from bandsync.storage.changes import JUNK, Change
 from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 
 # Raised by whatever an older server could not read, or would drop when it writes.
@@ -196,7 +196,7 @@ def read_presence(value: object) -> Presence | Unreadable:
         return Unreadable(f"no text: {value!r:.100}")
     try:
         return _presences.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JUNK as error:
         return Unreadable(str(error))
 
 
@@ -244,7 +244,7 @@ def _playable(segment: Segment) -> bool:
 def _read(name: str, value: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JUNK as error:
         raise UnreadableError(f"{name}: {error}") from error
 
 

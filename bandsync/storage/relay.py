@@ -13,6 +13,7 @@ from bandsync.storage.redis import Keys
 
 _RETRY_BASE_S = 0.05
 _RETRY_CAP_S = 2.0
+_SUBSCRIBED_AT_ONCE = 500
 
 
 class Relay:
@@ -96,9 +97,7 @@ class Relay:
                 await nursery.start(subscriber.run)
                 self._subscriber = subscriber
                 self.tried.set()
-                async with trio.open_nursery() as subscribing:
-                    for session_id in list(self._hosted()):
-                        subscribing.start_soon(self.subscribe, session_id)
+                await self._subscribe_all()
                 listened = True
                 await self._catch_up()
         except* RedisError as group:
@@ -113,6 +112,14 @@ class Relay:
             detail=str(lost),
         )
         return listened
+
+    async def _subscribe_all(self) -> None:
+        """Subscribe what is hosted, in parts that fit the queue of a subscriber."""
+        session_ids = list(self._hosted())
+        for start in range(0, len(session_ids), _SUBSCRIBED_AT_ONCE):
+            async with trio.open_nursery() as nursery:
+                for session_id in session_ids[start : start + _SUBSCRIBED_AT_ONCE]:
+                    nursery.start_soon(self.subscribe, session_id)
 
     def _on_message(self, channel: bytes, payload: bytes) -> None:
         session_id = self._keys.session_of(channel)
