@@ -13,7 +13,8 @@ from bandsync.http import HttpRequest, HttpResponse, json_response, problem
 from bandsync.ops.metrics import Metrics
 from bandsync.session import Session
 from bandsync.storage.base import RedisStatus, StorageHealth
-from bandsync.storage.manager import Failover, Migration, Mode, Recovery, StorageManager
+from bandsync.storage.manager import StorageManager
+from bandsync.storage.status import Failover, Migration, Mode, Recovery
 from bandsync.transport import in_force
 from bandsync.views import member_count
 

@@ -9,10 +9,9 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import trio
-from msgspec import Struct
 from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
@@ -29,8 +28,7 @@ from bandsync.storage.health import HealthCheck, NameTakenError
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys, RedisStorage, UnsupportedError
 from bandsync.storage.relay import Relay
-
-Mode = Literal["redis", "memory", "migrating", "memory (disabled)"]
+from bandsync.storage.status import Failover, Migration, Mode, Recovery
 
 # Redis is used again after so many health checks in a row, each with a write.
 STABLE_CHECKS = 3
@@ -39,37 +37,6 @@ FLAPPING_S = 60.0
 MAX_STABLE_S = 30.0
 MAX_RETRY_DELAY_S = 5.0
 _SUBSCRIBED_S = 0.5
-
-
-class Failover(Struct, frozen=True, rename="camel"):
-    """How Redis was lost; ``at`` on the session clock, milliseconds."""
-
-    at: float
-    reason: str
-    detail: str
-
-
-class Recovery(Struct, frozen=True, rename="camel"):
-    """How it came back.
-
-    Attributes:
-        at: on the session clock, milliseconds.
-        outage_ms: since the loss; None if Redis was never lost, just absent.
-        migration_ms: how long the move to Redis took.
-        sessions: how many moved.
-    """
-
-    at: float
-    outage_ms: float | None
-    migration_ms: float
-    sessions: int
-
-
-class Migration(Struct, rename="camel"):
-    """The move to Redis that is under way."""
-
-    total: int
-    moved: int = 0
 
 
 class Redis(Protocol):
