@@ -26,7 +26,13 @@ from bandsync.mirror import Mirror, Outcome
 from bandsync.reconcile import audit, superseded
 from bandsync.seats import Peer, Seats
 from bandsync.session import Member, Session, present
-from bandsync.storage.changes import read_change, read_whisper
+from bandsync.storage.changes import (
+    read_change,
+    read_report,
+    read_whisper,
+    write_report,
+    write_whisper,
+)
 from bandsync.storage.era import Era
 from bandsync.transport import beat_at, in_force, position_at
 from bandsync.views import room_stats, snapshot
@@ -55,6 +61,8 @@ class Room:
     __slots__ = (
         "_catching_up",
         "_closed",
+        "_contradicted",
+        "_elsewhere",
         "_graces",
         "_heard",
         "_hub",
@@ -73,9 +81,13 @@ class Room:
         self.seats = Seats()
         # Until when, on Trio's clock, the graces last that run, by connection id.
         self._graces: dict[str, float] = {}
+        # How well members on other servers are connected, as those report it.
+        self._elsewhere: dict[str, tuple[float | None, float | None]] = {}
         # What the relay brought while the lock was held.
         self._heard: list[bytes] = []
         self._catching_up = False
+        # Others say of our members what is not so, and are not contradicted yet.
+        self._contradicted = False
 
     @property
     def peers(self) -> Mapping[str, Peer]:
@@ -118,6 +130,9 @@ class Room:
         latencies_ms = self._latencies() if isinstance(command, Play) else None
         member_id = peer.member_id
         async with _Held(self):
+            if self._contradicted:
+                # Whose connection is here is a member, whatever others made of it.
+                await self._audit()
             outcome = await self.mirror.change(
                 command, peer.connection_id, member_id, fresh_id, latencies_ms
             )
@@ -256,6 +271,12 @@ class Room:
         if session is None or not seats.peers:
             return
         latencies, sync_errors = seats.latencies_ms(), seats.sync_errors_ms()
+        others = self._others(session)
+        if others and self.mirror.era is not None:
+            report = write_report(latencies, sync_errors)
+            self._hub.finish(self.mirror.era.storage.tell, self.session_id, report)
+            latencies = {id_: ms for id_, (ms, _) in others.items()} | latencies
+            sync_errors = {id_: ms for id_, (_, ms) in others.items()} | sync_errors
         seats.push_volatile(_frame(room_stats(session, self._hub.now(), latencies, sync_errors)))
         self._hub.counters.deliveries += len(seats.peers)
 
@@ -270,6 +291,7 @@ class Room:
         await self._audit()
 
     async def _audit(self) -> None:
+        self._contradicted = False
         mirror = self.mirror
         if mirror.session is None:
             return
@@ -287,6 +309,10 @@ class Room:
             peer = self.peers.get(whisper.to)
             if peer is not None:
                 peer.push(text_frame(whisper.frame))
+            return
+        report = read_report(payload)
+        if report is not None:
+            self._elsewhere |= report.stats
             return
         change = read_change(payload)
         known = self.mirror.session
@@ -311,6 +337,7 @@ class Room:
         self._hub.counters.relayed += 1
         self._start_graces(session)
         if audit(session, self.seats.bound, self._hub.here, self._hub.now()) is not session:
+            self._contradicted = True
             self._hub.finish(self.audit)
         if known is None or len(known.members) != len(session.members):
             self.send_stats()
@@ -404,8 +431,8 @@ class Room:
             if member_id in self.peers:
                 self.peers[member_id].push(_frame(message))
             elif self.mirror.era is not None:
-                whisper = self.mirror.era.storage.whisper
-                self._hub.finish(whisper, self.session_id, member_id, encode(message))
+                whisper = write_whisper(member_id, encode(message))
+                self._hub.finish(self.mirror.era.storage.tell, self.session_id, whisper)
 
     def _left(self, member_id: str, reason: LeaveReason) -> None:
         self._hub.log.info(
@@ -415,8 +442,16 @@ class Room:
         self._close_if_empty()
 
     def _latencies(self) -> dict[str, float]:
-        known = self.seats.latencies_ms()
+        elsewhere = {member_id: ms for member_id, (ms, _) in self._elsewhere.items()}
+        known = elsewhere | self.seats.latencies_ms()
         return {member_id: ms for member_id, ms in known.items() if ms is not None}
+
+    def _others(self, session: Session) -> dict[str, tuple[float | None, float | None]]:
+        """What is known of the members on other servers; of those who left, nothing is kept."""
+        here = self._hub.here.boot_id
+        elsewhere = [member.member_id for member in present(session) if member.boot_id != here]
+        self._elsewhere = {id_: self._elsewhere.get(id_, (None, None)) for id_ in elsewhere}
+        return self._elsewhere
 
     def _close_if_empty(self) -> None:
         """Let go of a session whose last member here is gone; the storage still has it."""

@@ -13,6 +13,7 @@ QUICK = {
     "redis_health_interval_ms": 50,
     "redis_retry_delay_on_failure": 20,
     "resume_grace_ms": 500,
+    "max_members": 64,
 }
 # What a client takes as the history of its session.
 HISTORY = (
@@ -260,3 +261,26 @@ async def test_a_room_unsubscribes_when_nobody_is_left(cluster: Cluster) -> None
     await again.next("user_joined")
     await again.ok("play")
     await bob.next("play")
+
+
+async def test_the_band_sees_how_well_members_elsewhere_are_connected(cluster: Cluster) -> None:
+    ann = await cluster.join(cluster.left, "Ann")
+    bob = await cluster.join(cluster.right, "Bob")
+    await bob.ok("sync_report", errorMs=1.5)
+
+    def seen() -> bool:
+        stats = {each["memberId"]: each for each in ann.all("room_stats")[-1]["members"]}
+        return bool(stats.get(bob.you["memberId"], {}).get("syncErrorMs") == 1.5)
+
+    with trio.fail_after(PATIENCE_S):
+        while not seen():
+            # Statistics are sent when somebody comes, too.
+            await cluster.join(cluster.right, "Guest")
+            await cluster.join(cluster.left, "Guest")
+    (stats,) = [
+        each
+        for each in ann.all("room_stats")[-1]["members"]
+        if each["memberId"] == bob.you["memberId"]
+    ]
+    assert stats["latencyMs"] is not None
+    assert stats["quality"] == "excellent"

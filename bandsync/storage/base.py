@@ -136,8 +136,12 @@ class Storage(ABC):
         """The tips that are stored, None where nothing is; what is there expires later."""
 
     @abstractmethod
-    async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
-        """Have the server of the member ``to`` send it ``frame``, if it is within reach."""
+    async def tell(self, session_id: str, message: bytes) -> None:
+        """Say something that is not kept to the other servers of a session, if any are in reach.
+
+        Args:
+            message: see `bandsync.storage.changes`.
+        """
 
     @abstractmethod
     async def find_servers(

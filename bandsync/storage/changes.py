@@ -40,6 +40,16 @@ class Whisper(Struct, frozen=True):
     frame: Raw
 
 
+class Report(Struct, frozen=True):
+    """How well the members of one server are connected, for the others: not kept either.
+
+    Attributes:
+        stats: by member id, round trip and bound on the clock error in milliseconds, where known.
+    """
+
+    stats: dict[str, tuple[float | None, float | None]]
+
+
 def write_change(
     old: Tip | None,
     new: Tip,
@@ -60,6 +70,24 @@ def write_change(
 def write_whisper(to: str, frame: bytes) -> bytes:
     """The message for one member."""
     return _encode(Whisper(to, Raw(frame)))
+
+
+def write_report(
+    latencies_ms: Mapping[str, float | None], sync_errors_ms: Mapping[str, float | None]
+) -> bytes:
+    """The message that tells of our members."""
+    known = {id_: (ms, sync_errors_ms.get(id_)) for id_, ms in latencies_ms.items()}
+    return _encode(Report(known))
+
+
+def read_report(payload: bytes) -> Report | None:
+    """The report in a message; None if it is something else."""
+    if not payload.startswith(_REPORT):
+        return None
+    try:
+        return _reports.decode(payload)
+    except JUNK:
+        return None
 
 
 def read_change(payload: bytes) -> Change | None:
@@ -84,4 +112,6 @@ _encode = msgspec.json.Encoder().encode
 _changes = msgspec.json.Decoder(Change)
 _whispers = msgspec.json.Decoder(Whisper)
 _NULL = Raw(b"null")
+_reports = msgspec.json.Decoder(Report)
+_REPORT = b'{"stats":'
 _WHISPER = b'{"to":'

@@ -85,7 +85,7 @@ class MemoryStorage(Storage):
             for session_id, session in found.items()
         }
 
-    async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
+    async def tell(self, session_id: str, message: bytes) -> None:
         """Nobody else is within reach."""
 
     async def find_servers(

@@ -24,7 +24,7 @@ from bandsync.storage.base import (
     Unreadable,
     Unusable,
 )
-from bandsync.storage.changes import write_change, write_whisper
+from bandsync.storage.changes import write_change
 from bandsync.storage.records import (
     UnreadableError,
     changed_fields,
@@ -217,8 +217,7 @@ class RedisStorage(Storage):
                 return self._lost(reply)
         return dict(zip(session_ids, map(_read_tip, replies[::2]), strict=True))
 
-    async def whisper(self, session_id: str, to: str, frame: bytes) -> None:
-        message = write_whisper(to, frame)
+    async def tell(self, session_id: str, message: bytes) -> None:
         try:
             await self._link.execute("PUBLISH", self._keys.events(session_id), message)
         except RedisError as error:
