@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
+import trio
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
@@ -33,6 +34,9 @@ from bandsync.storage.records import UnreadableError, patch_session
 
 # Told in the log once each, as far as this goes.
 _MAX_UNREADABLE = 10_000
+# How often the relay is asked for what was faster, and how long after the first time again.
+_LOOKS = 5
+_LOOK_S = 0.001
 
 
 class Stores(Protocol):
@@ -62,6 +66,9 @@ class Audience(Protocol):
 
     def own(self) -> Mapping[str, Member]:
         """The members bound to connections of this server: see `bandsync.reconcile`."""
+
+    def listen(self) -> None:
+        """Take what the relay has brought meanwhile; see `Mirror.hear`."""
 
     def changed(self, session: Session) -> None:
         """The mirror is another one; whoever is to be told is told by others."""
@@ -228,7 +235,7 @@ class Mirror:
                     return Outcome(decision, b"".join([text_frame(event) for event in events]))
                 case Conflict(stored=stored):
                     house.counters.conflicts += 1
-                    if era is not None:
+                    if era is not None and not await self._heard(era, stored):
                         await self._reconcile(era, stored)
                 case unusable:
                     # Decided again, on the mirror, in memory.
@@ -263,6 +270,23 @@ class Mirror:
             self._leave(stored)
             return False
         return await self._reconcile(era, stored)
+
+    async def _heard(self, era: Era, stored: Session | None) -> bool:
+        """Whether the relay brings what was faster: then nobody must be shown the whole.
+
+        It was published before our commit was refused, so it is here or about to be.
+        """
+        if era.relay is None or stored is None:
+            return False
+        for look in range(_LOOKS):
+            self._audience.listen()
+            session = self.session
+            if session is None or session.epoch != stored.epoch:
+                return False
+            if session.version >= stored.version:
+                return True
+            await trio.sleep(_LOOK_S * 2**look)
+        return False
 
     async def _reconcile(self, era: Era, stored: Session | None) -> bool:
         """Bring mirror and stored state together; False if that did not work out this time."""

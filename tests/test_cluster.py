@@ -105,8 +105,11 @@ async def test_every_change_is_heard_once_and_in_order(cluster: Cluster) -> None
     await ann.next("user_joined")
     await ann.ok("play")
     for number in range(20):
+        # Not at the same time: that is another test.
         await ann.ok("chat_message", text=f"left {number}")
+        await bob.next("chat_message", text=f"left {number}")
         await bob.ok("chat_message", text=f"right {number}")
+        await ann.next("chat_message", text=f"right {number}")
     await ann.ok("set_tempo", tempoBpm=90)
     await bob.next("tempo_changed")
     # Each starts with its own snapshot, and Bob's joining is in his.
