@@ -119,7 +119,8 @@ async def _serve(
                 presence_key=Keys(settings.redis_key_prefix).server(server_id),
                 presence=lambda: state.presence(),
                 is_gone=lambda entry: is_gone(entry.machine, entry.pid),
-                serving=serving.is_set,
+                # Of nobody there, nobody is confused by a clock that is set.
+                serving=lambda: serving.is_set() and bool(state.connections() or state.sessions()),
             ),
             server_id=server_id,
             boot_id=boot_id,

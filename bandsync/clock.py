@@ -52,7 +52,7 @@ class SessionClock:
     """Maps the monotonic clock to instants.
 
     Once a time has been told to anybody, the clock runs forwards only, at its own rate ± 500 ppm,
-    whatever the reference says; the one exception is a step forwards at the first exchange.
+    whatever the reference says.
     Monotonic times that are a microsecond or more apart map to different instants.
 
     Args:
@@ -137,7 +137,8 @@ class SessionClock:
             received_s: when its answer came, monotonic seconds.
             reference_ms: its answer, milliseconds since the Unix epoch.
             serving: whether this clock's times may have been told to anybody. Until the first
-                exchange that says so, the clock is set outright, forwards or backwards.
+                exchange that says so, the clock is set outright, forwards or backwards; from then
+                on it is slewed only: a step would be a jump of every song that plays.
         """
         assert sent_s <= received_s
         # Not the time of the answer: later instants may have been told meanwhile.
@@ -148,7 +149,6 @@ class SessionClock:
         while received_s - self._samples[0].received_s > _MAX_AGE_S:
             self._samples.popleft()
 
-        first = self._best is None
         best = min(self._samples, key=lambda sample: sample.uncertainty_ms(now_s))
         self._best = best
         self._told = self._told or serving
@@ -161,15 +161,13 @@ class SessionClock:
         nearest_ms = best.offset_ms - math.copysign(slack_ms, error_ms)
         if not self._told:
             self._step(now_s, best.offset_ms)
-        elif first and error_ms > 0:
-            self._step(now_s, nearest_ms)
         else:
             self._slew(now_s, nearest_ms)
 
     def reset_filter(self) -> None:
         """Forget the exchanges so far: the next ones may be with another reference.
 
-        The clock goes on as it was, a slew under way included, and will not step again.
+        The clock goes on as it was, a slew under way included.
         """
         self._samples.clear()
 

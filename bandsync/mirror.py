@@ -179,6 +179,8 @@ class Mirror:
         if change.prev != known:
             same = change.prev is not None and change.prev.epoch == known.epoch
             return "known" if same and change.version <= known.version else "gap"
+        if len(change.frames) > change.version - known.version:
+            return "gap"
         try:
             self._take(patch_session(session, change))
         except UnreadableError:

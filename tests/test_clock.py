@@ -83,25 +83,13 @@ def test_before_serving_a_better_answer_sets_it_again_and_afterwards_none() -> N
     assert clock.offset_ms == pytest.approx(-5000, abs=0.01)
 
 
-def test_it_steps_forwards_once() -> None:
-    clock, redis = new_clock(), Redis(5000)
-    now = START_S + 1
-    redis.ask(clock, now, there_s=0.001, back_s=0.001)
-    assert clock.offset_ms == pytest.approx(5000, abs=1.01)
-    redis.ahead_ms += 5000
-    for sent in checks(10, now):
+@pytest.mark.parametrize("ahead_ms", [5000, -5000])
+def test_while_serving_it_never_steps(ahead_ms: float) -> None:
+    clock, redis = new_clock(), Redis(ahead_ms)
+    for sent in checks(10):
         redis.ask(clock, sent)
-    assert 5000 <= clock.offset_ms <= 5000 + 1 + 10 * SLEW * 1000
-    clock.reset_filter()
-    redis.ask(clock, START_S + 20)
-    assert clock.offset_ms <= 5000 + 1 + 20 * SLEW * 1000
-    assert clock.error_ms == pytest.approx(10_000 - clock.offset_ms, abs=0.002)
-
-
-def test_a_step_goes_no_further_than_is_certain() -> None:
-    clock, redis = new_clock(), Redis(5000)
-    redis.ask(clock, START_S, there_s=0.5)  # Stopped before it read its clock.
-    assert clock.offset_ms == pytest.approx(5000, abs=0.11)
+    assert 0 < abs(clock.offset_ms) <= 10 * SLEW * 1000
+    assert clock.error_ms == pytest.approx(ahead_ms - clock.offset_ms, abs=0.002)
 
 
 def test_what_is_ahead_is_slewed_not_stepped() -> None:
@@ -336,20 +324,18 @@ def test_it_is_monotone_and_never_hurries(
     disciplined = False
     for wait_s, asked in history:
         now_s = before_s + wait_s
-        stepped = False
         if asked is not None:
             if asked.reset:
                 clock.reset_filter()
             # Late: read after the instant `before_s` was told, though it came before.
             received_s = before_s - wait_s if asked.late else now_s
             clock.observe(received_s - asked.rtt_s, received_s, asked.reference_ms)
-            stepped, disciplined = not disciplined, True
+            disciplined = True
         now_ms = clock.at(now_s)
         passed_ms = (now_s - before_s) * 1000
         assert now_ms > before_ms
         assert now_ms - before_ms >= passed_ms * (1 - SLEW) - 2 * FLOAT_MS
-        if not stepped:
-            assert now_ms - before_ms <= passed_ms * (1 + SLEW) + 2 * FLOAT_MS
+        assert now_ms - before_ms <= passed_ms * (1 + SLEW) + 2 * FLOAT_MS
         before_s, before_ms = now_s, now_ms
         error_ms, uncertainty_ms = clock.error_ms, clock.uncertainty_ms
         assert (error_ms is None) == (uncertainty_ms is None) == (not disciplined)

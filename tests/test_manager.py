@@ -23,7 +23,7 @@ from bandsync.redis_link.subscriber import Subscriber
 from bandsync.settings import Settings
 from bandsync.storage.base import Presence
 from bandsync.storage.era import Era
-from bandsync.storage.health import HealthCheck
+from bandsync.storage.health import PRESENCE_EXPIRY_MS, HealthCheck
 from bandsync.storage.manager import MAX_RETRY_DELAY_S, STABLE_CHECKS, StorageManager
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import read_presence, write_presence
@@ -58,6 +58,7 @@ class ObedientLink(Link):
         raise LinkLostError("gone", "reset")
 
     async def execute(self, *args: Argument) -> Reply:
+        await trio.sleep(self.redis.latency_s)
         if args[0] == "DEL":
             self.redis.entry = None
             return 1
@@ -80,12 +81,17 @@ class ObedientLink(Link):
     ) -> list[Reply | RedisError]:
         if self.redis.silent:
             await trio.sleep_forever()
+        await trio.sleep(self.redis.latency_s)
         replies: list[Reply | RedisError] = []
         for command in commands:
             if command[0] == "TIME":
                 replies.append([b"1800000000", b"0"])
+            elif command[0] == "GET":
+                entry = self.redis.entry
+                replies.append(None if entry is None else write_presence(entry))
             elif command[0] == "SET":
                 self.redis.writes.append(trio.current_time())
+                self.redis.refreshed = trio.current_time()
                 assert isinstance(command[2], bytes)
                 written = read_presence(command[2])
                 assert isinstance(written, Presence)
@@ -109,6 +115,7 @@ class ObedientRedis:
         attempts, writes: when somebody connected, and wrote its presence.
         entry: the presence under our name, and when it was last refreshed.
         rival_lives: whether somebody else refreshes it every three seconds.
+        latency_s: how long each answer takes.
     """
 
     def __init__(self) -> None:
@@ -120,6 +127,7 @@ class ObedientRedis:
         self.entry: Presence | None = None
         self.refreshed = trio.current_time()
         self.rival_lives = False
+        self.latency_s = 0.0
         self.lacks_scripts = False
         self.links: list[ObedientLink] = []
         self.keys = Keys("bandsync:")
@@ -156,9 +164,16 @@ class Stage:
         told: the storage type at each transition that clients are told of, with its time.
     """
 
-    def __init__(self, nursery: trio.Nursery, **changes: object) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        redis: ObedientRedis | None = None,
+        boot_id: str = "boot-1",
+        **changes: object,
+    ) -> None:
         settings = replace(SETTINGS, **changes)
-        self.redis = ObedientRedis()
+        self.redis = redis or ObedientRedis()
         self.counters = Counters()
         self.log = CapturingLogger()
         self.rooms: dict[str, object] = {}
@@ -167,23 +182,23 @@ class Stage:
         self.gate = trio.Event()
         self.gate.set()
         self.recoveries: list[float] = []
-        self.memory = MemoryStorage("boot-1", "for a test")
+        self.memory = MemoryStorage(boot_id, "for a test")
         clock = SessionClock(NOW, trio.current_time())
         self.manager = StorageManager(
             settings,
             self.redis,
             memory=self.memory,
             health=HealthCheck(
-                interval_s=INTERVAL_S,
+                interval_s=settings.redis_health_interval_ms / 1000,
                 timeout_s=TIMEOUT_S,
                 clock=clock,
                 presence_key="server:stage",
-                presence=lambda: Presence("boot-1", NOW, "http://here", [], 0),
+                presence=lambda: Presence(boot_id, NOW, f"http://{boot_id}", [], 0),
                 is_gone=lambda entry: entry.pid == GONE,
                 serving=lambda: True,
             ),
             server_id="stage",
-            boot_id="boot-1",
+            boot_id=boot_id,
             now=lambda: clock.at(trio.current_time()),
             counters=self.counters,
             recovery_seconds=self.recoveries.append,
@@ -429,6 +444,19 @@ async def test_presence_is_refreshed_every_three_seconds(
     assert max(gaps) <= 3 + INTERVAL_S
 
 
+async def test_presence_does_not_expire_between_checks_that_are_far_apart(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    stage = Stage(nursery, redis_health_interval_ms=60_000)
+    stage.start()
+    await stage.manager.settled.wait()
+    await trio.sleep(300)
+    gaps = [after - before for before, after in pairwise(stage.redis.writes)]
+    assert len(gaps) >= 75
+    # One that is late does no harm either.
+    assert 2 * max(gaps) < PRESENCE_EXPIRY_MS / 1000
+
+
 async def test_before_the_end_nobody_waits_for_a_stable_redis(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
@@ -489,6 +517,48 @@ async def test_a_live_server_of_the_same_name_keeps_us_out(
     assert "http://there" in (stage.manager.name_taken or "")
     assert "http://there" in (stage.manager.reason or "")
     assert stage.redis.entry is RIVAL
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["who stays is first", "who yields is first"])
+@pytest.mark.parametrize("lag_s", [0.0, 0.05, 0.09])
+async def test_of_two_servers_of_one_name_that_start_together_one_yields(
+    nursery: trio.Nursery, autojump_clock: MockClock, first: int, lag_s: float
+) -> None:
+    one = Stage(nursery)
+    two = Stage(nursery, boot_id="boot-2", redis=one.redis)
+    # Each looks before the other has written.
+    one.redis.latency_s = 0.1
+    for stage in (one, two) if first == 0 else (two, one):
+        stage.start()
+        await trio.sleep(lag_s)
+    for stage in (one, two):
+        await stage.manager.settled.wait()
+        assert stage.modes() == ["redis"]
+    # Whoever yields tries again, until it is told why not.
+    await trio.sleep(300)
+    before = len(two.told)
+    await trio.sleep(300)
+    assert one.modes() == ["redis"]
+    assert (two.modes()[-1], len(two.told)) == ("memory", before)
+    assert "http://boot-1" in (two.manager.name_taken or "")
+    assert one.manager.name_taken is None
+    assert one.redis.entry is not None
+    assert one.redis.entry.boot_id == "boot-1"
+
+
+async def test_who_yielded_uses_redis_when_the_other_one_is_gone(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    one = Stage(nursery)
+    two = Stage(nursery, boot_id="boot-2", redis=one.redis)
+    one.redis.latency_s = 0.1
+    for stage in (one, two):
+        stage.start()
+    await trio.sleep(300)
+    assert (one.manager.mode, two.manager.mode) == ("redis", "memory")
+    await one.manager.hand_over()
+    await two.until("redis")
+    assert two.manager.name_taken is None
 
 
 async def test_at_the_end_the_entry_is_taken_back(stage: Stage, autojump_clock: MockClock) -> None:

@@ -13,13 +13,22 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.clock import SessionClock
-from bandsync.commands import ChatMessage, LeaveSession, Play, Refusal, UpdateMessage
+from bandsync.commands import (
+    ChatMessage,
+    LeaveSession,
+    Pause,
+    Play,
+    Refusal,
+    SetTempo,
+    UpdateMessage,
+)
 from bandsync.counters import Counters
-from bandsync.decide import Actor, Bind, Command, Decision, decide
+from bandsync.decide import Actor, Bind, Command, Decision, Drop, decide
 from bandsync.draft import Here
 from bandsync.hub import Hub
+from bandsync.messages import MemberConnection, encode
 from bandsync.rooms import Room
-from bandsync.session import Session, Tip, find, leader_of, present
+from bandsync.session import TOMBSTONE_MS, Session, Tip, find, leader_of, present, tip
 from bandsync.storage.base import (
     Committed,
     Conflict,
@@ -27,8 +36,11 @@ from bandsync.storage.base import (
     Presence,
     Unreadable,
 )
+from bandsync.storage.changes import write_change
 from bandsync.storage.era import Era, Loss
 from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.records import changed_fields
+from bandsync.storage.relay import Relay
 from bandsync.sweeper import Sweeper
 from bandsync.tokens import ResumeToken
 from tests.states import HERE, NOW
@@ -223,6 +235,8 @@ VERSIONED = (
     "member_connection",
     "role_changed",
     "play",
+    "pause",
+    "tempo_changed",
     "message_updated",
     "chat_message",
 )
@@ -762,6 +776,146 @@ async def test_a_room_that_only_waits_for_a_lost_commit_is_closed(
     assert stage.stores.memory.ids() == []
 
 
+async def test_who_opens_a_session_in_an_outage_takes_nothing_from_the_band_in_redis(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    await stage.elsewhere(stage.bind("Cid"), "Cid", "far away")
+    await stage.elsewhere(SetTempo(tempo=90), "Cid")
+    before = await stage.elsewhere(Play(), "Cid")
+    stage.lose()
+    await trio.sleep(5)
+    bob, room = await stage.join("Bob")
+    for command in (SetTempo(tempo=140), Pause(), UpdateMessage(message="mine")):
+        assert await room.command(bob, command, "", "r") is None
+    await trio.sleep(5)
+    await stage.recover()
+    after = stage.stored()
+    assert after.leader == before.leader
+    assert after.transport == before.transport
+    assert after.headline.value == "mine"
+    assert [member.display_name for member in present(after)] == ["Cid", "Bob"]
+    assert bob.heard("snapshot")[-1]["leaderId"] == "member Cid"
+    in_order(bob)
+
+
+async def test_who_left_elsewhere_in_a_long_outage_does_not_come_back(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    for name in ("Cid", "Dan"):
+        await stage.elsewhere(stage.bind(name), name, f"far away {name}")
+    await stage.hub.compare(stage.era)
+    stage.lose()
+    await trio.sleep(10)
+    await stage.elsewhere(LeaveSession(), "Dan")
+    await trio.sleep(TOMBSTONE_MS / 1000 + 10)
+    # Old tombstones are cleared away by whoever comes and goes.
+    await stage.elsewhere(stage.bind("Eve"), "Eve", "far away Eve")
+    assert "member Dan" not in stage.stored().members
+    await stage.say(room, ann, "meanwhile")
+    await stage.recover()
+    assert {member.display_name for member in present(stage.stored())} == {"Ann", "Cid", "Eve"}
+    assert texts(stage.stored()) == ["meanwhile"]
+    in_order(ann)
+
+
+async def test_a_move_to_an_era_that_is_over_changes_nothing(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    old = stage.era
+    stage.lose()
+    await stage.recover()
+    stage.remote.reads.clear()
+    # It waited for the lock while its era ended and another one began.
+    assert not await room.move(old)
+    assert stage.remote.reads == {}
+    assert room.mirror.era is stage.era
+    assert stage.stores.memory.ids() == []
+    await stage.say(room, ann, "hi")
+    assert texts(stage.stored()) == ["hi"]
+
+
+async def test_what_was_heard_and_cannot_be_taken_does_not_keep_the_room_locked(
+    stage: Stage, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    stage.remote.gate = trio.Event()
+
+    def stumble(payload: bytes) -> None:
+        raise FloatingPointError
+
+    async def say() -> None:
+        with pytest.raises(FloatingPointError):
+            await stage.say(room, ann, "first")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bandsync.rooms.read_change", stumble)
+        nursery.start_soon(say)
+        await wait_all_tasks_blocked()
+        stage.hub.hear("song", b"{}")
+        stage.remote.gate.set()
+        await wait_all_tasks_blocked()
+    assert not room.lock.locked()
+    await stage.say(room, ann, "second")
+    assert texts(stage.stored()) == ["first", "second"]
+
+
+class Subscriptions(Relay):
+    """A relay that only keeps count."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.wanted: set[str] = set()
+
+    async def subscribe(self, session_id: str) -> None:
+        self.wanted.add(session_id)
+
+    async def unsubscribe(self, session_id: str) -> None:
+        if session_id not in self.hub.rooms:
+            self.wanted.discard(session_id)
+
+
+@pytest.fixture
+async def subscriptions(stage: Stage) -> Subscriptions:
+    stage.era.relay = Subscriptions(stage.hub)
+    return stage.era.relay
+
+
+async def test_joins_that_are_cancelled_while_the_session_is_read_leave_no_subscription(
+    stage: Stage, subscriptions: Subscriptions, autojump_clock: MockClock
+) -> None:
+    stage.remote.gate = trio.Event()
+    for number in range(20):
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as connection:
+                nursery.start_soon(cancel_when_all_wait, connection)
+                await stage.join("Ann", f"song {number}")
+        assert stage.remote.reads[f"song {number}"] == 1
+    await stage.hub.finished()
+    assert stage.hub.rooms == {}
+    assert subscriptions.wanted == set()
+
+
+@pytest.mark.parametrize("since", ["before", "while they play", "never"])
+async def test_a_room_that_closes_leaves_no_subscription_whether_it_could_be_read_or_not(
+    stage: Stage, subscriptions: Subscriptions, since: str, autojump_clock: MockClock
+) -> None:
+    if since == "before":
+        stage.remote.unreadable.add("song")
+    ann, room = await stage.join("Ann")
+    if since == "while they play":
+        stage.remote.unreadable.add("song")
+    await stage.say(room, ann, "hi")
+    await stage.hub.compare(stage.era)
+    assert (room.mirror.era is None) == (since != "never")
+    assert subscriptions.wanted == {"song"}
+    assert await room.command(ann, LeaveSession(), "", "bye") is None
+    await stage.hub.finished()
+    assert stage.hub.rooms == {}
+    assert subscriptions.wanted == set()
+
+
 class Watched(Stage):
     """Ann is here, Cid is on the server ``hall``."""
 
@@ -784,6 +938,15 @@ class Watched(Stage):
     def hide(self) -> None:
         """Its entry is gone."""
         self.remote.servers.clear()
+
+    async def swept(self, name: str) -> bytes:
+        """The server ``hall`` takes this member for lost; what it says of it."""
+        base = self.stored()
+        member = base.members[f"member {name}"]
+        after = await self.elsewhere(Drop(), name, member.connection_id)
+        fields, gone = changed_fields(base, after)
+        event = MemberConnection("song", after.version, self.hub.now(), member.member_id, False)
+        return write_change(tip(base), tip(after), "hall", fields, gone, [encode(event)])
 
     @property
     def cid(self) -> bool | None:
@@ -861,6 +1024,24 @@ async def test_what_is_not_seen_without_redis_says_nothing(
     assert watched.cid is True
     await trio.sleep(6)
     assert watched.cid is False
+
+
+async def test_a_member_that_was_swept_and_asserted_again_has_a_whole_grace_when_it_drops(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    ann = await watched.meet()
+    room = watched.hub.rooms["song"]
+    for _ in range(2):
+        # The other server did not see ours for a while, and says so.
+        watched.hub.hear("song", await watched.swept("Ann"))
+        await watched.hub.finished()
+        assert watched.stored().members["member Ann"].connected
+        await trio.sleep(GRACE_S * 0.4)
+    watched.hub.dropped(room, ann, "timeout")
+    await trio.sleep(GRACE_S - 0.1)
+    assert find(watched.stored(), "member Ann") is not None
+    await trio.sleep(0.2)
+    assert find(watched.stored(), "member Ann") is None
 
 
 async def test_members_of_a_server_that_lives_get_its_grace_not_ours(

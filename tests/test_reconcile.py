@@ -3,7 +3,15 @@
 import pytest
 from msgspec.structs import replace
 
-from bandsync.commands import ChatMessage, LeaveSession, SetRole, UpdateMessage
+from bandsync.commands import (
+    ChatMessage,
+    LeaveSession,
+    Pause,
+    Play,
+    SetRole,
+    SetTempo,
+    UpdateMessage,
+)
 from bandsync.decide import Audit, Decision, Drop, Expire
 from bandsync.draft import Here
 from bandsync.merge import merge, same_content
@@ -31,6 +39,7 @@ ONE = Here("one", "boot-one", 8, isolated=False)
 TWO = Here("two", "boot-two", 8, isolated=False)
 ALONE = replace(ONE, isolated=True)
 TWO_ALONE = replace(TWO, isolated=True)
+AWAITING = replace(ALONE, awaited=True)
 
 
 class Band(Stage):
@@ -354,6 +363,127 @@ def test_old_tombstones_that_others_pruned_are_not_put_back(band: Band) -> None:
     band.now -= TOMBSTONE_MS - FORGETTABLE_MS + 1000
     outcome = written(reconcile(mirror, band.state, band.own("Ann"), ONE, band.now))
     assert not outcome.session.members[band.ids["Cid"]].present
+
+
+def away(band: Band, *left: str) -> tuple[Session, Session]:
+    """Cid and Dan join at server two, which is then cut off from one for more than a minute.
+
+    Returns:
+        What server one still holds, and what two has stored by then; ``left`` have left.
+    """
+    band.here = TWO
+    band.join("Cid")
+    band.join("Dan")
+    mirror = band.state
+    band.at(TWO, mirror)
+    for name in left:
+        band.do(name, LeaveSession())
+    band.now += TOMBSTONE_MS + 100
+    # Whoever comes in clears away the tombstones that are old.
+    band.join("Eve")
+    assert all(band.ids[name] not in band.state.members for name in left)
+    return mirror, band.state
+
+
+def test_who_left_elsewhere_in_a_long_partition_does_not_come_back(band: Band) -> None:
+    mirror, stored = away(band, "Cid")
+    outcome = reconcile(mirror, stored, band.own("Ann"), ONE, band.now)
+    assert outcome == Adopt(stored)
+    # Nor if something happened here meanwhile.
+    band.at(ALONE, mirror)
+    band.do("Ann", ChatMessage(text="hello?"))
+    merged = written(reconcile(band.state, stored, band.own("Ann"), ONE, band.now)).session
+    assert merged.members.keys() == stored.members.keys()
+    assert [chat.text for chat in merged.chat] == ["hello?"]
+
+
+def test_who_is_missing_but_did_not_leave_is_asserted_by_its_own_server(band: Band) -> None:
+    mirror, stored = away(band)
+    own = {**band.own("Bob"), **band.own("Cid"), **band.own("Dan"), **band.own("Eve")}
+    cid = band.ids["Cid"]
+    members = {key: member for key, member in stored.members.items() if key != cid}
+    stored = replace(stored, version=stored.version + 1, members=members)
+    # Server one cannot know better.
+    assert reconcile(mirror, stored, band.own("Ann"), ONE, band.now) == Adopt(stored)
+    asserted = written(reconcile(band.state, stored, own, TWO, band.now)).session.members[cid]
+    assert (asserted.present, asserted.connected, asserted.boot_id) == (True, True, "boot-two")
+    assert asserted.connection_id == own[cid].connection_id
+
+
+@pytest.mark.parametrize("loss", ["absent", "older", "another history"])
+def test_a_redis_that_lost_its_memory_takes_no_member_away(band: Band, loss: str) -> None:
+    dump = band.state
+    mirror, stored = away(band)
+    missing = {"absent": None, "older": dump, "another history": None}[loss]
+    if loss == "another history":
+        stranger = Stage(TWO, band.now, "other-")
+        stranger.join("Fay")
+        assert stranger.session is not None
+        missing = replace(stranger.session, version=stored.version + 100)
+    outcome = written(reconcile(mirror, missing, band.own("Ann"), ONE, band.now))
+    assert outcome.session.members.keys() >= mirror.members.keys()
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "in its grace"])
+def test_our_own_members_that_others_forgot_are_put_back(band: Band, connected: bool) -> None:
+    if not connected:
+        band.do("Ann", Drop())
+    own = band.own("Ann") if connected else {}
+    mirror, stored = away(band)
+    ann = band.ids["Ann"]
+    members = {key: member for key, member in stored.members.items() if key != ann}
+    stored = replace(stored, version=stored.version + 1, members=members)
+    put_back = written(reconcile(mirror, stored, own, ONE, band.now)).session.members[ann]
+    assert (put_back.present, put_back.connected) == (True, connected)
+
+
+class Newcomer(Stage):
+    """Eve, who joins at server one while Redis is out of reach, in a session of its own."""
+
+    def __init__(self, now: float) -> None:
+        super().__init__(AWAITING, now, "new-")
+        self.join("Eve")
+        self.now += 1
+
+    def meets(self, stored: Session | None) -> Session:
+        """What becomes of its session when Redis is back."""
+        assert self.session is not None
+        eve = self.ids["Eve"]
+        own = {eve: self.session.members[eve]}
+        return written(reconcile(self.session, stored, own, ONE, self.now)).session
+
+
+def test_who_opens_a_session_in_an_outage_does_not_lead_the_band_that_is_in_redis(
+    band: Band,
+) -> None:
+    band.do("Ann", SetTempo(tempo=90))
+    band.do("Ann", Play())
+    band.do("Ann", UpdateMessage(message="Verse"))
+    eve = Newcomer(band.now + 5000)
+    assert eve.leader == "Eve"
+    eve.do("Eve", SetTempo(tempo=140))
+    eve.do("Eve", Pause())
+    eve.do("Eve", UpdateMessage(message="Chorus"))
+    eve.do("Eve", ChatMessage(text="hi"))
+    merged = eve.meets(band.state)
+    assert merged.leader == band.state.leader
+    assert merged.transport == band.state.transport
+    assert merged.headline == band.state.headline
+    assert role_of(merged, eve.ids["Eve"]) == "follower"
+    assert merged.members.keys() == {*band.state.members, eve.ids["Eve"]}
+    # What is nobody's privilege is kept.
+    assert [chat.text for chat in merged.chat] == ["hi"]
+
+
+def test_who_opens_a_session_in_an_outage_leads_it_if_there_was_none(band: Band) -> None:
+    eve = Newcomer(NOW)
+    eve.do("Eve", SetTempo(tempo=140))
+    assert eve.session is not None
+    merged = eve.meets(None)
+    assert same_content(merged, eve.session)
+    leader = leader_of(merged)
+    assert leader is not None
+    assert leader.display_name == "Eve"
 
 
 def test_alone_after_stepping_down_nobody_is_elected_by_a_reconcile(band: Band) -> None:

@@ -23,16 +23,25 @@ from bandsync.commands import (
 )
 from bandsync.decide import Command, Drop
 from bandsync.session import CHAT_RING, TOMBSTONE_MS, Session, tip
-from bandsync.storage.changes import Change, read_change, write_change
+from bandsync.storage.base import Presence, Unreadable
+from bandsync.storage.changes import (
+    Change,
+    read_change,
+    read_whisper,
+    write_change,
+    write_whisper,
+)
 from bandsync.storage.records import (
     FORMAT,
     UnreadableError,
     changed_fields,
     patch_session,
+    read_presence,
     read_session,
     read_tip,
+    write_presence,
 )
-from tests.states import Stage, step, steps
+from tests.states import NOW, Stage, step, steps
 
 TIP = {"epoch", "version", "eventId"}
 
@@ -255,6 +264,76 @@ def test_a_value_that_is_another_or_no_json_is_unreadable(kind: str, value: byte
     fields = readable()
     name = first(kind)(fields)
     fields[name] = value
+    with pytest.raises(UnreadableError, match=f"^{name}: "):
+        read_session("song", fields)
+
+
+# As only an enemy nests.
+DEEP = b"[" * 50_000 + b"]" * 50_000
+
+
+@pytest.mark.parametrize("kind", ["head", "member:", "chat:"])
+def test_a_value_that_is_nested_deeply_where_nobody_looks_is_unreadable(kind: str) -> None:
+    fields = readable()
+    name = first(kind)(fields)
+    fields[name] = fields[name][:-1] + b',"colour":' + DEEP + b"}"
+    with pytest.raises(UnreadableError, match=f"^{name}: "):
+        read_session("song", fields)
+    session = a_band().session
+    assert session is not None
+    delta = {name: Raw(fields[name])}
+    change = Change(tip(session), session.version + 1, "event", "hall", delta, [])
+    with pytest.raises(UnreadableError, match=f"^{name}: "):
+        patch_session(session, change)
+
+
+MESSAGE = b'{"prev":null,"version":1,"eventId":"x","serverId":"hall","delta":{%s},"frames":[%s]%s}'
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(b'"head":' + DEEP, b"", b""), (b"", DEEP, b""), (b"", b"", b',"colour":' + DEEP)],
+    ids=["delta", "frames", "elsewhere"],
+)
+def test_a_message_that_is_nested_deeply_is_none(parts: tuple[bytes, ...]) -> None:
+    assert read_change(MESSAGE % (b"", b"", b"")) is not None
+    assert read_change(MESSAGE % parts) is None
+
+
+def test_a_whisper_that_is_nested_deeply_is_none() -> None:
+    whisper = write_whisper("member", b'{"type":"leader_denied"}')
+    assert read_whisper(whisper) is not None
+    assert read_whisper(whisper[:-1] + b',"colour":' + DEEP + b"}") is None
+    assert read_whisper(write_whisper("member", DEEP)) is None
+
+
+def test_a_presence_that_is_nested_deeply_is_unreadable() -> None:
+    entry = Presence("boot-1", NOW, "http://here", ["song"], 1)
+    value = write_presence(entry)
+    assert read_presence(value) == entry
+    for poisoned in (value[:-1] + b',"colour":' + DEEP + b"}", DEEP):
+        assert isinstance(read_presence(poisoned), Unreadable)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("head", ("leader", "rank", "term")),
+        ("head", ("transport", "stamp", "rank", "term")),
+        ("member:", ("incarnation",)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "number", ["9" * 4300, str(2**53), "-1"], ids=["4300 digits", "2^53", "-1"]
+)
+def test_a_count_that_nobody_can_have_reached_is_unreadable(
+    kind: str, path: tuple[str, ...], number: str
+) -> None:
+    fields = readable()
+    name = first(kind)(fields)
+    # Python writes no number of so many digits.
+    fields[name] = edited(fields[name], path, "number").replace(b'"number"', number.encode())
     with pytest.raises(UnreadableError, match=f"^{name}: "):
         read_session("song", fields)
 

@@ -414,6 +414,30 @@ async def test_servers_that_are_alive_are_found(
     assert (found["gone"], found["hall"]) == (None, Presence("b", 1.5, "http://hall", ["song"], 3))
 
 
+@pytest.mark.parametrize("size", [497, 498, 1000, 4100])
+async def test_a_session_of_thousands_is_written_and_read_whole(
+    storage: RedisStorage, shared_redis: RedisServer, size: int
+) -> None:
+    song = await band(storage)
+    before = song.session
+    assert before is not None
+    left = replace(before.members[song.ids["Bob"]], present=False, connected=False)
+    crowd = {name: replace(left, member_id=name) for name in map(str, range(size))}
+    song.session = replace(before, members={**before.members, **crowd}, version=before.version + 1)
+    crowded = await song.commit(before)
+    assert await storage.get_session("song") == crowded
+    # A conflict brings all of it, too.
+    assert await storage.commit(before, crowded, ()) == Conflict(crowded)
+    assert await storage.delete_session("song")
+    put_back = await storage.commit(None, crowded, ())
+    assert isinstance(put_back, Committed)
+    assert await storage.get_session("song") == put_back.session
+    song.session = replace(before, version=crowded.version + 1)
+    cleared = await song.commit(put_back.session)
+    assert await storage.get_session("song") == cleared
+    assert f"member:{size - 1}" not in fields(shared_redis)
+
+
 # From here on Redis is broken on purpose: each test has its own.
 
 

@@ -6,15 +6,22 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from bandsync.commands import Play, Refusal, SetTempo
-from bandsync.decide import Actor, Bind, Decision, decide
+from bandsync.commands import (
+    ChatMessage,
+    LeaveSession,
+    Play,
+    Refusal,
+    SetTempo,
+    UpdateMessage,
+)
+from bandsync.decide import Actor, Bind, Command, Decision, decide
 from bandsync.draft import new_session
 from bandsync.messages import Snapshot
 from bandsync.session import Session, find, present, tip
 from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
 from bandsync.storage.memory import MemoryStorage
 from tests.redis_storages import redis_storage
-from tests.states import HERE, NOW
+from tests.states import HERE, NOW, Stage
 
 
 @pytest.fixture(params=["memory", "fakeredis", "redis"])
@@ -154,3 +161,27 @@ async def test_memory_forgets_idle_sessions() -> None:
     left = [session.session_id for session in await storage.list_sessions()]
     assert left == ["s0", "s3", "s4", "s5"]
     assert storage.expire(NOW + 90_000, 60_000, hosted, 3) == ["s3", "s4", "s5"]
+
+
+@pytest.mark.parametrize(
+    "command", [ChatMessage(text="hi"), Play(), UpdateMessage(message="Verse")], ids=repr
+)
+async def test_memory_forgets_sessions_in_which_nothing_was_done_before_others(
+    command: Command,
+) -> None:
+    storage = MemoryStorage("boot-1", "for a test")
+    for number in range(6):
+        band = Stage(now=NOW + number * 1000, prefix=f"{number}-")
+        band.join("Ann")
+        if number in {0, 1, 4}:
+            band.now += 100
+            band.do("Ann", command)
+        band.do("Ann", LeaveSession())
+        assert band.session is not None
+        await storage.create_session(replace(band.session, session_id=f"s{number}"))
+    assert storage.expire(NOW + 10_000, 60_000, (), 4) == ["s2", "s3"]
+    # Of those that are left, the longest idle.
+    assert storage.expire(NOW + 10_000, 60_000, (), 2) == ["s5", "s0"]
+    # Nothing is kept beyond its time, whatever was done in it.
+    assert storage.expire(NOW + 61_500, 60_000, (), 2) == ["s1"]
+    assert storage.ids() == ["s4"]

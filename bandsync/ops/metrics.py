@@ -161,6 +161,17 @@ class _ServerCollector:
                 "Round trip of the last health check.",
                 storage.round_trip_ms / 1000,
             )
+        yield _gauge(
+            "bandsync_clock_offset_seconds",
+            "The session clock minus this machine's wall clock.",
+            clock.offset_ms / 1000,
+        )
+        if clock.uncertainty_ms is not None:
+            yield _gauge(
+                "bandsync_clock_uncertainty_seconds",
+                "By how much the error of the session clock may be wrong.",
+                clock.uncertainty_ms / 1000,
+            )
         if clock.error_ms is not None:
             yield _gauge(
                 "bandsync_clock_error_seconds",
