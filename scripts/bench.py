@@ -15,11 +15,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
+from benchcluster import cluster, remote
 from benchcommands import commands
 from benchcommit import commit
 from benchfleet import Fleet, masked
 from benchload import SETTLE_S, TICK, WARM_UP_S, Chatter, Latencies, after, capture, join, settle
 from benchmigrate import migrate
+from benchresume import resume
 from benchserver import (
     BenchError,
     bandsync,
@@ -260,10 +262,14 @@ _BENCHES = {
         slow_consumer, {"sessions": 25, "members": 8, "seconds": 5.0, "chats_per_second": 20.0}
     ),
     "commit": Bench(commit, {"callers": 50, "members": 8, "seconds": 10.0}),
+    "cluster": Bench(cluster, {"sessions": 25, "members": 8, "seconds": 10.0}),
+    "remote": Bench(remote, {"seconds": 10.0}),
+    "resume": Bench(resume, {"connections": 1000, "members": 8, "seconds": 25.0, "alone": False}),
     "migrate": Bench(migrate, {"sessions": 1000, "members": 1, "seconds": 2.0}),
 }
 
 _HELP = {
+    "alone": "all members of a session are on the server that dies, not every other one",
     "callers": "how many commit at the same time (default %(default)s)",
     "chats_per_second": "long messages of each leader (default %(default)s)",
     "connections": "how many, in sessions of --members (default %(default)s)",

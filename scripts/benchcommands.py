@@ -1,16 +1,18 @@
 """Commands in a closed loop; bench.py starts it."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from benchfleet import ACK, Client, Fleet, masked, masked_text
 from benchload import SETTLE_S, WARM_UP_S, ClosedLoop, join, settle
 from benchredis import new_redis
 from benchserver import BenchError, Server, bandsync, yardstick
-from benchwindows import Contender, Window, alternate, cpu_us, median_ratio, total
+from benchwindows import Contender, Measured, Window, alternate, cpu_us, median_ratio, total
 
 _ACK = b'{"type":"ack","requestId":"'
-_NO_EVENTS = (ACK, b"erro", b"room", b"scro", b"snap", b"stor", b"sync", b"welc")
+# Kinds of what BandSync sends besides the events of commands.
+NO_EVENTS = (ACK, b"erro", b"room", b"scro", b"snap", b"stor", b"sync", b"welc")
 
 
 def command_frames() -> list[bytes]:
@@ -44,15 +46,19 @@ def commands(
     """Commands as fast as they are answered: BandSync beside a server that only broadcasts."""
     contenders: dict[str, Contender] = {}
     with ExitStack() as stack:
-        contenders["bandsync"], event_bytes = _bands(stack, sessions, members, None)
+        server = stack.enter_context(bandsync(sessions * members, members))
+        contenders["bandsync"], event_bytes = bands(stack, server, [server.port], sessions, members)
         if redis:
             url = stack.enter_context(new_redis()).url()
-            contenders["bandsyncRedis"], _ = _bands(stack, sessions, members, url)
+            server = stack.enter_context(
+                bandsync(sessions * members, members, redis_url=url, patient=True)
+            )
+            contenders["bandsyncRedis"], _ = bands(stack, server, [server.port], sessions, members)
         contenders["websockets"] = _yardstick(stack, sessions, members, event_bytes)
         settle()
         windows = alternate(contenders, seconds)
         if redis:
-            _expect_no_failover(contenders["bandsyncRedis"].server)
+            expect_no_failover(server)
     result: dict[str, object] = {
         "bench": "commands",
         "sessions": sessions,
@@ -64,11 +70,11 @@ def commands(
     }
     for name, parts in windows.items():
         whole = total(parts)
-        deliveries = whole.frames(without=_NO_EVENTS)
+        deliveries = whole.frames(without=NO_EVENTS)
         acks = whole.kinds[ACK]
         result[name] = {
-            "deliveriesPerSecond": round(_event_rate(whole)),
-            "perSlice": [round(_event_rate(part)) for part in parts],
+            "deliveriesPerSecond": round(event_rate(whole)),
+            "perSlice": [round(event_rate(part)) for part in parts],
             "cpuUsPerDelivery": round(cpu_us(whole, deliveries), 2),
             **({"cpuUsPerCommand": round(cpu_us(whole, acks), 1)} if acks else {}),
             "otherFramesPerSecond": round((whole.frames() - deliveries) / whole.seconds),
@@ -77,25 +83,28 @@ def commands(
         }
     if redis:
         own, memory = windows["bandsyncRedis"], windows["bandsync"]
-        result["ratioRedisToMemory"] = round(
-            _event_rate(total(own)) / _event_rate(total(memory)), 2
-        )
+        result["ratioRedisToMemory"] = round(event_rate(total(own)) / event_rate(total(memory)), 2)
         result["medianCpuRatioRedisToMemory"] = median_ratio(own, memory, _command_cost)
     return result | {
         "ratio": round(
-            _event_rate(total(windows["bandsync"])) / _event_rate(total(windows["websockets"])), 2
+            event_rate(total(windows["bandsync"])) / event_rate(total(windows["websockets"])), 2
         ),
-        "medianRatio": median_ratio(windows["bandsync"], windows["websockets"], _event_rate),
+        "medianRatio": median_ratio(windows["bandsync"], windows["websockets"], event_rate),
     }
 
 
-def _bands(
-    stack: ExitStack, sessions: int, members: int, redis_url: str | None
+def bands(
+    stack: ExitStack,
+    server: Measured,
+    ports: Sequence[int],
+    sessions: int,
+    members: int,
+    *,
+    ticks: bool = True,
 ) -> tuple[Contender, int]:
-    """A BandSync server whose leaders give commands, and the mean size of the events, bytes."""
-    server = stack.enter_context(bandsync(sessions * members, members, redis_url=redis_url))
-    fleet = stack.enter_context(Fleet(server.port))
-    leaders = join(fleet, sessions, members)
+    """BandSync servers to whom leaders give commands, and the mean size of the events, bytes."""
+    fleet = stack.enter_context(Fleet(*ports))
+    leaders = join(fleet, sessions, members, ticks=ticks)
     loop = ClosedLoop(command_frames(), acked)
     for leader in leaders:
         loop.add(leader)
@@ -120,7 +129,12 @@ def _yardstick(stack: ExitStack, sessions: int, members: int, event_bytes: int) 
     return Contender(server, fleet, wake=echo.start, rest=lambda: echo.stop(fleet))
 
 
-def _expect_no_failover(server: Server) -> None:
+def expect_no_failover(server: Server) -> None:
+    """Fail if the server did not keep its sessions in Redis all the time.
+
+    Raises:
+        BenchError: it did not.
+    """
     status = json.loads(server.get("/api/storage/status"))
     if status["mode"] != "redis" or status["lastFailover"] is not None:
         raise BenchError(f"not all commands went to Redis: {status}")
@@ -130,8 +144,9 @@ def _command_cost(window: Window) -> float:
     return cpu_us(window, window.kinds[ACK])
 
 
-def _event_rate(window: Window) -> float:
-    return window.frames(without=_NO_EVENTS) / window.seconds
+def event_rate(window: Window) -> float:
+    """Deliveries per second."""
+    return window.frames(without=NO_EVENTS) / window.seconds
 
 
 def _event_bytes(fleet: Fleet, leader: Client) -> int:
@@ -139,7 +154,7 @@ def _event_bytes(fleet: Fleet, leader: Client) -> int:
     sizes: list[int] = []
 
     def note(data: bytes, start: int, end: int) -> None:
-        if data[start + 9 : start + 13] not in _NO_EVENTS:
+        if data[start + 9 : start + 13] not in NO_EVENTS:
             sizes.append(end - start)
 
     previous, leader.on_text = leader.on_text, note

@@ -29,29 +29,41 @@ _CLOSE = 0x88
 _PING = 0x89
 _PONG = 0x8A
 
-# Where the value of `type` begins and ends in what servers send: {"type":"scroll_tick",…
-_KIND_FROM = len('{"type":"')
-_KIND_TO = _KIND_FROM + 4
-
 
 class Client:
     """One connection of a `Fleet`.
 
     Attributes:
         session: to which it belongs, by number.
+        server: to which it is connected, by its place among the ports of the fleet.
+        greeting: sent as soon as the handshake is done.
         on_text: called with (data, start, end) for every text frame, whose payload is
             ``data[start:end]``; None to count them only.
+        on_end: called when the server ends the connection; None for nothing.
         close_code: of the close frame that came, if one did.
     """
 
-    __slots__ = ("close_code", "on_text", "rest", "session", "sock", "upgraded")
+    __slots__ = (
+        "close_code",
+        "greeting",
+        "on_end",
+        "on_text",
+        "rest",
+        "server",
+        "session",
+        "sock",
+        "upgraded",
+    )
 
-    def __init__(self, sock: socket.socket, session: int) -> None:
+    def __init__(self, sock: socket.socket, session: int, server: int, greeting: bytes) -> None:
         self.sock = sock
         self.session = session
+        self.server = server
+        self.greeting = greeting
         self.rest = b""
         self.upgraded = False
         self.on_text: Callable[[bytes, int, int], None] | None = None
+        self.on_end: Callable[[], None] | None = None
         self.close_code: int | None = None
 
     def send(self, frame: bytes) -> None:
@@ -61,25 +73,35 @@ class Client:
 
 
 class Fleet:
-    """Many connections to one server, in one epoll loop.
+    """Many connections to one server or more, in one epoll loop.
 
     Args:
-        port: of the server on this machine.
+        ports: of the servers on this machine.
+        open_on: on how many of them `open` opens connections; None for all.
 
     Attributes:
+        target: what is asked for in a handshake; ``{}`` stands for the number of the session.
+        kind_at: where in a text its kind begins.
         clients: all that were opened, in order.
-        kinds: text frames received, by the first four letters of their ``type``.
+        kinds: text frames received, by their kind: of servers that send our messages, the first
+            four letters of ``type``.
         payload_bytes: of all text frames received.
         gone: connections that the server ended.
+        on_connect: called with each client before anything comes; None for nothing.
     """
 
-    def __init__(self, port: int) -> None:
+    target = "/ws/bench-{}"
+    kind_at = len('{"type":"')
+
+    def __init__(self, *ports: int, open_on: int | None = None) -> None:
         self.clients: list[Client] = []
         self.kinds: Counter[bytes] = Counter()
         self.payload_bytes = 0
         self.gone = 0
         self._upgraded = 0
-        self._port = port
+        self.on_connect: Callable[[Client], None] | None = None
+        self._ports = ports
+        self._open_on = open_on or len(ports)
         self._epoll = select.epoll()
         self._by_fd: dict[int, Client] = {}
 
@@ -98,26 +120,52 @@ class Fleet:
         self._epoll.close()
 
     def open(
-        self, sessions: Iterable[int], greeting: bytes = b"", *, receive_buffer: int | None = None
+        self,
+        sessions: Iterable[int],
+        greeting: bytes = b"",
+        *,
+        place: int = 0,
+        receive_buffer: int | None = None,
     ) -> list[Client]:
         """Open a connection for each of ``sessions`` and shake hands, many at a time.
 
         Args:
             greeting: sent as soon as the handshake is done.
+            place: of these members among those of their sessions: the members of a session take
+                turns on the servers, and the sessions begin on different ones.
             receive_buffer: of the kernel, bytes; None for its default.
         """
         opened: list[Client] = []
         before = self._upgraded
         for session in sessions:
             while len(opened) - (self._upgraded - before) >= _OPENING:
-                self._poll(1.0, greeting)
-            opened.append(self._connect(session, receive_buffer))
+                self._poll(1.0)
+            server = (session + place) % self._open_on
+            opened.append(self.connect(session, greeting, server, receive_buffer))
         deadline = now_s() + _START_S
         while self._upgraded - before < len(opened):
-            self._poll(1.0, greeting)
+            self._poll(1.0)
             if now_s() > deadline:
                 raise BenchError("the handshakes do not come to an end")
         return opened
+
+    def connect(
+        self, session: int, greeting: bytes, server: int, receive_buffer: int | None = None
+    ) -> Client:
+        """Begin to open one connection."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.connect_ex((HOST, self._ports[server]))
+        client = Client(sock, session, server, greeting)
+        if self.on_connect is not None:
+            self.on_connect(client)
+        self.clients.append(client)
+        self._by_fd[sock.fileno()] = client
+        self._epoll.register(sock, select.EPOLLOUT)
+        return client
 
     def run_for(self, seconds: float) -> None:
         """Receive for so long."""
@@ -149,31 +197,18 @@ class Fleet:
         """All text frames received."""
         return sum(self.kinds.values())
 
-    def _connect(self, session: int, receive_buffer: int | None) -> Client:
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if receive_buffer is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.connect_ex((HOST, self._port))
-        client = Client(sock, session)
-        self.clients.append(client)
-        self._by_fd[sock.fileno()] = client
-        self._epoll.register(sock, select.EPOLLOUT)
-        return client
-
-    def _poll(self, timeout_s: float, greeting: bytes = b"") -> None:
+    def _poll(self, timeout_s: float) -> None:
         for fd, event in self._epoll.poll(timeout_s, _POLL_EVENTS):
             client = self._by_fd[fd]
             if event & select.EPOLLOUT and not event & select.EPOLLERR:
-                client.send(_upgrade(client.session))
+                client.send(_upgrade(self.target.format(client.session)))
                 self._epoll.modify(fd, select.EPOLLIN)
             elif client.upgraded:
                 self._receive(client)
             else:
-                self._shake_hands(client, greeting)
+                self._shake_hands(client)
 
-    def _shake_hands(self, client: Client, greeting: bytes) -> None:
+    def _shake_hands(self, client: Client) -> None:
         data = client.rest + _received(client.sock)
         head, end, client.rest = data.partition(b"\r\n\r\n")
         if not end:
@@ -183,8 +218,8 @@ class Fleet:
         if end:
             client.upgraded = True
             self._upgraded += 1
-            if greeting:
-                client.send(greeting)
+            if client.greeting:
+                client.send(client.greeting)
             self._parse(client, client.rest)
 
     def _receive(self, client: Client) -> None:
@@ -194,11 +229,16 @@ class Fleet:
         else:
             self.gone += 1
             self._epoll.unregister(client.sock)
+            client.sock.close()
+            if client.on_end is not None:
+                client.on_end()
 
     def _parse(self, client: Client, data: bytes) -> None:
         """Walk from header to header; one function, because this is what the generator does."""
         size = len(data)
         position = 0
+        kind_from = self.kind_at
+        kind_to = kind_from + 4
         while size - position >= 2:
             first = data[position]
             length = data[position + 1]
@@ -214,7 +254,7 @@ class Fleet:
             if end > size:
                 break
             if first == _TEXT:
-                self.kinds[data[start + _KIND_FROM : start + _KIND_TO]] += 1
+                self.kinds[data[start + kind_from : start + kind_to]] += 1
                 self.payload_bytes += length
                 if client.on_text is not None:
                     client.on_text(data, start, end)
@@ -248,10 +288,10 @@ def _client_frame(first: int, payload: bytes) -> bytes:
     return header + mask + body.to_bytes(length, "little")
 
 
-def _upgrade(session: int) -> bytes:
+def _upgrade(target: str) -> bytes:
     key = base64.b64encode(secrets.token_bytes(16)).decode()
     return (
-        f"GET /ws/bench-{session} HTTP/1.1\r\nHost: {HOST}\r\nUpgrade: websocket\r\n"
+        f"GET {target} HTTP/1.1\r\nHost: {HOST}\r\nUpgrade: websocket\r\n"
         f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
     ).encode()
 

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
-from benchfleet import Client, Fleet, masked
+from benchfleet import ACK, Client, Fleet, masked
 from benchserver import BenchError, now_s, wall_ms
 
 WARM_UP_S = 2.0
@@ -56,8 +56,8 @@ class ClosedLoop:
         self.outstanding = 0
         self.answers = 0
 
-    def add(self, leader: Client) -> None:
-        """Let ``leader`` take part."""
+    def add(self, leader: Client, hearer: Client | None = None) -> None:
+        """Let ``leader`` take part; the answers come to ``hearer``, if it is another."""
         waiting: list[int] = []
         following = 0
 
@@ -78,7 +78,7 @@ class ClosedLoop:
             if self._running:
                 send()
 
-        leader.on_text = receive
+        (hearer or leader).on_text = receive
         self._loops.append(send)
 
     def start(self) -> None:
@@ -128,22 +128,26 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: now_s() >= end
 
 
-def join(fleet: Fleet, sessions: int, members: int, *, slow: bool = False) -> list[Client]:
-    """Fill the sessions, the first of each leads.
+def join(
+    fleet: Fleet, sessions: int, members: int, *, slow: bool = False, ticks: bool = True
+) -> list[Client]:
+    """Fill the sessions, whose members take turns on the servers; the first of each leads.
 
     Args:
         slow: give the last member of each session a small receive buffer.
+        ticks: whether they want ticks.
 
     Returns:
         The leaders.
     """
-    greeting = masked({"type": "join_session"})
+    # Not by their snapshots: a member also gets one when servers joined others at the same time.
+    greeting = masked({"type": "join_session", "requestId": "join", "ticks": ticks})
     leaders = fleet.open(range(sessions), greeting)
-    fleet.run_until(lambda: fleet.kinds[b"snap"] == sessions)
+    fleet.run_until(lambda: fleet.kinds[ACK] == sessions)
     for place in range(1, members):
         small = 16_384 if slow and place == members - 1 else None
-        fleet.open(range(sessions), greeting, receive_buffer=small)
-    fleet.run_until(lambda: fleet.kinds[b"snap"] == sessions * members)
+        fleet.open(range(sessions), greeting, place=place, receive_buffer=small)
+    fleet.run_until(lambda: fleet.kinds[ACK] == sessions * members)
     return leaders
 
 

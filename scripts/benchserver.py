@@ -132,12 +132,14 @@ class Server:
         """Let it go on."""
         self._process.send_signal(signal.SIGCONT)
 
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        self._process.kill()
+        self._process.wait()
+
     def cpu_s(self) -> float:
         """User and system time of all its threads so far, seconds."""
-        total_ns = 0
-        for thread in Path(f"/proc/{self.pid}/task").iterdir():
-            total_ns += int((thread / "schedstat").read_text().split()[0])
-        return total_ns / 1e9
+        return cpu_of(self.pid)
 
     def rss_kb(self) -> float:
         """Its resident memory, KB (1024 bytes)."""
@@ -166,6 +168,14 @@ class Server:
         return int(found[1])
 
 
+def cpu_of(pid: int) -> float:
+    """User and system time of all threads of a process so far, seconds."""
+    total_ns = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        total_ns += int((thread / "schedstat").read_text().split()[0])
+    return total_ns / 1e9
+
+
 def clean_environment() -> dict[str, str]:
     """The environment, without what would change the settings of a BandSync server."""
     ours = {option.name for option in OPTIONS}
@@ -173,11 +183,14 @@ def clean_environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def bandsync(connections: int, members: int, *, redis_url: str | None = None) -> Server:
+def bandsync(
+    connections: int, members: int, *, redis_url: str | None = None, patient: bool = False
+) -> Server:
     """A BandSync server that only does what is measured: no rate limits, no logs.
 
     Args:
         redis_url: where it keeps sessions; None for its memory.
+        patient: about the answers of Redis, for the server is suspended now and then.
     """
     redis = (
         ("--redis-enabled", "false")
@@ -188,6 +201,7 @@ def bandsync(connections: int, members: int, *, redis_url: str | None = None) ->
         str(ROOT / "scripts" / "serve.py"),
         *("--host", HOST, "--port", "0", "--log-level", "warning", *redis),
         *("--rate-limit-factor", "0", "--connection-timeout-ms", "600000"),
+        *(("--redis-health-timeout-ms", "60000") if patient else ()),
         *("--max-connections", str(connections + 64), "--max-members", str(members)),
     )
 

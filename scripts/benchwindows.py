@@ -4,13 +4,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from benchfleet import Fleet
 from benchload import SETTLE_S, WARM_UP_S
-from benchserver import BenchError, Server, now_s
+from benchserver import BenchError, now_s
 
 _SLICE_S = 1.0
+
+
+class Measured(Protocol):
+    """A server, or several that work together."""
+
+    def suspend(self) -> None:
+        """Let it use no CPU at all while another is measured."""
+
+    def resume(self) -> None:
+        """Let it go on."""
+
+    def cpu_s(self) -> float:
+        """User and system time so far, seconds."""
 
 
 class Window(NamedTuple):
@@ -18,7 +31,7 @@ class Window(NamedTuple):
 
     Attributes:
         seconds: how long it was.
-        server_cpu_s: of the server process, seconds.
+        server_cpu_s: of what is measured, seconds.
         generator_cpu_s: of this process, seconds.
         kinds: text frames received, as in `Fleet.kinds`.
         payload_bytes: of these.
@@ -35,7 +48,7 @@ class Window(NamedTuple):
         return sum(self.kinds.values()) - sum(self.kinds[kind] for kind in without)
 
 
-def measure(server: Server, fleet: Fleet, seconds: float) -> Window:
+def measure(server: Measured, fleet: Fleet, seconds: float) -> Window:
     """Receive for ``seconds``.
 
     Raises:
@@ -79,7 +92,7 @@ class Contender(NamedTuple):
         rest: called at the end of its turn.
     """
 
-    server: Server
+    server: Measured
     fleet: Fleet
     wake: Callable[[], object] = lambda: None
     start: Callable[[], object] = lambda: None

@@ -6,6 +6,9 @@ clients while faults come in an order drawn from the seed; then the server is re
 resume. Prints a table with a line for each fault. The exit code is 1 if an acknowledged change or
 a connection was lost, a version came out of order or a state differs; with --strict also if a
 command waited too long or the music jumped.
+
+With --servers, several servers share the bands, whose members move between them, and servers and
+their links to Redis are broken, too; it prints the faults of each seed and a verdict.
 """
 
 import argparse
@@ -13,20 +16,21 @@ import gc
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
-import msgspec
+import chaoscluster
 import trio
 from chaosband import Band, ChaosError, Player
 from chaosfaults import FAULTS, Fault, nothing
 from chaosjudge import Final, Finding, Message, Record, Verdict, Window, essence, judge
 from chaosreport import report
-from chaosstage import Stage, stage
+from chaosstage import Stage, as_snapshot, stage
 
-from bandsync.session import present, role_of
-from bandsync.storage.records import read_session
+T = TypeVar("T")
 
 _BASELINE_S = 2.0
 _REST_S = (0.5, 1.5)
@@ -190,25 +194,7 @@ class Run:
     async def _stored(self, session: str) -> Message:
         """The session as Redis has it, in the form of a snapshot."""
         fields = await self._stage.ask_redis("HGETALL", _key(session))
-        stored = read_session(session, {name: text.encode() for name, text in fields.items()})
-        members = [
-            {
-                "memberId": member.member_id,
-                "displayName": member.display_name,
-                "role": role_of(stored, member.member_id),
-                "connected": member.connected,
-            }
-            for member in present(stored)
-        ]
-        return {
-            "epoch": stored.epoch.id,
-            "version": stored.version,
-            "message": stored.headline.value,
-            "transport": msgspec.to_builtins(stored.transport.value),
-            "leaderId": stored.leader.member_id,
-            "members": members,
-            "chat": [{"messageId": chat.message_id} for chat in stored.chat],
-        }
+        return as_snapshot(session, fields)
 
     async def _told(self, since: float, storage: str) -> bool:
         """Wait until a client is told of this storage; False if none is."""
@@ -317,10 +303,14 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="no Redis at all: a dry run")
     parser.add_argument("--pick", type=int, help="so many of the faults, other ones for each seed")
     parser.add_argument("--strict", action="store_true", help="the targets for time count, too")
+    cluster = parser.add_argument_group("many servers: other faults, another verdict, no table")
+    cluster.add_argument("--servers", type=int, help="so many, each with its own way to Redis")
+    cluster.add_argument("--minutes", type=float, default=0.3, help="of faults (default 0.3)")
+    cluster.add_argument("--calm", type=float, default=6.0, help="seconds in the end (default 6)")
     parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="for the server's logs")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    faults = [] if given.memory else choose(given.faults)
+    faults = [] if given.memory or given.servers else choose(given.faults)
     with tempfile.TemporaryDirectory(prefix="bandsync-chaos-") as directory:
         try:
             good = _run_all(given, faults, given.keep_logs or Path(directory))
@@ -332,16 +322,33 @@ def main() -> int:
 
 def _run_all(given: argparse.Namespace, faults: Sequence[Fault], logs: Path) -> bool:
     logs.mkdir(parents=True, exist_ok=True)
+    logs = logs.resolve()
     # Our own pauses would be taken for the server's.
     gc.disable()
     good = True
     for seed in range(given.seed, given.seed + given.seeds):
+        if given.servers:
+            clean = trio.run(_until_signal, partial(chaoscluster.perform, seed, given, logs))
+            if clean is None:
+                raise KeyboardInterrupt
+            good = clean and good
+            gc.collect()
+            continue
         draw = Random(seed)  # noqa: S311  # a seed to repeat a run
         pick = min(given.pick or len(faults), len(faults))
         order = [fault for _ in range(given.rounds) for fault in draw.sample(faults, pick)]
-        log = (logs / f"server-{seed}.log").resolve()
+        log = logs / f"server-{seed}.log"
         log.unlink(missing_ok=True)
-        verdict = trio.run(_perform, order, draw, log, given)
+        whole = partial(
+            perform,
+            order,
+            draw,
+            log,
+            bands=given.bands,
+            members=given.members,
+            memory=given.memory,
+        )
+        verdict = trio.run(_until_signal, whole)
         if verdict is None:
             raise KeyboardInterrupt
         good = report(seed, verdict, log, strict=given.strict) and good
@@ -349,21 +356,17 @@ def _run_all(given: argparse.Namespace, faults: Sequence[Fault], logs: Path) -> 
     return good
 
 
-async def _perform(
-    order: Sequence[Fault], draw: Random, log: Path, given: argparse.Namespace
-) -> Verdict | None:
+async def _until_signal(whole: Callable[[], Awaitable[T]]) -> T | None:
     """A run; None if a signal ended it.
 
     As an exception a signal could end one of the clients' parsers, which swallow it.
     """
-    verdict = None
+    result = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_run_signals, nursery.cancel_scope)
-        verdict = await perform(
-            order, draw, log, bands=given.bands, members=given.members, memory=given.memory
-        )
+        result = await whole()
         nursery.cancel_scope.cancel()
-    return verdict
+    return result
 
 
 async def _run_signals(everything: trio.CancelScope) -> None:

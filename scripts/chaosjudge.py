@@ -138,7 +138,7 @@ def judge(records: Sequence[Record], windows: Sequence[Window], finals: Sequence
     findings = [
         finding
         for record in records
-        for finding in (*_versions(record), *_answers(record), *_connection(record))
+        for finding in (*versions(record), *_answers(record), *_connection(record))
     ]
     for final in finals:
         findings += _state(final, [r for r in records if r.session == final.session])
@@ -199,7 +199,7 @@ def position_at(transport: Message, instant: float) -> float:
     return float(transport["positionMs"]) + elapsed
 
 
-def _versions(record: Record) -> Iterator[Finding]:
+def versions(record: Record) -> Iterator[Finding]:
     """Each event must make the next version, unless a snapshot comes between."""
     version = epoch = None
     for at, message in record.heard:

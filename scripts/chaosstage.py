@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 from chaosband import HOST, ChaosError, patience
 from chaosjudge import Message
 
+from bandsync.session import present, role_of
 from bandsync.settings import OPTIONS
+from bandsync.storage.records import read_session
 
 ROOT = Path(__file__).resolve().parent.parent
 # The Redis and the proxy of the tests. They are no part of the package, and a script sees only its
@@ -27,6 +30,8 @@ from tests.redis_servers import RedisServer, free_port, reaper_of  # noqa: E402
 
 __all__ = ["BandSync", "FaultProxy", "RedisServer", "Stage", "stage"]
 
+SERVE = (str(ROOT / "scripts" / "serve.py"),)
+
 _POLL_S = 0.05
 
 
@@ -36,12 +41,14 @@ class BandSync:
     Args:
         log: the file for its log.
         flags: of `scripts/serve.py`.
+        program: what is started, if it is not that.
     """
 
-    def __init__(self, log: Path, *flags: str) -> None:
+    def __init__(self, log: Path, *flags: str, program: Sequence[str] = SERVE) -> None:
         self.port = free_port()
         self.log = log
         self._flags = flags
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
 
@@ -54,7 +61,7 @@ class BandSync:
         ours = {option.name for option in OPTIONS}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220  # it only starts; our own script
-                [sys.executable, ROOT / "scripts" / "serve.py", *self._arguments()],
+                [sys.executable, *self._program, *self._arguments()],
                 # No `.env` there that would change the settings.
                 cwd=self.log.parent,
                 env={name: text for name, text in os.environ.items() if name not in ours}
@@ -86,12 +93,18 @@ class BandSync:
         return document
 
     @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether its process lives."""
         return self._process is not None and self._process.poll() is None
 
     def end(self, number: signal.Signals) -> None:
-        """Send it a signal that ends it."""
+        """Send it a signal."""
         assert self._process is not None
         self._process.send_signal(number)
 
@@ -120,6 +133,29 @@ class BandSync:
             *("--log-format", "json", "--log-level", "debug"),
             *self._flags,
         ]
+
+
+def as_snapshot(session: str, fields: Mapping[str, str]) -> Message:
+    """A session as Redis has it, in the form of a snapshot."""
+    stored = read_session(session, {name: text.encode() for name, text in fields.items()})
+    members = [
+        {
+            "memberId": member.member_id,
+            "displayName": member.display_name,
+            "role": role_of(stored, member.member_id),
+            "connected": member.connected,
+        }
+        for member in present(stored)
+    ]
+    return {
+        "epoch": stored.epoch.id,
+        "version": stored.version,
+        "message": stored.headline.value,
+        "transport": msgspec.to_builtins(stored.transport.value),
+        "leaderId": stored.leader.member_id,
+        "members": members,
+        "chat": [{"messageId": chat.message_id} for chat in stored.chat],
+    }
 
 
 class Stage:

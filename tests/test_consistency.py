@@ -334,7 +334,7 @@ def test_a_short_run(
     tmp_path: Path, redis_binary: None, seed: int, servers: int, faults: str
 ) -> None:
     arguments = ["--servers", str(servers), "--seed", str(seed), "--faults", faults]
-    arguments += ["--minutes", "0.06", "--calm", "1", "--bands", "2", "--members", "4"]
+    arguments += ["--minutes", "0.03", "--calm", "1", "--bands", "2", "--members", "4"]
     environment = {name: text for name, text in os.environ.items() if "COV" not in name}
     result = subprocess.run(
         [sys.executable, SCRIPTS / "chaos.py", *arguments, "--keep-logs", tmp_path],

@@ -318,6 +318,14 @@ async def test_members_of_a_server_that_was_only_paused_come_back(
         if how_long == "removed":
             await left_with(bob, "Bob", "Cid")
         started.send_signal(signal.SIGCONT)
+
+        async def seen() -> bool:
+            return await blocking(entry, redis_server) is not None
+
+        # It is refreshed as rarely as ever, and those who watch are in a hurry: until then, and
+        # one look longer, they may miss her again.
+        await until(seen)
+        await trio.sleep(ABSENCE_S)
         # As if she had never been away.
         await left_with(bob, "Ann", "Bob", "Cid")
         await until(lambda: missed(bob, ann, absent=False))

@@ -556,6 +556,8 @@ async def test_all_that_wait_learn_of_the_loss(proxy: FaultProxy, nursery: trio.
     async with trio.open_nursery() as callers:
         for _ in range(10):
             callers.start_soon(wait)
+        # Before them, it would be answered.
+        await trio.testing.wait_all_tasks_blocked()
         callers.start_soon(wait_for_several)
         await trio.testing.wait_all_tasks_blocked()
         proxy.reset()
