@@ -132,7 +132,7 @@ class HealthCheck:
             due = trio.current_time() - self._written >= PRESENCE_PERIOD_S
             await self._check(link, write=due)
 
-    def _look_at_rival(self, value: Reply) -> None:
+    def _look_at_rival(self, value: Reply | RedisError) -> None:
         """Of two servers of one name that started at the same time, one must yield.
 
         Raises:
@@ -149,18 +149,29 @@ class HealthCheck:
             )
 
     async def _check(self, link: Link, *, write: bool) -> None:
+        sent = trio.current_time()
         commands: list[tuple[Argument, ...]] = [("PING",), ("TIME",)]
         if write:
             commands.append(("GET", self._presence_key))
-        sent = trio.current_time()
-        replies = await self._ask(link, commands)
+            commands.append(
+                (
+                    "SET",
+                    self._presence_key,
+                    write_presence(self._presence()),
+                    "PX",
+                    PRESENCE_EXPIRY_MS,
+                )
+            )
+        with trio.move_on_after(self._timeout_s) as deadline:
+            replies = await link.execute_all(commands)
+        if deadline.cancelled_caught:
+            raise LinkLostError(f"no answer to PING for {self._timeout_s:g} s", "timed_out")
         received = trio.current_time()
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise reply
         if write:
-            # Not written before this is known: it would hide the one who stays.
             self._look_at_rival(replies[2])
-            entry = write_presence(self._presence())
-            key = self._presence_key
-            await self._ask(link, [("SET", key, entry, "PX", PRESENCE_EXPIRY_MS)])
             self._written = sent
             self._owned = True
         self.round_trip_ms = (received - sent) * 1000
@@ -170,15 +181,3 @@ class HealthCheck:
             if isinstance(seconds, bytes) and isinstance(microseconds, bytes):
                 reference_ms = int(seconds) * 1000 + int(microseconds) / 1000
                 self._clock.observe(sent, received, reference_ms, serving=self._serving())
-
-    async def _ask(self, link: Link, commands: list[tuple[Argument, ...]]) -> list[Reply]:
-        """The replies, none of them an error, within the time that an answer may take."""
-        replies: list[Reply] = []
-        with trio.move_on_after(self._timeout_s) as deadline:
-            for reply in await link.execute_all(commands):
-                if isinstance(reply, RedisError):
-                    raise reply
-                replies.append(reply)
-        if deadline.cancelled_caught:
-            raise LinkLostError(f"no answer to PING for {self._timeout_s:g} s", "timed_out")
-        return replies
