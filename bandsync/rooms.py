@@ -324,7 +324,9 @@ class Room:
         session = self.mirror.session
         assert change is not None
         assert session is not None
-        self._let_go(session)
+        touched = known is None or known.members is not session.members
+        if touched:
+            self._let_go(session)
         events = b"".join([text_frame(frame) for frame in change.frames])
         jumped = session.version - len(change.frames)
         if known is not None and jumped == known.version:
@@ -335,6 +337,8 @@ class Room:
             self.seats.push_snapshot(_frame(snapshot(shown, self._hub.now())), events)
         self._hub.counters.deliveries += len(self.peers) * len(change.frames)
         self._hub.counters.relayed += 1
+        if not touched:
+            return
         self._start_graces(session)
         if audit(session, self.seats.bound, self._hub.here, self._hub.now()) is not session:
             self._contradicted = True

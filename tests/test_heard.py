@@ -348,6 +348,21 @@ async def test_a_member_that_was_asserted_again_still_has_its_whole_grace(
     assert find(stage.stored(), "member Ann") is None
 
 
+async def test_whose_connection_is_here_is_not_removed_when_an_old_grace_ends(
+    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    await lost_sight_of_ann(stage)
+    # The grace that nobody needs ends behind a slow command, as she is lost sight of again.
+    stage.remote.gate = trio.Event()
+    nursery.start_soon(stage.say, stage.room, stage.bob, "slow")
+    await trio.sleep(GRACE_S + 1)
+    stage.hear(await stage.hall(Drop(), "Ann"))
+    stage.remote.gate.set()
+    await wait_all_tasks_blocked()
+    assert stage.stored().members["member Ann"].connected
+    assert stage.bob.heard("user_left") == []
+
+
 @pytest.mark.parametrize("connected", [True, False])
 async def test_ours_that_are_heard_of_without_a_connection_get_their_grace(
     stage: Band, autojump_clock: MockClock, connected: bool

@@ -80,7 +80,8 @@ class ObedientLink(Link):
         self, commands: Sequence[tuple[Argument, ...]]
     ) -> list[Reply | RedisError]:
         if self.redis.silent:
-            await trio.sleep_forever()
+            await trio.sleep(TIMEOUT_S)
+            raise LinkLostError("no reply in time", "timed_out")
         await trio.sleep(self.redis.latency_s)
         replies: list[Reply | RedisError] = []
         for command in commands:

@@ -30,7 +30,6 @@ def arguments(redis: RedisServer, *more: str) -> list[str]:
         "--redis-enabled=true",
         f"--redis-url={redis.url()}",
         "--server-id=hall",
-        f"--resume-grace-ms={GRACE_MS}",
         *more,
     ]
 
@@ -47,9 +46,9 @@ def calls(redis: RedisServer, command: str) -> int:
 
 
 @contextmanager
-def process(tmp_path: Path, redis: RedisServer) -> Iterator[tuple[Server, Any]]:
+def process(tmp_path: Path, redis: RedisServer, *more: str) -> Iterator[tuple[Server, Any]]:
     """A server named ``hall`` in a process of its own, as musicians reach it."""
-    with serving(tmp_path, *arguments(redis)) as (started, lines):
+    with serving(tmp_path, *arguments(redis, *more)) as (started, lines):
         url = lines[0].split()[-1]
         assert lines[1].startswith("Storage: redis ("), lines
         serve = Serving(url, int(url.rpartition(":")[2]), "hall", started.terminate)
@@ -298,8 +297,9 @@ async def test_the_same_name_inherits_no_ghosts(
 async def test_members_of_a_server_that_was_only_paused_come_back(
     nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer, brisk: None, how_long: str
 ) -> None:
-    with process(tmp_path, redis_server) as (hall, started):
-        grace_ms = GRACE_MS if how_long == "removed" else int(PATIENCE_S * 1000)
+    grace_ms = GRACE_MS if how_long == "removed" else int(PATIENCE_S * 1000)
+    grace = f"--resume-grace-ms={grace_ms}"
+    with process(tmp_path, redis_server, grace) as (hall, started):
         house = House(nursery, redis_server, grace_ms)
         house.left, house.right = await house.start("left"), await house.start("right")
         ann = await house.join(hall, "Ann")

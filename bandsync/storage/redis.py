@@ -63,14 +63,6 @@ class Keys(Struct, frozen=True):
         """The channel of a session's changes."""
         return f"{self.prefix}events:{{{session_id}}}"
 
-    def session_of(self, channel: bytes) -> str | None:
-        """Whose channel it is; None if no session's."""
-        start, end = self.events("\0").split("\0")
-        name = channel.decode(errors="replace")
-        if not (name.startswith(start) and name.endswith(end)):
-            return None
-        return name[len(start) : -len(end)]
-
     def server(self, server_id: str) -> str:
         """The presence of a server."""
         return f"{self.prefix}server:{server_id}"

@@ -52,6 +52,9 @@ class Relay:
         self._catch_up = catch_up
         self._log = log
         self._subscriber: Subscriber | None = None
+        # What stands around the session id in the name of a channel.
+        start, end = keys.events("\0").encode().split(b"\0")
+        self._around = start, end
 
     @property
     def listening(self) -> bool:
@@ -122,9 +125,9 @@ class Relay:
                     nursery.start_soon(self.subscribe, session_id)
 
     def _on_message(self, channel: bytes, payload: bytes) -> None:
-        session_id = self._keys.session_of(channel)
-        if session_id is not None:
-            self._heard(session_id, payload)
+        start, end = self._around
+        if channel.startswith(start) and channel.endswith(end):
+            self._heard(channel[len(start) : -len(end)].decode(), payload)
 
     def _channel(self, session_id: str) -> bytes:
         return self._keys.events(session_id).encode()
