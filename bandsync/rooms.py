@@ -154,6 +154,8 @@ class Room:
             # It came back, and dropped again: that is another grace.
             return
         self._graces.pop(connection_id, None)
+        if self._is_here(member_id, connection_id):
+            return
         await self._on_behalf(Expire(reason), member_id, connection_id, reason)
 
     async def drop(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
@@ -378,8 +380,15 @@ class Room:
         for member in present(session):
             if member.boot_id != self._hub.here.boot_id or member.connected:
                 continue
-            if member.connection_id not in self._graces:
+            # Whose connection is here is about to be asserted again.
+            here = self._is_here(member.member_id, member.connection_id)
+            if not here and member.connection_id not in self._graces:
                 self._start_grace(member.member_id, member.connection_id, "timeout")
+
+    def _is_here(self, member_id: str, connection_id: str) -> bool:
+        """Whether this connection of the member has its seat."""
+        bound = self.seats.bound.get(member_id)
+        return bound is not None and bound.connection_id == connection_id
 
     def _start_grace(self, member_id: str, connection_id: str, reason: LeaveReason) -> None:
         deadline = self._hub.start_grace(self, member_id, connection_id, reason)

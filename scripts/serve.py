@@ -103,6 +103,7 @@ def main() -> int:
     try:
         trio.run(run)
     except StartError as error:
+        sink.close()
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
     finally:

@@ -328,7 +328,7 @@ def test_a_view_follows_the_events_and_compares() -> None:
 
 @pytest.mark.parametrize(
     ("seed", "servers", "faults"),
-    [(1, 3, "server kill,server term,redis restart"), (2, 2, "cut off,redis flush,subscriptions")],
+    [(1, 3, "server kill,server term,redis restart"), (3, 2, "cut off,redis flush,subscriptions")],
 )
 def test_a_short_run(
     tmp_path: Path, redis_binary: None, seed: int, servers: int, faults: str

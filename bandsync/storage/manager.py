@@ -245,7 +245,7 @@ class StorageManager:
                 await self._claim(link)
                 await self._health.prove(link, self._checks_wanted(), self._hurry)
                 era = await self._begin(self._redis, link, host, nursery.cancel_scope.cancel)
-                nursery.start_soon(self._health.watch, link)
+                nursery.start_soon(self._watch, link, era)
                 assert era.relay is not None
                 nursery.start_soon(era.relay.run)
                 # What is subscribed before it is read need not be compared afterwards.
@@ -253,7 +253,7 @@ class StorageManager:
                     await era.relay.tried.wait()
                 await self._bring_back(era, host, tell)
         except* RedisError as group:
-            loss = _loss(group)
+            loss = _loss(_leaves(group))
         finally:
             self._link = None
             if era is not None:
@@ -265,6 +265,19 @@ class StorageManager:
         self._fail_over(era.loss)
         tell()
         return True
+
+    async def _watch(self, link: Link, era: Era) -> None:
+        """Watch its health, for ever.
+
+        Raises:
+            RedisError: Redis cannot be used any more.
+        """
+        try:
+            await self._health.watch(link)
+        except RedisError as error:
+            # Before the link is closed for it: its callers would tell of that only.
+            era.end(_loss([error]))
+            raise
 
     async def _claim(self, link: Link) -> None:
         """Be the only live server of our name, or do not use Redis."""
@@ -397,9 +410,8 @@ class StorageManager:
         self._transition = trio.Event()
 
 
-def _loss(group: BaseExceptionGroup[RedisError]) -> Loss:
+def _loss(errors: list[RedisError]) -> Loss:
     """What a nursery's Redis errors say; the first that names a reason."""
-    errors = _leaves(group)
     for error in errors:
         reason = loss_reason(error)
         if reason is not None:
