@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from importlib import resources
 
 import trio
 from redis.exceptions import RedisError
 
 from bandsync.clock import SessionClock
-from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.script import Script
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.records import read_presence, write_presence
 
@@ -18,6 +19,8 @@ PRESENCE_EXPIRY_MS = 10_000
 # A clock that is set by one answer is wrong by half of its round trip, however slow that was.
 _FIRST_LOOKS = 3
 _CLAIM_POLL_S = 0.25
+
+_PRESENCE = Script(resources.files("bandsync").joinpath("storage", "presence.lua").read_text())
 
 
 class NameTakenError(RedisError):
@@ -81,16 +84,10 @@ class HealthCheck:
             if value is None or not isinstance(left_ms, int):
                 return
             entry = read_presence(value)
-            if isinstance(entry, Unreadable):
-                where = "of another version"
-            elif entry.boot_id == mine or self._is_gone(entry):
+            if isinstance(entry, Presence) and (entry.boot_id == mine or self._is_gone(entry)):
                 return
-            else:
-                where = f"at {entry.address}"
             if left_ms > before_ms:
-                raise NameTakenError(
-                    f"another server that is alive, {where}, has the same SERVER_ID"
-                )
+                raise _taken(entry)
             before_ms = left_ms
             if trio.current_time() >= deadline:
                 return
@@ -131,46 +128,17 @@ class HealthCheck:
             due = trio.current_time() - self._written >= PRESENCE_PERIOD_S
             await self._check(link, write=due)
 
-    def _look_at_rival(self, value: Reply | RedisError) -> None:
-        """Of two servers of one name that started at the same time, one must yield.
-
-        Raises:
-            NameTakenError: we are that one.
-        """
-        if not self._owned or value is None:
-            return
-        entry = read_presence(value)
-        mine = self._presence().boot_id
-        # Whoever stands there has written since we did.
-        if isinstance(entry, Presence) and entry.boot_id < mine:
-            raise NameTakenError(
-                f"another server that is alive, at {entry.address}, has the same SERVER_ID"
-            )
-
     async def _check(self, link: Link, *, write: bool) -> None:
         sent = trio.current_time()
-        commands: list[tuple[Argument, ...]] = [("PING",), ("TIME",)]
-        if write:
-            commands.append(("GET", self._presence_key))
-            commands.append(
-                (
-                    "SET",
-                    self._presence_key,
-                    write_presence(self._presence()),
-                    "PX",
-                    PRESENCE_EXPIRY_MS,
-                )
-            )
         # The link has the deadline: it knows our own stalls from the silence of Redis.
-        replies = await link.execute_all(commands)
+        replies = await link.execute_all([("PING",), ("TIME",)])
         received = trio.current_time()
         for reply in replies:
             if isinstance(reply, RedisError):
                 raise reply
         if write:
-            self._look_at_rival(replies[2])
+            await self._write(link)
             self._written = sent
-            self._owned = True
         self.round_trip_ms = (received - sent) * 1000
         time = replies[1]
         if isinstance(time, list) and len(time) == 2:
@@ -178,3 +146,21 @@ class HealthCheck:
             if isinstance(seconds, bytes) and isinstance(microseconds, bytes):
                 reference_ms = int(seconds) * 1000 + int(microseconds) / 1000
                 self._clock.observe(sent, received, reference_ms, serving=self._serving())
+
+    async def _write(self, link: Link) -> None:
+        """Refresh our presence.
+
+        Raises:
+            NameTakenError: of two servers of one name that started at the same time we yield.
+        """
+        mine = self._presence()
+        arguments = (mine.boot_id, write_presence(mine), PRESENCE_EXPIRY_MS, int(self._owned))
+        rival = await _PRESENCE.execute(link, (self._presence_key,), arguments)
+        if rival is not None:
+            raise _taken(read_presence(rival))
+        self._owned = True
+
+
+def _taken(entry: Presence | Unreadable) -> NameTakenError:
+    where = "of another version" if isinstance(entry, Unreadable) else f"at {entry.address}"
+    return NameTakenError(f"another server that is alive, {where}, has the same SERVER_ID")

@@ -26,7 +26,7 @@ from bandsync.storage.base import Lost, RedisStatus, StorageType
 from bandsync.storage.era import Era, Loss
 from bandsync.storage.health import HealthCheck, NameTakenError
 from bandsync.storage.memory import MemoryStorage
-from bandsync.storage.redis import Keys, RedisStorage, UnsupportedError
+from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.storage.relay import Relay
 from bandsync.storage.status import Failover, Migration, Mode, Recovery
 
@@ -413,14 +413,13 @@ class StorageManager:
 def _loss(errors: list[RedisError]) -> Loss:
     """What a nursery's Redis errors say; the first that names a reason."""
     for error in errors:
+        if isinstance(error, NameTakenError):
+            return Loss("name_taken", str(error))
         reason = loss_reason(error)
         if reason is not None:
             return Loss(reason, str(error))
-        if isinstance(error, NameTakenError):
-            return Loss("name_taken", str(error))
-        if isinstance(error, UnsupportedError):
-            return Loss("unsupported", str(error))
-    return Loss("protocol", str(errors[0]))
+    # An error reply that says nothing of the sort: this Redis lacks, or forbids, what we need.
+    return Loss("unsupported", str(errors[0]))
 
 
 def _leaves(group: BaseExceptionGroup[RedisError]) -> list[RedisError]:

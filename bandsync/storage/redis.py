@@ -5,7 +5,7 @@ from importlib import resources
 
 from msgspec import Struct
 from msgspec.structs import replace
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LossReason, loss_reason
@@ -40,14 +40,8 @@ _SCAN_COUNT = 500
 _BATCH = 100
 # At the beginning of the error reply, or within that of a script.
 _WRONG_TYPE = "WRONGTYPE"
-
-
 # No session can have this id.
 _NOBODY = "*"
-
-
-class UnsupportedError(ResponseError):
-    """This Redis lacks, or forbids, what we need."""
 
 
 class Keys(Struct, frozen=True):
@@ -148,12 +142,7 @@ class RedisStorage(Storage):
             RedisError: it cannot.
         """
         keys = (self._keys.session(_NOBODY), self._keys.events(_NOBODY))
-        try:
-            await _COMMIT.execute(self._link, keys, ("-", "-", "-"))
-        except RedisError as error:
-            if loss_reason(error) is not None or _WRONG_TYPE in str(error):
-                raise
-            raise UnsupportedError(str(error)) from error
+        await _COMMIT.execute(self._link, keys, ("-", "-", "-"))
 
     async def delete_session(self, session_id: str) -> bool | Lost:
         try:
