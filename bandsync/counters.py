@@ -16,6 +16,7 @@ class Counters:
         errors: ``error`` answers, by code.
         joins: members that joined or resumed, by which of the two.
         conflicts: commits that others were faster than.
+        relay_losses: subscriptions that were lost while Redis was not.
         relayed: changes of other servers that were passed on.
         reconciled: merges that had to be written back to Redis.
         unreadable: times that something stored could not be read.
@@ -34,6 +35,7 @@ class Counters:
         "joins",
         "received",
         "reconciled",
+        "relay_losses",
         "relayed",
         "unreadable",
     )
@@ -45,6 +47,7 @@ class Counters:
         self.dropped = 0
         self.conflicts = 0
         self.reconciled = 0
+        self.relay_losses = 0
         self.relayed = 0
         self.unreadable = 0
         self.failovers: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 import trio
 
@@ -202,6 +203,11 @@ async def test_a_lost_subscription_makes_changes_late_and_no_more(cluster: Clust
     await bob.until(lambda: bob.inbox and seen_chat(bob) == 10)
     in_order(bob)
     assert cluster.right.events("relay.lost")
+    async with httpx.AsyncClient() as client:
+        metrics = (await client.get(f"{cluster.right.serving.url}/metrics")).text
+        status = (await client.get(f"{cluster.right.serving.url}/api/storage/status")).json()
+    assert "bandsync_relay_losses_total 1.0" in metrics
+    assert status["listening"]
     assert not cluster.right.events("storage.failover")
     # And then it is heard again at once.
     await ann.ok("chat_message", text="again")

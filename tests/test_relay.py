@@ -13,6 +13,7 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.commands import LeaveSession
+from bandsync.counters import Counters
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.subscriber import Subscriber
@@ -97,12 +98,14 @@ class Channel:
         self.subscribers: list[ScriptedSubscriber] = []
         self.caught_up = 0
         self.events = CapturingLogger()
+        self.counters = Counters()
         self.relay = Relay(
             self._subscriber,
             Keys("bandsync:"),
             hosted=lambda: self.hosted,
             heard=lambda session_id, payload: self.heard.append((session_id, payload)),
             catch_up=self._catch_up,
+            counters=self.counters,
             log=structlog.wrap_logger(self.events, processors=[]),
         )
 
@@ -163,7 +166,7 @@ async def test_after_a_loss_what_is_hosted_by_then_is_subscribed_and_caught_up(
     await trio.sleep(1)
     assert sorted(channel.log[:2]) == [f"subscribe bandsync:events:{{{each}}}" for each in "bc"]
     assert channel.log[2:] == ["catch up"]
-    assert (channel.relay.losses, len(channel.subscribers)) == (1, 2)
+    assert (channel.counters.relay_losses, len(channel.subscribers)) == (1, 2)
     assert [call.kwargs["event"] for call in channel.events.calls] == ["relay.lost"]
 
 
@@ -180,7 +183,11 @@ async def test_whoever_cannot_be_reached_is_asked_less_and_less_often(
     for number, delay in enumerate(delays, 1):
         most = min(RETRY_CAP_S, 0.05 * 2**number)
         assert most / 2 <= delay <= most
-    assert (channel.relay.listening, channel.relay.losses, channel.caught_up) == (True, 0, 1)
+    assert (channel.relay.listening, channel.counters.relay_losses, channel.caught_up) == (
+        True,
+        0,
+        1,
+    )
     # After a success from the bottom.
     channel.die()
     lost_at = trio.current_time()
@@ -198,7 +205,7 @@ async def test_a_subscription_that_dies_again_and_again_does_not_spin(
         channel.die()
         await wait_all_tasks_blocked()
     assert len(channel.attempts) == 20
-    assert channel.relay.losses == 20
+    assert channel.counters.relay_losses == 20
 
 
 async def test_no_error_of_redis_gets_out(

@@ -9,6 +9,7 @@ import trio
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
+from bandsync.counters import Counters
 from bandsync.redis_link.address import Address, parse_address
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.subscriber import Subscriber
@@ -81,6 +82,7 @@ class Channel:
             hosted=lambda: self.session_ids,
             heard=lambda session_id, payload: self.heard.append(session_id),
             catch_up=self._catch_up,
+            counters=Counters(),
             log=structlog.wrap_logger(self.log, processors=[]),
         )
 

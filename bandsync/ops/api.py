@@ -86,6 +86,7 @@ class StorageStatus(Struct, frozen=True, rename="camel"):
     Attributes:
         since: when ``mode`` began, session clock.
         kept_in_memory: sessions that are not in Redis, or not yet.
+        listening: whether changes of other servers are heard as they happen.
         clock_offset_ms: the session clock minus this machine's wall clock.
         clock_error_ms: Redis's clock as best known minus the session clock.
         clock_uncertainty_ms: by how much that may be wrong.
@@ -106,6 +107,7 @@ class StorageStatus(Struct, frozen=True, rename="camel"):
     clock_error_ms: float | None
     clock_uncertainty_ms: float | None
     link_round_trip_ms: float | None
+    listening: bool
 
 
 class SessionSummary(Struct, frozen=True, rename="camel"):
@@ -196,6 +198,7 @@ class Api:
             clock_error_ms=clock.error_ms,
             clock_uncertainty_ms=clock.uncertainty_ms,
             link_round_trip_ms=storage.round_trip_ms,
+            listening=storage.listening,
         )
         return json_response(200, status)
 

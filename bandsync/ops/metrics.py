@@ -184,6 +184,19 @@ class _ServerCollector:
             "reason",
             counters.failovers,
         )
+        yield _gauge(
+            "bandsync_relay_listening",
+            "1 while changes of other servers are heard as they happen.",
+            float(storage.listening),
+        )
+        yield _counter(
+            "bandsync_relay_losses",
+            "Subscriptions that were lost while Redis was not.",
+            counters.relay_losses,
+        )
+        yield _counter(
+            "bandsync_relayed", "Changes of other servers that were passed on.", counters.relayed
+        )
         yield _counter(
             "bandsync_conflicts", "Commits that others were faster than.", counters.conflicts
         )

@@ -179,6 +179,12 @@ class StorageManager:
         )
 
     @property
+    def listening(self) -> bool:
+        """Whether changes of other servers are heard as they happen."""
+        era = self.era
+        return era is not None and era.relay is not None and era.relay.listening
+
+    @property
     def round_trip_ms(self) -> float | None:
         """Of the last health check; None while there is no link."""
         return None if self._link is None else self._health.round_trip_ms
@@ -321,6 +327,7 @@ class StorageManager:
             hosted=lambda: host.rooms,
             heard=host.hear,
             catch_up=partial(host.compare, era),
+            counters=self._counters,
             log=self._log,
         )
         self.attempts = 0

@@ -7,6 +7,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
+from bandsync.counters import Counters
 from bandsync.redis_link.errors import loss_reason
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.storage.redis import Keys
@@ -30,7 +31,6 @@ class Relay:
 
     Attributes:
         tried: set after the first attempt, whatever came of it.
-        losses: how often a subscription was lost.
     """
 
     def __init__(
@@ -41,15 +41,16 @@ class Relay:
         hosted: Callable[[], Collection[str]],
         heard: Callable[[str, bytes], None],
         catch_up: Callable[[], Awaitable[None]],
+        counters: Counters,
         log: FilteringBoundLogger,
     ) -> None:
         self.tried = trio.Event()
-        self.losses = 0
         self._make_subscriber = make_subscriber
         self._keys = keys
         self._hosted = hosted
         self._heard = heard
         self._catch_up = catch_up
+        self._counters = counters
         self._log = log
         self._subscriber: Subscriber | None = None
         # What stands around the session id in the name of a channel.
@@ -108,7 +109,7 @@ class Relay:
         finally:
             self._subscriber = None
             self.tried.set()
-        self.losses += listened
+        self._counters.relay_losses += listened
         self._log.warning(
             "relay.lost" if listened else "relay.unreachable",
             reason=None if lost is None else loss_reason(lost),
