@@ -379,3 +379,17 @@ async def test_ours_that_are_heard_of_without_a_connection_get_their_grace(
     (left,) = stage.bob.heard("user_left")
     assert (left["memberId"], left["reason"]) == ("member Zoe", "timeout")
     assert stage.reads == 0
+
+
+async def test_what_is_on_its_way_is_no_reason_to_read(
+    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    payload = await stage.hall(ChatMessage(text="hi"))
+    # The tips are compared while the message is under way.
+    nursery.start_soon(stage.hub.compare, stage.era)
+    await wait_all_tasks_blocked()
+    stage.hear(payload)
+    await trio.sleep(1)
+    await stage.hub.finished()
+    assert stage.reads == 0
+    assert chat(stage.ann) == ["hi"]

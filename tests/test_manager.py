@@ -22,7 +22,7 @@ from bandsync.redis_link.link import Link
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.settings import Settings
 from bandsync.storage.base import Presence
-from bandsync.storage.era import Era
+from bandsync.storage.era import Era, Loss
 from bandsync.storage.health import PRESENCE_EXPIRY_MS, HealthCheck
 from bandsync.storage.manager import MAX_RETRY_DELAY_S, STABLE_CHECKS, StorageManager
 from bandsync.storage.memory import MemoryStorage
@@ -55,6 +55,7 @@ class ObedientLink(Link):
             await self.died.wait()
         finally:
             self._usable = False
+            self.redis.ended()
         raise LinkLostError("gone", "reset")
 
     async def execute(self, *args: Argument) -> Reply:
@@ -123,6 +124,7 @@ class ObedientRedis:
         entry: the presence under our name, and when it was last refreshed.
         rival_lives: whether somebody else refreshes it every three seconds.
         latency_s: how long each answer takes.
+        ended: called when a link ends.
     """
 
     def __init__(self) -> None:
@@ -136,6 +138,7 @@ class ObedientRedis:
         self.rival_lives = False
         self.latency_s = 0.0
         self.lacks_scripts = False
+        self.ended: Callable[[], None] = lambda: None
         self.links: list[ObedientLink] = []
         self.keys = Keys("bandsync:")
 
@@ -347,6 +350,20 @@ async def test_a_redis_that_is_full_is_lost_although_it_answers(
     assert stage.manager.mode == "memory"
     assert stage.manager.reason == "oom: OOM"
     assert len(stage.migrations) == 1
+
+
+async def test_a_loss_has_the_reason_of_whoever_saw_it(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.start()
+    await stage.manager.settled.wait()
+    era = stage.manager.era
+    assert era is not None
+    # Commits that wait are told only that the link was closed, because of the watcher.
+    stage.redis.ended = lambda: era.end(Loss("reset", "the link was closed"))
+    stage.redis.full = True
+    await stage.until("memory")
+    assert stage.counters.failovers == {"oom": 1}
 
 
 async def test_redis_is_used_again_after_three_checks_with_a_write(
