@@ -1,4 +1,4 @@
-"""A real Chromium for tests: one for all of them, a fresh context for each page.
+"""A real Chromium for tests: one for a module, a fresh context for each page.
 
 The fixtures are in conftest.py: `browser`, `open_page`. What uses them is a plain function, as
 playwright's synchronous interface wants it, and its servers are processes

@@ -78,9 +78,13 @@ def fake_redis() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    """A Chromium that all tests share; skips where there is none, fails where there must be."""
+    """A Chromium for the tests of a module; skips where there is none, fails where there must be.
+
+    Not for all of them: while playwright runs, the thread has an event loop of asyncio, and tests
+    that bring their own cannot run.
+    """
     executable = find_browser()
     if executable is None:
         if os.environ.get("REQUIRE_BROWSER"):

@@ -88,10 +88,12 @@ async function enter(sessionId, displayName, resumeToken) {
 function listen(mine, keep) {
   const on = (type, act) =>
     mine.addEventListener(type, ({ detail }) => { if (band === mine) act(detail); });
+  let joined = false;
   on("joined", ({ resumed, snapshot }) => {
     keep();
     snapshot.members.forEach(({ memberId, displayName }) => names.set(memberId, displayName));
-    if (mine.joins > 1 && !resumed) say("Connected again, as a new member: you were away too long.");
+    if (joined && !resumed) say("Connected again, as a new member: you were away too long.");
+    joined = true;
   });
   on("user_joined", ({ member }) => names.set(member.memberId, member.displayName));
   for (const type of NEWS) on(type, (event) => say(news(event, nameOf, mine.memberId)));
