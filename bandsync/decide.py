@@ -83,6 +83,7 @@ class Bind(Struct, frozen=True):
         secret: drawn for this command; goes into the resume token of a new member.
         wants_lead: claims the lead of a leader that is absent or in its grace.
         resume: tokens to try, in order.
+        resume_only: may come back, but not come anew.
     """
 
     session_id: str
@@ -91,6 +92,7 @@ class Bind(Struct, frozen=True):
     display_name: str
     wants_lead: bool = False
     resume: tuple[ResumeToken, ...] = ()
+    resume_only: bool = False
 
 
 class Drop(Struct, frozen=True):
@@ -150,6 +152,9 @@ class Decision(Struct, frozen=True):
 NOT_JOINED = Refusal("not_joined", "Join a session first, with `join_session`.")
 NOT_LEADER = Refusal("not_leader", "Only the leader may do this; ask with `request_leader`.")
 NOT_MEMBER = Refusal("not_member", "No member has this id; the `snapshot` lists them.")
+UNAUTHORIZED = Refusal(
+    "unauthorized", "Joining needs a valid `token` for this session; get a new one."
+)
 LEADER_PRESENT = Refusal(
     "leader_present", "Somebody leads; ask for the lead with `request_leader`."
 )
@@ -234,6 +239,8 @@ def _bind(session: Session | None, command: Bind, actor: Actor, now: float) -> D
     if token is not None:
         member = _resume(draft, base.members[token.member_id], token, actor)
         secret = token.secret
+    elif command.resume_only:
+        return UNAUTHORIZED
     elif member_count(base) >= base.settings.value.max_members:
         return Refusal("session_full", "The session has as many members as it takes; try later.")
     else:
@@ -321,7 +328,8 @@ def _conduct(
             delay += arithmetic.count_in_ms(command.count_in_beats, before, now)
             position = None if command.position_ms is UNSET else command.position_ms
             transport = arithmetic.play(before, now, position, delay)
-            draft.emit(Played(*draft.head(), transport, by))
+            count_in = command.count_in_beats or UNSET
+            draft.emit(Played(*draft.head(), transport, by, count_in))
         case Pause():
             transport = arithmetic.pause(before, now)
             draft.emit(Paused(*draft.head(), transport, by))

@@ -3,14 +3,10 @@
 from msgspec import UNSET, Struct
 
 from bandsync.commands import JoinSession, Refusal, invalid_field, is_session_id
-from bandsync.decide import Bind
-from bandsync.tokens import ResumeToken, parse_resume_token, verify_join_token
+from bandsync.decide import UNAUTHORIZED, Bind
+from bandsync.tokens import ResumeToken, expired, parse_resume_token, verify_join_token
 
 DEFAULT_DISPLAY_NAME = "Musician"
-
-UNAUTHORIZED = Refusal(
-    "unauthorized", "Joining needs a valid `token` for this session; get a new one."
-)
 
 
 class Doorway(Struct, frozen=True):
@@ -35,7 +31,8 @@ def admit(
     """What ``message`` asks for, if it may.
 
     A claim of the join token goes before what the message says. Who asks again for the session it
-    is in stays the member it is, unless the message proves it another.
+    is in stays the member it is, unless the message proves it another. A join token that has
+    expired lets nobody in, but back.
 
     Args:
         epoch_id: drawn for this message, as is ``secret``: see `Bind`.
@@ -46,20 +43,27 @@ def admit(
         return invalid_field("sessionId")
     name = DEFAULT_DISPLAY_NAME if message.display_name is UNSET else message.display_name
     role = message.role
+    given = None if message.resume_token is UNSET else parse_resume_token(message.resume_token)
+    own = doorway.own_token if doorway.joined_session == session_id else None
+    resume = tuple(token for token in (given, own) if token is not None)
+    resume_only = False
     if doorway.join_secret is not None:
         token = "" if message.token is UNSET else message.token
         claims = verify_join_token(token, doorway.join_secret, session_id, now)
         if claims is None:
             return UNAUTHORIZED
+        # Who plays is not thrown out in mid-song for having lost the network once.
+        resume_only = expired(claims, now)
+        if resume_only and not resume:
+            return UNAUTHORIZED
         name = claims.name or name
         role = claims.role or role
-    given = None if message.resume_token is UNSET else parse_resume_token(message.resume_token)
-    own = doorway.own_token if doorway.joined_session == session_id else None
     return Bind(
         session_id=session_id,
         epoch_id=epoch_id,
         secret=secret,
         display_name=name,
         wants_lead=role == "leader",
-        resume=tuple(token for token in (given, own) if token is not None),
+        resume=resume,
+        resume_only=resume_only,
     )

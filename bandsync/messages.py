@@ -143,7 +143,14 @@ class TransportEvent(Event, frozen=True):
 
 
 class Played(TransportEvent, frozen=True, tag="play"):
-    pass
+    """The song starts, or runs on.
+
+    Attributes:
+        count_in_beats: how many beats count it in, the last ones before ``transport.next``; left
+            out when none do. What is before them, the band waits for its slowest member.
+    """
+
+    count_in_beats: int | UnsetType = UNSET
 
 
 class Paused(TransportEvent, frozen=True, tag="pause"):

@@ -70,10 +70,10 @@ class JoinClaims(Struct, frozen=True):
 
 
 def verify_join_token(token: str, secret: str, session_id: str, now: float) -> JoinClaims | None:
-    """The claims of a JSON Web Token (RFC 7519, HS256).
+    """The claims of a JSON Web Token (RFC 7519, HS256), which may have expired: see `expired`.
 
     Returns:
-        None if the token is not signed with ``secret``, lacks a claim, is not valid at ``now``
+        None if the token is not signed with ``secret``, lacks a claim, is not valid yet at ``now``
         (milliseconds) or is for another session.
     """
     try:
@@ -92,6 +92,11 @@ def verify_join_token(token: str, secret: str, session_id: str, now: float) -> J
         claims = msgspec.convert(payload, JoinClaims)
     except (jwt.InvalidTokenError, msgspec.ValidationError):
         return None
-    if claims.session != session_id or not claims.nbf * 1000 <= now < claims.exp * 1000:
+    if claims.session != session_id or now < claims.nbf * 1000:
         return None
     return claims
+
+
+def expired(claims: JoinClaims, now: float) -> bool:
+    """Whether the token that said so has expired at ``now`` (milliseconds)."""
+    return now >= claims.exp * 1000

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from bandsync.commands import (
     ChatMessage,
@@ -30,6 +31,7 @@ from bandsync.messages import (
     SyncResponse,
     TempoChanged,
     UserLeft,
+    encode,
 )
 from bandsync.session import (
     CHAT_RING,
@@ -40,7 +42,7 @@ from bandsync.session import (
     leader_of,
     present,
 )
-from bandsync.tokens import parse_resume_token
+from bandsync.tokens import ResumeToken, parse_resume_token
 from bandsync.transport import in_force
 from tests.states import HERE, NOW, Stage, step, steps
 
@@ -334,6 +336,24 @@ def test_the_members_of_a_full_session_can_still_resume() -> None:
     assert stage.join("Bob", resume=True).resumed
 
 
+def test_who_may_only_come_back_does_not_come_anew() -> None:
+    stage = Stage()
+    stage.join("Ann")
+    token = parse_resume_token(stage.tokens["Ann"])
+    assert token is not None
+    back = Bind("song", "e", "s", "Ann", resume=(token,), resume_only=True)
+    decision = decide(stage.session, back, stage.actor("Ann"), NOW)
+    assert isinstance(decision, Decision)
+    assert isinstance(decision.reply, Snapshot)
+    wrong = ResumeToken(token.member_id, token.incarnation, "guessed")
+    for attempt in (replace(back, resume=(wrong,)), replace(back, session_id="other", resume=())):
+        refused = decide(stage.session, attempt, stage.actor("Cid"), NOW)
+        assert isinstance(refused, Refusal)
+        assert refused.code == "unauthorized"
+    # Nor does it create a session.
+    assert isinstance(decide(None, back, stage.actor("Ann"), NOW), Refusal)
+
+
 @pytest.mark.parametrize(
     ("latencies", "lead"),
     [({}, 0.0), ({"Bob": 120.0}, 120.0), ({"Ann": 30.0, "Bob": 900.0}, 400.0)],
@@ -353,6 +373,9 @@ def test_the_lead_of_a_start_lets_the_slowest_hear_of_it(
     assert isinstance(played, Played)
     assert played.transport.next is not None
     assert played.transport.next.anchor_time == NOW + lead + 1000
+    # What is before the counted beats is waiting, and not counted.
+    assert played.count_in_beats == 2
+    assert b"countInBeats" not in encode(alone.events[0])
 
 
 def test_tempo_events_name_both_tempi() -> None:

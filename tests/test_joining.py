@@ -62,6 +62,21 @@ def test_claims_go_before_the_message() -> None:
         assert refused.code == "unauthorized"
 
 
+def test_a_token_that_has_expired_lets_nobody_in_but_back() -> None:
+    guarded = Doorway("song", join_secret=SECRET)
+    old = jwt.encode({"sub": "u", "session": "song", "exp": NOW / 1000 - 1}, SECRET)
+    back = admitted(JoinSession(token=old, resume_token=str(OWN)), guarded)
+    assert (back.resume, back.resume_only) == ((OWN,), True)
+    good = jwt.encode({"sub": "u", "session": "song", "exp": NOW / 1000 + 1}, SECRET)
+    assert not admitted(JoinSession(token=good, resume_token=str(OWN)), guarded).resume_only
+    forged = jwt.encode({"sub": "u", "session": "song", "exp": NOW / 1000 - 1}, SECRET[::-1])
+    for token in (forged, ""):
+        message = JoinSession(token=token, resume_token=str(OWN))
+        refused = admit(message, guarded, epoch_id="e", secret="s", now=NOW)
+        assert isinstance(refused, Refusal)
+        assert refused.code == "unauthorized"
+
+
 @pytest.mark.parametrize(
     ("latency", "name"),
     [

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import zxingcpp
 from PIL import Image
 
 from tests.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
+from tests.network import Network
 from tests.redis_servers import RedisServer
 from tests.server_processes import ServerProcess
 
@@ -118,7 +120,7 @@ def test_the_leader_conducts(open_page: Pages, house: ServerProcess) -> None:
     # The scrubber, by the keyboard as by a thumb.
     ann.get_by_label("Position in the song").fill("60")
     shows(bob, "#position", "1:00.0")
-    until(bob, "() => document.getElementById('scrubber').ariaValueText === '1:00.0'")
+    until(bob, "() => document.getElementById('scrubber').ariaValueText === '1:00'")
     ann.get_by_label("Message to the band").fill("Verse 2, softly")
     ann.get_by_role("button", name="Show").click()
     shows(bob, "#headline", "Verse 2, softly")
@@ -224,22 +226,23 @@ def test_members_are_shown_with_their_quality(open_page: Pages, house: ServerPro
     shows(ann, "#bandTitle", "Band (2)")
 
 
-def test_a_lost_network_is_resumed_by_itself(open_page: Pages, house: ServerProcess) -> None:
-    ann = stage(open_page, house, "Ann", tolerate=LOST_CONNECTIONS)
+def test_a_lost_network_is_resumed_by_itself(
+    open_page: Pages, house: ServerProcess, network_to: Callable[[int], Network]
+) -> None:
+    network = network_to(house.port)
+    ann = enter(open_page(f"{network.url}/#song", tolerate=LOST_CONNECTIONS), "Ann")
     bob = stage(open_page, house, "Bob")
     ann.get_by_label("Count-in").select_option("0")
     ann.get_by_role("button", name="Play").click()
     shows(ann, "#state", "playing")
     ann.evaluate(WATCH_BEATS)
-    ann.context.set_offline(True)
-    # What is open stays open for a while: end it as a lost network does.
-    ann.evaluate("() => dispatchEvent(new Event('offline'))")
+    network.cut()
     shows(ann, "#banner", re.compile("^Connection lost"))
     assert ann.locator("#play").is_disabled()
     wait_for_beats(ann, 4)
-    ann.context.set_offline(False)
+    network.heal()
     shows(ann, "#status", "connected")
-    assert ann.locator("#banner").is_hidden()
+    shows(ann, "#banner", "")
     shows(ann, "#reason", "You lead: the band follows.")
     shows(bob, "#bandTitle", "Band (2)")
     assert_in_step(wait_for_beats(ann, 8))
@@ -273,7 +276,7 @@ def test_redis_dies_and_no_beat_is_missed(
     shows(bob, "#headline", "Still here")
     redis_server.start()
     for page in (ann, bob):
-        page.locator("#banner").wait_for(state="hidden")
+        shows(page, "#banner", "")
         before = page.evaluate("() => window.beats.length")
         assert_in_step(wait_for_beats(page, before + 8))
     shows(bob, "#headline", "Still here")
@@ -389,16 +392,6 @@ def test_the_page_is_small_and_asks_nobody_else(open_page: Pages, house: ServerP
     assert all(url.startswith((house.url, "data:")) for url in urls)
 
 
-def test_the_page_opens_without_a_network(open_page: Pages, house: ServerProcess) -> None:
-    ann = stage(open_page, house, "Ann", tolerate=LOST_CONNECTIONS)
-    ann.evaluate("() => navigator.serviceWorker.ready")
-    house.kill()
-    ann.reload()
-    shows(ann, "#status", re.compile("reconnecting|connecting"))
-    house.start()
-    shows(ann, "#status", "connected")
-
-
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_nothing_is_wider_than_the_screen(
     open_page: Pages, house: ServerProcess, width: int
@@ -413,3 +406,176 @@ def test_nothing_is_wider_than_the_screen(
         assert page.evaluate(overflow) <= 0
     page.get_by_role("button", name="Invite").click()
     assert page.evaluate(overflow) <= 0
+
+
+TURNED = [(568, 320), (667, 375), (844, 390), (932, 430)]
+
+
+@pytest.mark.parametrize(("width", "height"), TURNED)
+def test_a_phone_on_its_side(
+    open_page: Pages, house: ServerProcess, width: int, height: int
+) -> None:
+    page = stage(open_page, house, "Ann", viewport={"width": width, "height": height})
+    for name in ("play", "band", "chat", "device"):
+        page.locator(f"#views [data-view={name}]").click()
+        shown = [each for each in page.locator("#stage > section").all() if each.is_visible()]
+        assert [each.get_attribute("id") for each in shown] == [f"view-{name}"]
+    page.locator("#views [data-view=play]").click()
+    light = page.locator("#light").bounding_box()
+    position = page.locator("#position").bounding_box()
+    assert light is not None
+    assert position is not None
+    # Beside each other, and the light is on the screen.
+    if width >= 576:
+        assert light["x"] + light["width"] <= position["x"]
+    assert light["y"] + light["height"] <= height
+
+
+def test_scrolling_with_a_thumb_on_the_scrubber_moves_no_song(
+    open_page: Pages, house: ServerProcess
+) -> None:
+    ann = stage(open_page, house, "Ann", **PHONE)
+    bob = stage(open_page, house, "Bob")
+    box = ann.locator("#scrubber").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] * 0.7, box["y"] + box["height"] / 2
+    touch = ann.context.new_cdp_session(ann)
+
+    def finger(kind: str, *points: dict[str, float]) -> None:
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+    finger("touchStart", {"x": x, "y": y})
+    for step in range(1, 9):
+        finger("touchMove", {"x": x, "y": y - 12 * step})
+    finger("touchEnd")
+    # What would have been sent is overtaken by what is sent now.
+    ann.evaluate(
+        """() => {
+          document.getElementById("text").value = "done";
+          document.getElementById("chatForm").requestSubmit();
+        }"""
+    )
+    shows(bob, "#chat p", re.compile("done"))
+    assert bob.locator("#position").inner_text() == "0:00.0"
+    # And the slider goes with the song again.
+    until(ann, "() => document.getElementById('scrubber').value === '0'")
+
+
+def test_nothing_moves_under_a_finger(
+    open_page: Pages, redis_house: ServerProcess, redis_server: RedisServer
+) -> None:
+    """Neither when somebody asks for the lead, nor when the server has news of its storage."""
+    ann = stage(open_page, redis_house, "Ann", **PHONE)
+    bob = stage(open_page, redis_house, "Bob", **PHONE)
+    shows(ann, "#bandTitle", "Band (2)")
+    before = ann.locator("#slower").bounding_box()
+    bob.get_by_role("button", name="Ask for the lead").click()
+    ann.locator("#requests p").wait_for()
+    assert ann.locator("#slower").bounding_box() == before
+    redis_server.kill()
+    shows(ann, "#banner", re.compile("^The server lost"))
+    assert ann.locator("#slower").bounding_box() == before
+    ann.get_by_role("button", name="Not now").click()
+    shows(bob, "#news", "Ann keeps the lead for now.")
+
+
+def test_a_band_on_two_servers_is_told_what_an_outage_means(
+    open_page: Pages, redis_server: RedisServer, start_process: Start
+) -> None:
+    ours, theirs = (
+        start_process(REDIS_ENABLED="true", REDIS_URL=redis_server.url(), SERVER_ID=name)
+        for name in ("left", "right")
+    )
+    ann = stage(open_page, ours, "Ann")
+    bob = stage(open_page, theirs, "Bob")
+    shows(ann, "#bandTitle", "Band (2)")
+    redis_server.kill()
+    for page in (ann, bob):
+        shows(page, "#banner", re.compile("members on other servers are out of reach"))
+    # Who comes now is told as well.
+    cid = stage(open_page, ours, "Cid")
+    shows(cid, "#banner", re.compile("^The server lost its storage"))
+
+
+def test_a_server_that_is_away_is_waited_for_or_not(open_page: Pages, house: ServerProcess) -> None:
+    # There is nobody to give the worker that keeps the page, either.
+    page = open_page(f"{house.url}/#song", tolerate=LOST_CONNECTIONS, service_workers="block")
+    house.kill()
+    page.get_by_role("button", name="Join").click()
+    shows(page, "#banner", re.compile("does not answer yet"))
+    page.get_by_role("button", name="Cancel").click()
+    assert page.locator("#join").is_visible()
+    shows(page, "#banner", "")
+    page.get_by_role("button", name="Join").click()
+    house.start()
+    shows(page, "#status", "connected")
+
+
+def test_a_pass_that_expired_costs_nobody_the_place(
+    open_page: Pages, start_process: Start, network_to: Callable[[int], Network]
+) -> None:
+    secret = "0123456789abcdef0123456789abcdef"
+    server = start_process(JOIN_SECRET=secret)
+    network = network_to(server.port)
+    expires = time.time_ns() / 1e9 + 5
+    token = jwt.encode({"sub": "ann", "session": "song", "exp": expires}, secret)
+    ann = open_page(f"{network.url}/#song&pass={token}", tolerate=LOST_CONNECTIONS)
+    enter(ann, "Ann")
+    until(ann, f"() => Date.now() > {expires * 1000 + 100}")
+    ann.evaluate(
+        """() => new MutationObserver(() => { window.away = true; })
+          .observe(document.getElementById("status"), { childList: true, subtree: true })"""
+    )
+    network.reset()
+    until(ann, "() => window.away")
+    shows(ann, "#status", "connected")
+    shows(ann, "#reason", "You lead: the band follows.")
+
+
+def test_a_draft_is_not_wiped_by_others(open_page: Pages, house: ServerProcess) -> None:
+    ann = stage(open_page, house, "Ann")
+    bob = stage(open_page, house, "Bob")
+    ann.get_by_label("Message to the band").fill("Bridge, then")
+    ann.evaluate("() => document.activeElement.blur()")
+    bob.get_by_label("Say something").fill("hello")
+    bob.get_by_role("button", name="Send", exact=True).click()
+    shows(ann, "#chat p", re.compile("hello"))
+    assert ann.get_by_label("Message to the band").input_value() == "Bridge, then"
+
+
+def test_fast_fingers_lose_no_step(open_page: Pages, house: ServerProcess) -> None:
+    ann = stage(open_page, house, "Ann")
+    bob = stage(open_page, house, "Bob")
+    ann.evaluate("() => { for (let i = 0; i < 5; i++) document.getElementById('faster').click(); }")
+    shows(bob, "#tempo", "125")
+
+
+def test_bar_of_the_tempo_that_comes(open_page: Pages, house: ServerProcess) -> None:
+    ann = stage(open_page, house, "Ann")
+    ann.get_by_label("Count-in").select_option("0")
+    ann.get_by_role("button", name="Play").click()
+    shows(ann, "#state", "playing")
+    ann.get_by_label("Changes").select_option("bar")
+    ann.get_by_label("BPM", exact=True).fill("60")
+    ann.get_by_label("BPM", exact=True).press("Enter")
+    shows(ann, "#news", "Ann set 60 BPM.")
+    ann.get_by_label("To bar").fill("9")
+    ann.locator("#barForm button", has_text="Go").click()
+    shows(ann, "#barNumber", "Bar 9")
+
+
+def test_a_stray_link_takes_nobody_off_the_stage(open_page: Pages, house: ServerProcess) -> None:
+    ann = stage(open_page, house, "Ann")
+    ann.evaluate("() => { location.hash = '#other&pass=secret'; }")
+    shows(ann, "#news", "To go to other, leave this one first.")
+    assert ann.url == f"{house.url}/#song"
+    # An address without a session is still that of one's place.
+    ann.evaluate("() => history.replaceState(null, '', '/')")
+    ann.reload()
+    shows(ann, "#reason", "You lead: the band follows.")
+
+
+def test_a_name_turns_no_sentence_around(open_page: Pages, house: ServerProcess) -> None:
+    stage(open_page, house, "\u202eevil")
+    bob = stage(open_page, house, "Bob")
+    shows(bob, "#reason", "Only \u2068\u202eevil\u2069, who leads, can use these.")

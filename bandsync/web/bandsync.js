@@ -630,7 +630,7 @@ export class BandSync extends EventTarget {
     const known = this.#session;
     // The one that answers a join counts whatever its version; another server may be ahead or behind.
     if (!you && known.epoch === epoch && version < known.version) return false;
-    this.#session = fromSnapshot(message);
+    this.#session = fromSnapshot(message, this.#session);
     this.#release(known?.epoch === epoch ? version : Infinity);
     if (!you) return true;
     this.#memberId = you.memberId;

@@ -10,8 +10,11 @@ import { segmentAt } from "./bandsync.js";
 const NOISE = 1e-6;
 // A transport that was anchored anew may say that the beat just shown is a hair away.
 const HAIR = 0.05;
-// More than three flashes a second can trigger seizures (WCAG 2.3.1).
-const MOST_FLASHES_PER_MS = 3 / 1000;
+// More than three flashes in a second can trigger seizures (WCAG 2.3.1). At this tempo the fourth
+// has a margin for frames that come early.
+const MOST_FLASHES = 3;
+const FLASHES_IN_MS = 1000;
+const FASTEST_BPM = 170;
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
@@ -19,21 +22,27 @@ const SVG = "http://www.w3.org/2000/svg";
  *
  * @param {object} transport of protocol.md section 1
  * @param {number} t milliseconds, session clock
- * @returns {{running: boolean, countIn: boolean, beats: number, beatsPerBar: number,
- *   tempoBpm: number, positionMs: number}} `beats` from the start of the song; in a count-in they
- *   run up to those of the start.
+ * @param {number | null} countInFrom as of the session
+ * @returns {{state: "stopped" | "paused" | "starting" | "playing", running: boolean,
+ *   countIn: boolean, beats: number, beatsPerBar: number, tempoBpm: number, positionMs: number}}
+ *   `beats` from the start of the song; in a count-in they run up to those of the start. What is
+ *   before it stands: the band waits for its slowest member.
  */
-export function moment(transport, t) {
+export function moment(transport, t, countInFrom = null) {
   const segment = segmentAt(transport, t);
   const { next } = transport;
   if (!segment.isPlaying && next?.isPlaying && t < next.anchorTime) {
-    const { tempoBpm, beatsPerBar } = next;
-    const beats = next.beat - ((next.anchorTime - t) * tempoBpm) / 60_000;
-    return { running: true, countIn: true, beats, beatsPerBar, tempoBpm, positionMs: next.positionMs };
+    const { tempoBpm, beatsPerBar, positionMs } = next;
+    const countIn = countInFrom !== null && t >= countInFrom;
+    const ahead = countIn ? ((next.anchorTime - t) * tempoBpm) / 60_000 : 0;
+    const beats = next.beat - ahead;
+    return { state: "starting", running: countIn, countIn, beats, beatsPerBar, tempoBpm, positionMs };
   }
   const { isPlaying, tempoBpm, beatsPerBar } = segment;
   const since = isPlaying ? t - segment.anchorTime : 0;
+  const standing = segment.positionMs > 0 ? "paused" : "stopped";
   return {
+    state: isPlaying ? "playing" : standing,
     running: isPlaying,
     countIn: false,
     beats: segment.beat + (since * tempoBpm) / 60_000,
@@ -67,12 +76,32 @@ export function clockFace(ms) {
  */
 export function brightness({ running, beats, beatsPerBar, tempoBpm }) {
   if (!running) return 0;
-  const perMs = tempoBpm / 60_000;
-  let unit = 1;
-  if (perMs > MOST_FLASHES_PER_MS) unit = beatsPerBar;
-  if (perMs / unit > MOST_FLASHES_PER_MS) return 0;
+  const unit = tempoBpm > FASTEST_BPM ? beatsPerBar : 1;
+  if (tempoBpm / unit > FASTEST_BPM) return 0;
   const phase = inBar(beats, unit);
   return Math.max(0, 1 - phase / 0.6) ** 2;
+}
+
+/** Lets no more flashes through than are safe, whatever the beats do: seeks may begin many anew. */
+export class FlashGuard {
+  #began = []; // the last flashes, milliseconds
+  #before = 0;
+  #dark = false; // the flash under way was one too many
+
+  /**
+   * @param {number} glow wanted, 0 to 1
+   * @param {number} at when, milliseconds, never less than the last time
+   * @returns {number} what may be shown
+   */
+  allowed(glow, at) {
+    // A rise is a new flash; it falls from then on.
+    if (glow > this.#before + 0.1) {
+      this.#dark = this.#began.length === MOST_FLASHES && at - this.#began[0] < FLASHES_IN_MS;
+      if (!this.#dark) this.#began = [...this.#began, at].slice(-MOST_FLASHES);
+    }
+    this.#before = glow;
+    return this.#dark ? 0 : glow;
+  }
 }
 
 export class BeatLight {
@@ -83,13 +112,16 @@ export class BeatLight {
   #segments = [];
   #frameMs = 16;
   #frameAt = 0;
+  #guard = new FlashGuard();
   #calm = matchMedia("(prefers-reduced-motion: reduce)");
 
   /**
    * @param {Record<string, HTMLElement>} elements `light`, `ring`, `flash`, `pulse`,
    *   `beatNumber`, `barNumber`, `position`, `state`, `tempo`
-   * @param {() => {transport: object, now: number, trimMs: number} | null} read the transport, the
-   *   session clock and how much earlier this screen shows it; null when there is nothing to show.
+   * @param {() => {transport: object, countInFrom: number | null, now: number, trimMs: number,
+   *   heldMs: number | null} | null} read the transport and what counts it in, the session clock, how
+   *   much earlier this screen shows it, and a position to show in place of the song's; null when
+   *   there is nothing to show.
    */
   constructor(elements, read) {
     this.#elements = elements;
@@ -109,10 +141,12 @@ export class BeatLight {
     }
     // What is drawn now is seen with the next frame.
     const t = state.now + state.trimMs + this.#frameMs;
-    this.#draw(moment(state.transport, t), t);
+    const { positionMs } = this.#draw(state, t, at);
+    this.#text("position", clockFace(state.heldMs ?? positionMs));
   }
 
-  #draw(now, t) {
+  #draw({ transport, countInFrom }, t, at) {
+    const now = moment(transport, t, countInFrom);
     const { beatsPerBar, running, countIn } = now;
     const beat = beatNumber(now.beats, this.#last);
     const place = inBar(beat, beatsPerBar);
@@ -121,15 +155,14 @@ export class BeatLight {
 
     this.#text("beatNumber", String(place + 1));
     this.#text("barNumber", countIn ? "Count-in" : `Bar ${bar}`);
-    this.#text("position", clockFace(now.positionMs));
-    this.#text("state", countIn ? "starting" : running ? "playing" : now.positionMs > 0 ? "paused" : "stopped");
+    this.#text("state", now.state);
     this.#text("tempo", String(Math.round(now.tempoBpm * 10) / 10));
 
     if (this.#segments.length !== beatsPerBar) this.#segments = segments(ring, beatsPerBar);
     this.#once("segment", running ? place : -1, (lit) =>
       this.#segments.forEach((path, i) => path.classList.toggle("on", i === lit)));
 
-    const glow = this.#calm.matches ? 0 : brightness(now);
+    const glow = this.#calm.matches ? 0 : this.#guard.allowed(brightness(now), at);
     this.#once("glow", glow.toFixed(2), (value) => { flash.style.opacity = value; });
     this.#once("lit", glow > 0.6, (lit) => light.classList.toggle("lit", lit));
     this.#once("downbeat", place === 0, (first) =>
@@ -143,6 +176,7 @@ export class BeatLight {
       this.#last = beat;
       document.dispatchEvent(new CustomEvent("beat", { detail: { beat, bar, place, countIn, t } }));
     }
+    return now;
   }
 
   #text(id, text) {

@@ -10,49 +10,71 @@ const LOOK_EVERY_MS = 50;
 const AHEAD_MS = 1500;
 // Clocks learn: what was planned is moved by so much, but nothing is at the last moment.
 const MOVED_S = 0.003;
-const SETTLED_MS = 60;
+const SETTLED_S = 0.06;
 // A click later than this is left out: late is worse than silent.
 const LATEST_S = 0.015;
+const KEPT_MS = 1000;
 const LENGTH_S = 0.035;
-// Of float arithmetic, in beats or milliseconds.
-const NOISE = 1e-6;
+// Of float arithmetic with instants, in beats or milliseconds.
+const NOISE = 1e-4;
 
 export class Click {
   #read;
+  #tell;
   #context = null;
   #gain = null;
   #timer = 0;
   #planned = new Map(); // beat → {node, at, when}
 
   /**
-   * @param {() => {transport: object, now: number, toLocal: (t: number) => number, trimMs: number}
-   *   | null} read as of the session; `toLocal` gives `performance.now()` of an instant.
+   * @param {() => {transport: object, countInFrom: number | null, now: number,
+   *   toLocal: (t: number) => number, trimMs: number} | null} read as of the session; `toLocal` gives
+   *   `performance.now()` of an instant.
+   * @param {() => void} tell that `on` or `silent` has changed
    */
-  constructor(read) {
+  constructor(read, tell) {
     this.#read = read;
+    this.#tell = tell;
+    // A call, or another app, may have silenced us; browsers want a touch to begin again.
+    for (const type of ["visibilitychange", "pointerdown", "keydown"]) {
+      document.addEventListener(type, () => { if (this.silent) this.#context.resume(); });
+    }
   }
 
   get on() {
     return this.#timer !== 0;
   }
 
+  /** On, but the device does not let it sound. */
+  get silent() {
+    return this.on && this.#context.state !== "running";
+  }
+
+  /** How much earlier than its beat a click must be decided on, milliseconds. */
+  get latencyMs() {
+    return this.on ? (this.#context.outputLatency || this.#context.baseLatency || 0) * 1000 : 0;
+  }
+
   /** Turn it on; from a click or a key, or browsers stay silent. */
   async start(volume) {
-    this.#context ??= new AudioContext({ latencyHint: "interactive" });
-    if (this.#gain === null) {
+    if (this.#context === null) {
+      this.#context = new AudioContext({ latencyHint: "interactive" });
+      this.#context.addEventListener("statechange", () => this.#tell());
       this.#gain = this.#context.createGain();
       this.#gain.connect(this.#context.destination);
     }
     this.volume = volume;
     if (this.#timer === 0) this.#timer = setInterval(() => this.#plan(), LOOK_EVERY_MS);
+    this.#tell();
     await this.#context.resume();
   }
 
   stop() {
     clearInterval(this.#timer);
     this.#timer = 0;
-    this.#forget(-Infinity);
+    this.#forget();
     this.#context?.suspend();
+    this.#tell();
   }
 
   /** From 0 to 1. */
@@ -63,15 +85,14 @@ export class Click {
   /** What was planned counts no more: the transport, or this device's trim, has changed. */
   replan() {
     if (!this.on) return;
-    const state = this.#read();
-    this.#forget(state === null ? -Infinity : state.now + state.trimMs);
+    this.#forget();
     this.#plan();
   }
 
-  /** Drop what is planned for after an instant; what sounds already must not sound twice. */
-  #forget(after) {
-    for (const [beat, { node, at }] of this.#planned) {
-      if (at <= after) continue;
+  /** Drop what has not begun to sound. */
+  #forget() {
+    for (const [beat, { node, when }] of this.#planned) {
+      if (when <= this.#context.currentTime) continue;
       node.stop();
       this.#planned.delete(beat);
     }
@@ -79,18 +100,23 @@ export class Click {
 
   #plan() {
     const state = this.#read();
-    if (state === null || this.#context.state !== "running") return this.#forget(-Infinity);
-    const heard = state.now + state.trimMs;
-    const whenOf = (at) => this.#audioTime(state.toLocal(at - state.trimMs));
+    if (state === null || this.silent) return this.#forget();
+    const { transport, countInFrom, now, toLocal, trimMs } = state;
+    const heard = now + trimMs;
+    const whenOf = (at) => this.#audioTime(toLocal(at - trimMs));
+    const time = this.#context.currentTime;
     for (const [beat, { node, at, when }] of this.#planned) {
-      const moved = at > heard + SETTLED_MS && Math.abs(whenOf(at) - when) > MOVED_S;
+      const moved = when > time + SETTLED_S && Math.abs(whenOf(at) - when) > MOVED_S;
       if (moved) node.stop();
-      if (moved || at < heard - 1000) this.#planned.delete(beat);
+      if (moved || at < heard - KEPT_MS) this.#planned.delete(beat);
     }
-    for (const { beat, at, first } of upcoming(state.transport, heard, heard + AHEAD_MS)) {
+    for (const { beat, at, first, period } of upcoming(transport, heard, heard + AHEAD_MS, countInFrom)) {
+      const known = this.#planned.get(beat);
+      // The same number much later is another beat: somebody went back in the song.
+      if (known && Math.abs(known.at - at) < period / 2) continue;
       const when = whenOf(at);
-      if (this.#planned.has(beat) || when < this.#context.currentTime - LATEST_S) continue;
-      this.#planned.set(beat, { at, when, node: this.#sound(Math.max(when, 0), first) });
+      if (when < time - LATEST_S) continue;
+      this.#planned.set(beat, { at, when, node: this.#sound(Math.max(when, time), first) });
     }
   }
 
@@ -124,11 +150,12 @@ export class Click {
  * @param {object} transport of protocol.md section 1
  * @param {number} from milliseconds, session clock
  * @param {number} till not included
- * @returns {{beat: number, at: number, first: boolean}[]} `at` on the session clock; `first` of
- *   their bar.
+ * @param {number | null} countInFrom as of the session
+ * @returns {{beat: number, at: number, first: boolean, period: number}[]} `at` on the session clock;
+ *   `first` of their bar; `period` milliseconds from one to the next
  */
-export function upcoming(transport, from, till) {
-  return stretches(transport).flatMap((stretch) => {
+export function upcoming(transport, from, till, countInFrom = null) {
+  return stretches(transport, countInFrom).flatMap((stretch) => {
     const { anchorTime, tempoBpm, beatsPerBar } = stretch;
     const period = 60_000 / tempoBpm;
     const start = Math.max(from, stretch.from);
@@ -137,17 +164,19 @@ export function upcoming(transport, from, till) {
     for (let beat = Math.ceil(stretch.beat + (start - anchorTime) / period - NOISE); ; beat++) {
       const at = anchorTime + (beat - stretch.beat) * period;
       if (at >= end - NOISE) return beats;
-      beats.push({ beat, at, first: inBar(beat, beatsPerBar) === 0 });
+      beats.push({ beat, at, first: inBar(beat, beatsPerBar) === 0, period });
     }
   });
 }
 
-/** Segments that have beats, and from when till when; before a start they count up to it. */
-function stretches({ next, ...now }) {
+/** Segments that have beats, and from when till when; before a start they may count up to it. */
+function stretches({ next, ...now }, countInFrom) {
   const change = next?.anchorTime ?? Infinity;
   const found = [];
   if (now.isPlaying) found.push({ ...now, from: -Infinity, till: change });
-  else if (next?.isPlaying) found.push({ ...next, from: -Infinity, till: change });
+  else if (next?.isPlaying && countInFrom !== null) {
+    found.push({ ...next, from: countInFrom - NOISE, till: change });
+  }
   if (next?.isPlaying) found.push({ ...next, from: change, till: Infinity });
   return found;
 }

@@ -3,28 +3,38 @@
 import { clockFace } from "./beat.js";
 import { segmentAt } from "./bandsync.js";
 import { TapTempo } from "./tap.js";
-import { rounded } from "./words.js";
+import { named, rounded } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 // A session has no length: the scrubber has as many times this as the song has come.
 const SCRUBBER_S = 300;
 const MIN_BPM = 20;
 const MAX_BPM = 300;
+// How far ahead a start lies: everybody must have heard of it, and the slowest loudspeaker must get
+// its first click in time.
+const LEAD_MS = 250;
+const LEAD_MARGIN_MS = 150;
+const MOST_LEAD_MS = 1500;
 
 export class Conductor {
   #band = () => null;
   #run;
   #taps = new TapTempo();
+  #ownDelayMs;
   #scrubbing = false;
+  #spoken = "";
   #tempo = "";
+  #wanted = null; // BPM, while it is on its way
 
   /**
    * @param {() => BandSync | null} band
-   * @param {(command: Promise) => void} run shows why a command was refused
+   * @param {(command: Promise) => Promise<boolean>} run shows why a command was refused
+   * @param {() => number} ownDelayMs how much ahead of its beat this device must act, milliseconds
    */
-  constructor(band, run) {
+  constructor(band, run, ownDelayMs) {
     this.#band = band;
     this.#run = run;
+    this.#ownDelayMs = ownDelayMs;
     this.#listen();
     setInterval(() => this.#follow(), 250);
   }
@@ -87,9 +97,20 @@ export class Conductor {
     onChange("beats", (beatsPerBar) => this.#setTempo(this.#tempoBpm(), { beatsPerBar }));
     onSubmit("tempoForm", () => {}); // Its fields have changed by then.
     onSubmit("barForm", () => this.#goToBar($("bar").valueAsNumber));
-    $("scrubber").addEventListener("input", () => { this.#scrubbing = true; });
-    $("scrubber").addEventListener("change", () => this.#seek());
+    this.#listenToScrubber();
     document.addEventListener("keydown", (event) => this.#shortcut(event));
+  }
+
+  /** A thumb that scrolls the page, or comes back to where it began, moves no song. */
+  #listenToScrubber() {
+    const scrubber = $("scrubber");
+    const end = () => { this.#scrubbing = false; };
+    scrubber.addEventListener("input", () => { this.#scrubbing = true; });
+    scrubber.addEventListener("change", () => this.#seek());
+    scrubber.addEventListener("pointercancel", end);
+    // Its `change`, if there is one, comes first.
+    scrubber.addEventListener("pointerup", () => setTimeout(end));
+    scrubber.addEventListener("blur", end);
   }
 
   /** The space bar, where it does not press or write something else. */
@@ -105,11 +126,18 @@ export class Conductor {
     if (this.#playing()) return this.#run(band.pause());
     const { beatsPerBar } = segmentAt(band.session.transport, band.clock.now());
     const countInBeats = Math.min(32, Number($("countIn").value) * beatsPerBar);
-    return this.#run(band.play({ countInBeats }));
+    return this.#run(band.play({ countInBeats, startInMs: this.#leadMs() }));
+  }
+
+  #leadMs() {
+    const latencies = [...this.#band().stats.values()].map(({ latencyMs }) => latencyMs ?? 0);
+    const slowest = Math.max(0, ...latencies) + LEAD_MARGIN_MS;
+    return Math.min(MOST_LEAD_MS, Math.max(LEAD_MS, slowest) + this.#ownDelayMs());
   }
 
   #tap(at) {
-    const bpm = this.#band() && this.#taps.tap(at);
+    // A disabled button hears fingers all the same.
+    const bpm = this.#band() && !$("conduct").disabled && this.#taps.tap(at);
     if (bpm) this.#run(this.#band().setTempo(Math.round(bpm)));
   }
 
@@ -119,40 +147,58 @@ export class Conductor {
     return (transport.next ?? transport).tempoBpm;
   }
 
-  #nudge(by) {
-    const bpm = Math.round(this.#tempoBpm()) + by;
-    if (bpm >= MIN_BPM && bpm <= MAX_BPM) this.#setTempo(bpm);
+  /** From what was asked for last: fast fingers do not wait for the server. */
+  async #nudge(by) {
+    const bpm = Math.round(this.#wanted ?? this.#tempoBpm()) + by;
+    if (bpm < MIN_BPM || bpm > MAX_BPM) return;
+    this.#wanted = bpm;
+    await this.#setTempo(bpm);
+    if (this.#wanted === bpm) this.#wanted = null;
   }
 
   #setTempo(bpm, fields = {}) {
-    this.#run(this.#band().setTempo(bpm, { ...fields, at: $("at").value }));
+    return this.#run(this.#band().setTempo(bpm, { ...fields, at: $("at").value }));
   }
 
+  /** The server counts beats with the tempo that will be in force there. */
   #goToBar(bar) {
     const band = this.#band();
-    const { tempoBpm, beatsPerBar } = segmentAt(band.session.transport, band.clock.now());
+    const at = $("at").value;
+    const { transport } = band.session;
+    const now = segmentAt(transport, band.clock.now());
+    const there = at !== "now" && now.isPlaying ? (transport.next ?? now) : now;
+    const { tempoBpm, beatsPerBar } = there;
     const positionMs = ((bar - 1) * beatsPerBar * 60_000) / tempoBpm;
-    this.#run(band.seek(positionMs, { at: $("at").value }));
+    this.#run(band.seek(positionMs, { at }));
   }
 
   #seek() {
+    if (!this.#scrubbing) return; // It was cancelled.
     this.#scrubbing = false;
     const positionMs = $("scrubber").valueAsNumber * 1000;
     this.#run(this.#band().seek(positionMs, { at: $("at").value }));
   }
 
-  /** The scrubber goes with the song, unless a thumb is on it. */
+  /** Where a thumb holds the scrubber, milliseconds; null while none does. */
+  get heldMs() {
+    return this.#scrubbing ? $("scrubber").valueAsNumber * 1000 : null;
+  }
+
+  /** The scrubber goes with the song, unless somebody holds it. */
   #follow() {
     const band = this.#band();
     const scrubber = $("scrubber");
     if (!band?.session || document.hidden) return;
+    // A screen reader would speak every step; and keys step from where it stands.
+    if (!this.#scrubbing && scrubber.matches(":focus-visible")) return;
     const seconds = this.#scrubbing ? scrubber.valueAsNumber : band.positionAt() / 1000;
     if (!this.#scrubbing) {
       scrubber.max = Math.ceil((seconds + 30) / SCRUBBER_S) * SCRUBBER_S;
       scrubber.value = seconds;
     }
-    scrubber.setAttribute("aria-valuetext", clockFace(seconds * 1000));
-    if (this.#scrubbing) $("position").textContent = clockFace(seconds * 1000);
+    const spoken = clockFace(seconds * 1000).split(".")[0];
+    if (spoken !== this.#spoken) scrubber.setAttribute("aria-valuetext", spoken);
+    this.#spoken = spoken;
   }
 }
 
@@ -160,6 +206,6 @@ function reason(online, isLeader, leader) {
   if (!online) return "These wait until the connection is back.";
   if (isLeader) return "You lead: the band follows.";
   if (leader === null) return "Nobody leads. Lead, to use these.";
-  if (!leader.connected) return `${leader.displayName} leads, and is away.`;
-  return `Only ${leader.displayName}, who leads, can use these.`;
+  if (!leader.connected) return `${named(leader.displayName)} leads, and is away.`;
+  return `Only ${named(leader.displayName)}, who leads, can use these.`;
 }

@@ -14,7 +14,7 @@ function remember(storage, key, value) {
   } catch { /* see above */ }
 }
 
-const DEFAULTS = { name: "", volume: 0.7, clickTrim: 0, lightTrim: 0, theme: "" };
+const DEFAULTS = { name: "", session: "", volume: 0.7, clickTrim: 0, lightTrim: 0, theme: "" };
 
 /** Settings of this device, kept for the next time. */
 export class Preferences {

@@ -54,6 +54,8 @@
  * @property {number} version
  * @property {string} message the headline
  * @property {Transport} transport
+ * @property {number | null} countInFrom the instant from which beats count the scheduled start in;
+ *   null if none do, and while that is not known
  * @property {string | null} leaderId
  * @property {ReadonlyMap<string, Member>} members by id, in the order in which they joined
  * @property {readonly ChatMessage[]} chat the last 50, oldest first
@@ -127,11 +129,15 @@ function whenReached({ isPlaying, beat, anchorTime, tempoBpm }, wanted, after) {
  * The session that a `snapshot` message tells.
  *
  * @param {object} message
+ * @param {Session | null} [before] what was known: a snapshot does not say what is counted in
  * @returns {Session}
  */
-export function fromSnapshot(message) {
+export function fromSnapshot(message, before = null) {
   const { sessionId, epoch, version, transport, leaderId, settings, createdAt } = message;
+  const start = transport.next?.anchorTime;
+  const sameStart = start !== undefined && start === before?.transport.next?.anchorTime;
   return {
+    countInFrom: sameStart ? before.countInFrom : null,
     sessionId,
     epoch,
     version,
@@ -166,10 +172,20 @@ export function afterChange(session, message) {
   return { ...session, ...CHANGES[message.type](session, message), version: message.version };
 }
 
-const moved = (_session, { transport }) => ({ transport });
+const moved = ({ countInFrom }, { transport }) => ({
+  transport,
+  countInFrom: !transport.isPlaying && transport.next?.isPlaying ? countInFrom : null,
+});
 
 const CHANGES = {
-  play: moved,
+  play(_session, { transport, countInBeats = 0 }) {
+    const { next } = transport;
+    const counted = countInBeats > 0 && next !== null;
+    return {
+      transport,
+      countInFrom: counted ? next.anchorTime - (countInBeats * 60_000) / next.tempoBpm : null,
+    };
+  },
   pause: moved,
   stop: moved,
   seek: moved,

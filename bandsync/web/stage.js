@@ -13,7 +13,7 @@ import { Conductor } from "./conduct.js";
 import { Preferences, WakeLock, keepPage, seat, showTheme } from "./device.js";
 import { Members } from "./members.js";
 import { invite } from "./share.js";
-import { news, refusal, stateOf, trouble } from "./words.js";
+import { named, news, refusal, stateOf, trouble } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const NEWS = [
@@ -30,13 +30,17 @@ const requests = new Map(); // memberId → name of who asks for the lead
 const names = new Map(); // memberId → displayName; also of those who just left
 let band = null; // while in a session, or on the way into one
 let pass = "";
+let outage = false; // the server had lost its storage before we came
+let attempts = 0; // to connect, that have failed
+let transport = null; // that the click was planned for
+let headline = ""; // that the field for it was filled with
 
 const setText = (element, text) => {
   // Writing what is there already would make a live region speak again.
   if (element.textContent !== text) element.textContent = text;
 };
 const say = (text) => text && setText($("news"), text);
-const nameOf = (memberId) => names.get(memberId) ?? "Somebody";
+const nameOf = (memberId) => named(names.get(memberId) ?? "Somebody");
 
 /** Show why a command was refused; what was granted shows itself. */
 async function run(command) {
@@ -91,9 +95,12 @@ function listen(mine, keep) {
   let joined = false;
   on("joined", ({ resumed, snapshot }) => {
     keep();
+    names.clear();
     snapshot.members.forEach(({ memberId, displayName }) => names.set(memberId, displayName));
     if (joined && !resumed) say("Connected again, as a new member: you were away too long.");
     joined = true;
+    preferences.set("session", mine.sessionId);
+    askForOutage(mine);
   });
   on("user_joined", ({ member }) => names.set(member.memberId, member.displayName));
   for (const type of NEWS) on(type, (event) => say(news(event, nameOf, mine.memberId)));
@@ -101,11 +108,27 @@ function listen(mine, keep) {
     requests.set(memberId, displayName);
     showRequests();
   });
-  on("status", () => { if (mine.status === "closed") leave(mine.closeReason); });
+  on("status", (status) => {
+    attempts = status.attempts;
+    if (mine.status === "closed") leave(mine.closeReason);
+    else render();
+  });
   on("change", () => {
-    click.replan();
+    if (transport !== mine.session?.transport) click.replan();
+    transport = mine.session?.transport;
     render();
   });
+}
+
+/** What the server says of its storage it says to those who are there when it happens. */
+async function askForOutage(mine) {
+  try {
+    const { degraded, lastFailover } = await (await fetch("/api/storage/status")).json();
+    outage = degraded && lastFailover !== null;
+  } catch {
+    outage = false;
+  }
+  if (band === mine) render();
 }
 
 /** Back to the form: only a person can decide what happens next. */
@@ -113,10 +136,8 @@ function leave(error = null) {
   const old = band;
   band = null;
   old?.close();
-  requests.clear();
   seat.set(null);
-  click.stop();
-  showClick();
+  reset();
   if (error !== null) {
     setText($("problem"), explained(error));
     $("problem").hidden = false;
@@ -124,6 +145,22 @@ function leave(error = null) {
   }
   render();
   $(error?.code === "unauthorized" ? "pass" : "name").focus();
+}
+
+/** Nothing of one session stays for the next. */
+function reset() {
+  requests.clear();
+  names.clear();
+  showRequests();
+  outage = false;
+  attempts = 0;
+  transport = null;
+  headline = $("message").value = $("text").value = "";
+  setText($("news"), "");
+  $("chatNews").hidden = true;
+  $("invitation").close();
+  showView("play");
+  click.stop();
 }
 
 function explained({ code, message }) {
@@ -139,17 +176,16 @@ function render() {
   const joined = band !== null && band.session !== null;
   $("join").hidden = band !== null;
   for (const id of ["stage", "views", "invite", "click", "pulse"]) $(id).hidden = !joined;
+  $("cancel").hidden = band === null || joined;
   setText($("title"), band === null ? "BandSync" : band.sessionId);
   document.title = band === null ? "BandSync" : `${band.sessionId} – BandSync`;
   setText($("status"), stateOf(band));
-  const wrong = band === null ? "" : trouble(band);
-  setText($("banner"), wrong);
-  $("banner").hidden = wrong === "";
+  setText($("banner"), band === null ? "" : trouble(band, outage, attempts));
   wakeLock.wanted = joined;
   if (!joined) return;
   const { session } = band;
   setText($("headline"), session.message);
-  if (document.activeElement !== $("message")) $("message").value = session.message;
+  if (session.message !== headline) headline = $("message").value = session.message;
   conductor.show();
   members.show(band);
   if (chat.show(session.chat) && $("stage").dataset.view !== "chat") $("chatNews").hidden = false;
@@ -178,7 +214,7 @@ function showRequests() {
     const row = document.createElement("p");
     row.dataset.id = memberId;
     row.append(
-      `${name} asks for the lead.`,
+      `${named(name)} asks for the lead.`,
       requestButton("Hand over", () => run(band.handOver(memberId))),
       requestButton("Not now", async () => {
         if (!(await run(band.denyLeader(memberId)))) return;
@@ -201,7 +237,8 @@ function requestButton(text, act) {
 
 function showClick() {
   $("click").setAttribute("aria-pressed", String(click.on));
-  setText($("click"), click.on ? "Click on" : "Click off");
+  const heard = click.silent ? "Touch to hear" : "Click on";
+  setText($("click"), click.on ? heard : "Click off");
 }
 
 function showTrims() {
@@ -219,6 +256,8 @@ const playing = (trim) => () => {
   const { clock, session } = band;
   return {
     transport: session.transport,
+    countInFrom: session.countInFrom,
+    heldMs: conductor.heldMs,
     now: clock.now(),
     toLocal: (t) => clock.toLocal(t),
     trimMs: preferences.get(trim),
@@ -226,8 +265,9 @@ const playing = (trim) => () => {
 };
 const lightParts = ["light", "ring", "flash", "pulse", "beatNumber", "barNumber", "position", "state", "tempo"];
 new BeatLight(Object.fromEntries(lightParts.map((id) => [id, $(id)])), playing("lightTrim"));
-const click = new Click(playing("clickTrim"));
-const conductor = new Conductor(() => (band?.session ? band : null), run);
+const click = new Click(playing("clickTrim"), showClick);
+const conductor = new Conductor(() => (band?.session ? band : null), run, () =>
+  Math.max(0, preferences.get("lightTrim"), click.on ? click.latencyMs + preferences.get("clickTrim") : 0));
 const members = new Members((memberId) => run(band.handOver(memberId)));
 const chat = new Chat();
 const wakeLock = new WakeLock((text) => setText($("awake"), text));
@@ -247,11 +287,12 @@ onSubmit("join", () => {
   pass = $("pass").value.trim();
   enter($("session").value, name);
 });
-onClick("leave", () => {
-  band.leave().catch(() => {}); // Gone either way: the server keeps the place for a moment at most.
-  leave();
-  say("");
-});
+for (const id of ["leave", "cancel"]) {
+  onClick(id, () => {
+    band.leave().catch(() => {}); // Gone either way: the server keeps the place for a moment at most.
+    leave();
+  });
+}
 onClick("invite", () => invite(band.sessionId));
 onClick("ask", async () => { if (await run(band.requestLeader())) say("You asked for the lead."); });
 for (const id of ["claim", "take"]) onClick(id, () => run(band.takeLead()));
@@ -263,9 +304,9 @@ onSubmit("chatForm", async () => {
   if (await run(band.chat(text)) && $("text").value === text) $("text").value = "";
 });
 onClick("click", () => {
-  if (click.on) click.stop();
+  // What was silent has just been touched, and sounds again.
+  if (click.on && $("click").textContent === "Click on") click.stop();
   else click.start(preferences.get("volume"));
-  showClick();
 });
 $("volume").addEventListener("input", () => {
   preferences.set("volume", $("volume").valueAsNumber);
@@ -284,23 +325,29 @@ $("theme").addEventListener("change", () => {
 });
 for (const button of $("views").querySelectorAll("button")) {
   button.addEventListener("click", () => {
-    $("stage").dataset.view = button.dataset.view;
-    for (const other of $("views").children) other.removeAttribute("aria-current");
-    button.setAttribute("aria-current", "true");
-    if (button.dataset.view === "chat") $("chatNews").hidden = true;
+    showView(button.dataset.view);
     scrollTo(0, 0);
   });
+}
+function showView(view) {
+  $("stage").dataset.view = view;
+  for (const button of $("views").children) {
+    if (button.dataset.view === view) button.setAttribute("aria-current", "true");
+    else button.removeAttribute("aria-current");
+  }
+  if (view === "chat") $("chatNews").hidden = true;
 }
 setInterval(() => { if (band?.session) setText($("about"), about()); }, 1000);
 
 addEventListener("hashchange", () => {
   const { sessionId, given } = fromLink();
-  if (sessionId === "" || sessionId === band?.sessionId) return;
   if (band !== null) {
-    band.leave().catch(() => {});
-    leave();
+    // A stray link takes nobody off the stage.
+    if (sessionId !== band.sessionId) say(`To go to ${sessionId || "another session"}, leave this one first.`);
+    history.replaceState(null, "", `#${band.sessionId}`);
+    return;
   }
-  $("session").value = sessionId;
+  if (sessionId) $("session").value = sessionId;
   pass = $("pass").value = given;
 });
 
@@ -310,17 +357,17 @@ const { sessionId, given } = fromLink();
 const kept = seat.get();
 pass = $("pass").value = given;
 $("name").value = preferences.get("name");
-$("session").value = sessionId || freshSession();
+$("session").value = sessionId || kept?.sessionId || preferences.get("session") || freshSession();
 $("volume").value = preferences.get("volume");
 $("theme").value = preferences.get("theme");
 showTheme(preferences.get("theme"));
 showTrims();
 showClick();
 keepPage();
-if (kept !== null && kept.sessionId === sessionId) {
+if (kept !== null && kept.sessionId === (sessionId || kept.sessionId)) {
   // A reload comes back as the same member.
   pass = given || kept.pass;
-  enter(sessionId, kept.displayName, kept.resumeToken);
+  enter(kept.sessionId, kept.displayName, kept.resumeToken);
 } else if (preferences.get("name")) {
   $("join").querySelector("button").focus();
 }

@@ -18,6 +18,12 @@ const PLAINLY = {
   conflict: "Others were faster. Once more?",
 };
 
+// Writes right to left, or turns what follows around.
+const TURNS = /[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufefc]/;
+
+/** A name for a sentence: one that is written the other way leaves the sentence as it is. */
+export const named = (name) => (TURNS.test(name) ? `\u2068${name}\u2069` : name);
+
 /** The tempo as people say it: without the decimals that nobody hears. */
 export const rounded = (bpm) => String(Math.round(bpm * 10) / 10);
 
@@ -30,7 +36,7 @@ export const rounded = (bpm) => String(Math.round(bpm * 10) / 10);
 export function news(event, nameOf, mine) {
   switch (event.type) {
     case "user_joined":
-      return `${event.member.displayName} joined.`;
+      return `${named(event.member.displayName)} joined.`;
     case "user_left":
       return `${nameOf(event.memberId)} ${LEFT[event.reason] ?? "left"}.`;
     case "member_connection":
@@ -55,7 +61,7 @@ export function news(event, nameOf, mine) {
     case "tempo_changed":
       return event.oldTempoBpm === event.newTempoBpm ? "" : `${nameOf(event.by)} set ${rounded(event.newTempoBpm)} BPM.`;
     case "leader_denied":
-      return `${event.displayName} keeps the lead for now.`;
+      return `${named(event.displayName)} keeps the lead for now.`;
     default:
       return "";
   }
@@ -68,20 +74,24 @@ export const refusal = ({ code, message }) => PLAINLY[code] ?? message;
  * What is not as it should be, and what it means for whoever plays; "" when all is well.
  *
  * @param {BandSync} band
+ * @param {boolean} outage whether the server had lost its storage before we came
+ * @param {number} attempts to connect that have failed
  */
-export function trouble(band) {
-  const plays = band.session !== null;
+export function trouble(band, outage, attempts) {
   switch (band.status) {
+    case "connecting":
+      return attempts > 0 ? "The server does not answer yet; trying again." : "";
     case "resuming":
-      return plays
-        ? "Connection lost, coming back by itself. The beat goes on from this device's own clock."
-        : "No connection yet; trying again.";
+      return "Connection lost, coming back by itself. The beat goes on from this device's own clock.";
     case "draining":
       return "The server is about to restart; this page comes back by itself.";
-    case "online":
-      return band.storage?.degraded
-        ? "The server lost its storage and keeps the session itself for now. Play on: nothing is lost."
-        : "";
+    case "online": {
+      if (!(band.storage.degraded ?? outage)) return "";
+      const servers = new Set([...band.session.members.values()].map(({ serverId }) => serverId));
+      return servers.size > 1
+        ? "The server lost its storage. Play on: nothing is lost, but members on other servers are out of reach until it is back."
+        : "The server lost its storage and keeps the session itself for now. Play on: nothing is lost.";
+    }
     default:
       return "";
   }
