@@ -35,8 +35,12 @@ _HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
 Answer = Callable[[HttpRequest], Awaitable[HttpResponse]]
 
 
-async def open_listeners(host: str, port: int) -> list[socket.socket]:
+async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Listening sockets for every address of ``host``, all on one port.
+
+    Args:
+        shared: other processes may listen there too. These sockets listen as soon as an `Acceptor`
+            has them, not before: what waits for one of them is lost to the others.
 
     Raises:
         OSError: the address is in use, is not ours, or has no meaning.
@@ -56,9 +60,12 @@ async def open_listeners(host: str, port: int) -> list[socket.socket]:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind((address[0], port, *address[2:]))
             port = sock.getsockname()[1]
-            sock.listen(BACKLOG)
+            if not shared:
+                sock.listen(BACKLOG)
     except BaseException:
         for sock in listeners:
             sock.close()
@@ -93,6 +100,7 @@ class Acceptor:
         )
         self._max_connections = settings.max_connections
         self._sockets = 0
+        self._accepting: dict[socket.socket, trio.CancelScope] = {}
 
     async def run(
         self,
@@ -104,11 +112,22 @@ class Acceptor:
         try:
             async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
                 for listener in listeners:
-                    accepting.start_soon(self._accept, listener, handlers)
+                    listener.listen(BACKLOG)
+                    accepting.start_soon(self._keep_accepting, listener, handlers)
                 task_status.started()
         finally:
             for listener in listeners:
                 listener.close()
+
+    def leave(self, listener: socket.socket) -> None:
+        """Stop listening there: who comes now is for the other processes that share the port."""
+        if (scope := self._accepting.pop(listener, None)) is not None:
+            scope.cancel()
+
+    async def _keep_accepting(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+        with listener, trio.CancelScope() as scope:
+            self._accepting[listener] = scope
+            await self._accept(listener, handlers)
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         short = False  # Of file descriptors or memory: said once, not ten times a second.
