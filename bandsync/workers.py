@@ -28,6 +28,8 @@ LEAVE = b"leave\n"
 # What a start may take besides its waiting for Redis, and a drain besides DRAIN_TIMEOUT_MS.
 START_MARGIN_S = 30.0
 DRAIN_MARGIN_S = 5.0
+# Between leaving the port and the drain: who was accepted last is not turned away.
+LEAVING_S = 0.5
 # The claim of a name that an earlier life left behind.
 _CLAIM_S = 10.0
 _MAX_DOUBLINGS = 16
@@ -354,9 +356,11 @@ class _Worker:
                     trio.current_time()
                     + self._orders.settings.drain_timeout_ms / 1000
                     + DRAIN_MARGIN_S
+                    + LEAVING_S
                 )
                 if self._leaving:
                     await stdin.send_all(LEAVE)
+                    await trio.sleep(LEAVING_S)
             except trio.BrokenResourceError:
                 # It has ended, as whoever waits for it will see.
                 return

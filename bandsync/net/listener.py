@@ -125,38 +125,46 @@ class Acceptor:
             scope.cancel()
 
     async def _keep_accepting(self, listener: socket.socket, handlers: trio.Nursery) -> None:
-        with listener, trio.CancelScope() as scope:
-            self._accepting[listener] = scope
-            await self._accept(listener, handlers)
+        with listener:
+            with trio.CancelScope() as scope:
+                self._accepting[listener] = scope
+                await self._accept(listener, handlers)
+            # Whom the kernel has given to this process, no other can accept.
+            self._take(listener, handlers)
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         short = False  # Of file descriptors or memory: said once, not ten times a second.
         while True:
             await trio.lowlevel.wait_readable(listener)
-            for _ in range(_BATCH):
-                try:
-                    sock, _ = listener.accept()
-                except BlockingIOError:
-                    break
-                except OSError as error:
-                    if error.errno in _OUT_OF_RESOURCES:
-                        if not short:
-                            self._log.error("accept.failed", error=str(error))
-                        short = True
-                        await trio.sleep(_RETRY_S)
-                        break
-                    if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
-                        raise
-                    continue  # This one went away before it was accepted: accept(2).
-                if self._sockets >= self._max_connections + _HEADROOM:
-                    self._counters.handshakes_refused["full"] += 1
-                    sock.close()
-                    continue
-                short = False
-                sock.setblocking(False)
-                self._sockets += 1
-                self._counters.accepted += 1
-                handlers.start_soon(self._handle, sock)
+            shortage = self._take(listener, handlers)
+            if shortage is not None:
+                if not short:
+                    self._log.error("accept.failed", error=str(shortage))
+                await trio.sleep(_RETRY_S)
+            short = shortage is not None
+
+    def _take(self, listener: socket.socket, handlers: trio.Nursery) -> OSError | None:
+        """Accept who waits, but not too many at a time; what stopped it, if the machine did."""
+        for _ in range(_BATCH):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    return error
+                if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
+                    raise
+                continue  # This one went away before it was accepted: accept(2).
+            if self._sockets >= self._max_connections + _HEADROOM:
+                self._counters.handshakes_refused["full"] += 1
+                sock.close()
+                continue
+            sock.setblocking(False)
+            self._sockets += 1
+            self._counters.accepted += 1
+            handlers.start_soon(self._handle, sock)
+        return None
 
     async def _handle(self, sock: socket.socket) -> None:
         """Serve one connection; nothing but cancellation leaves here."""
