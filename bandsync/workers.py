@@ -87,6 +87,9 @@ class Pace(Struct, frozen=True):
     stable: float = 60.0
 
 
+PACE = Pace()
+
+
 async def supervise(
     settings: Settings,
     log: FilteringBoundLogger,
@@ -95,7 +98,7 @@ async def supervise(
     announce: Callable[[str], None] = print,
     stop_on: Collection[int] = (),
     replace_on: Collection[int] = (),
-    pace: Pace = Pace(),  # noqa: B008 - frozen
+    pace: Pace = PACE,
     task_status: trio.TaskStatus[Supervising] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Keep `WORKERS` processes that serve one port, until `Supervising.stop`, or for ever.
