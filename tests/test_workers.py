@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +26,7 @@ from bandsync.app import StartError
 from bandsync.settings import Settings, SettingsError, parse
 from bandsync.workers import LEAVE, Orders, Pace, Report, Supervising, supervise, work
 from tests.redis_servers import HOST, RedisServer, free_port
-from tests.servers import PATIENCE_S, TEST_SETTINGS, Message, Musician, play_along
+from tests.servers import PATIENCE_S, TEST_SETTINGS, Message, Musician, play_along, start_server
 from tests.test_serve import SCRIPT, environment
 
 COMMAND = [sys.executable, str(SCRIPT), "--worker"]
@@ -233,8 +234,12 @@ async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
         ann = await on(crew, nursery, "stage-1")
         await ann.join(displayName="Ann")
         # Who does not answer the goodbye makes the drains last.
-        with silent_clients(crew.port, {"stage-1", "stage-2"}):
+        with silent_clients(crew.port, {"stage-1", "stage-2"}), accepted(crew.port) as last:
             crew.supervising.replace()
+            # Those who are accepted when a worker leaves the port are served as before.
+            while listening(crew.port) == 2:
+                await trio.lowlevel.checkpoint()
+            assert asked(last)[0] == 200
             assert await ann.closed() == 1012
             statuses = set()
             while not crew.diary.all("workers.replaced"):
@@ -253,6 +258,35 @@ async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
         again = await nursery.start(play_along, crew)
         back = await again.join(resumeToken=ann.you["resumeToken"])
         assert (back["you"]["resumed"], back["you"]["role"]) == (True, "leader")
+
+
+def listening(port: int) -> int:
+    """How many sockets listen on this port."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(
+        line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for line in lines
+    )
+
+
+def asked(client: socket.socket) -> tuple[int, str]:
+    """The status and the server id that `/api/health` answers over this connection."""
+    client.sendall(b"GET /api/health HTTP/1.1\r\nHost: stage\r\n\r\n")
+    heard = b""
+    while (found := re.search(rb'^HTTP/1.1 (\d+).*"serverId":"([^"]+)"', heard, re.DOTALL)) is None:
+        heard += client.recv(4096)
+    return int(found[1]), found[2].decode()
+
+
+@contextmanager
+def accepted(port: int) -> Iterator[socket.socket]:
+    """A connection to the first worker that may ask once more."""
+    with ExitStack() as stack:
+        for _ in range(MANY):
+            client = stack.enter_context(socket.create_connection((HOST, port), PATIENCE_S))
+            if asked(client)[1] == "stage-1":
+                yield client
+                return
+        raise AssertionError("no connection came to the first worker")
 
 
 @contextmanager
@@ -493,12 +527,12 @@ def test_when_the_supervisor_is_killed_the_workers_drain_and_end(
 
 def test_a_second_signal_ends_them_at_once(start: Callable[..., Process]) -> None:
     crew = start(drain_timeout_ms=60_000)
-    with connect(f"{crew.url}/ws", max_queue=1, close_timeout=0) as client:
-        client.recv(PATIENCE_S)
-        crew.process.terminate()
-        crew.until("server.draining")
-        crew.process.terminate()
-        assert crew.process.wait(PATIENCE_S) == 0
+    # It would have all that time, and some more.
+    os.kill(crew.pids[0], signal.SIGSTOP)
+    crew.process.terminate()
+    crew.until("server.draining")
+    crew.process.terminate()
+    assert crew.process.wait(PATIENCE_S) == 0
 
 
 def test_a_hangup_replaces_them(start: Callable[..., Process]) -> None:
@@ -606,6 +640,16 @@ async def test_a_worker_obeys_its_pipe(nursery: trio.Nursery) -> None:
     with trio.fail_after(PATIENCE_S):
         await done.wait()
     assert diary.all("server.stopped", server_id="stage")
+
+
+async def test_who_has_connected_when_a_worker_leaves_is_served(nursery: trio.Nursery) -> None:
+    server = await start_server(nursery)
+    # The kernel has the connection, the server has not seen it yet.
+    with socket.create_connection((HOST, server.port)) as client:
+        server.serving.leave()
+        status, _ = await trio.to_thread.run_sync(asked, client)
+        assert status == 200
+    await server.stop()
 
 
 async def test_a_worker_whose_supervisor_ends_before_it_listens_ends_too() -> None:
