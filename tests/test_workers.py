@@ -237,8 +237,9 @@ async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
         with silent_clients(crew.port, {"stage-1", "stage-2"}), accepted(crew.port) as last:
             crew.supervising.replace()
             # Those who are accepted when a worker leaves the port are served as before.
-            while listening(crew.port) == 2:
-                await trio.lowlevel.checkpoint()
+            with trio.fail_after(PATIENCE_S):
+                while listening(crew.port) == 2:
+                    await trio.lowlevel.checkpoint()
             assert asked(last)[0] == 200
             assert await ann.closed() == 1012
             statuses = set()
