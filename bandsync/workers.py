@@ -310,16 +310,19 @@ class _Worker:
         # Whoever cannot be waited for any longer is killed by the end of this scope.
         with trio.CancelScope() as patience:
             async with trio.open_nursery() as nursery:
-                process: trio.Process = await nursery.start(
-                    partial(
-                        trio.run_process,
-                        self._command,
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        check=False,
-                        deliver_cancel=_kill,
-                    )
+                start = partial(
+                    trio.run_process,
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    check=False,
+                    deliver_cancel=_kill,
                 )
+                try:
+                    process: trio.Process = await nursery.start(start)
+                except OSError as error:
+                    # Out of memory or processes, which passes: the others go on meanwhile.
+                    return _Ending(None, f"it could not be started: {error}")
                 assert process.stdin is not None
                 assert process.stdout is not None
                 nursery.start_soon(self._instruct, process.stdin, patience)
@@ -327,6 +330,8 @@ class _Worker:
                     with trio.move_on_after(self._start_s()) as starting:
                         if (line := await _read_line(process.stdout)) is not None:
                             report = msgspec.json.decode(line, type=Report)
+                        if report is None or report.refused is not None:
+                            await process.wait()
                     if starting.cancelled_caught:
                         patience.cancel()
                     elif report is not None and report.refused is None:
@@ -338,9 +343,8 @@ class _Worker:
                 nursery.cancel_scope.cancel()
         how = _how(process.returncode)
         if patience.cancelled_caught:
-            how = (
-                "it did not end in time, killed" if listened else "it did not start in time, killed"
-            )
+            late = "start" if listened is None else "end"
+            how = f"it did not {late} in time and was killed"
             self._log.error("worker.killed", pid=process.pid, how=how)
         return _Ending(
             process.pid,
@@ -378,14 +382,15 @@ class _Ending(Struct, frozen=True):
     """How a process ended.
 
     Attributes:
+        pid: None if there was no process.
         refused: why it did not start, if it said so.
         listened_s: for how long it listened; None if it did not come to it.
     """
 
-    pid: int
+    pid: int | None
     how: str
-    refused: str | None
-    listened_s: float | None
+    refused: str | None = None
+    listened_s: float | None = None
 
 
 async def work(

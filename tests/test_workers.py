@@ -19,6 +19,7 @@ import structlog
 import trio
 from msgspec.structs import replace
 from trio.testing import memory_stream_pair
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from bandsync import workers
@@ -376,11 +377,16 @@ async def test_a_start_that_is_refused_is_told_once() -> None:
         "the stage is locked"
     )
     assert "ended with status 7" in await ended_with("exit 7")
+    with pytest.raises(StartError, match="could not be started"):
+        await supervise(
+            crew_settings("redis://nowhere"), Diary().logger, command=["/nonexistent/python"]
+        )
 
 
 async def test_a_start_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "START_MARGIN_S", -20.5)
     assert "did not start in time" in await ended_with("sleep 1000")
+    assert "did not start in time" in await ended_with("exec >&-; sleep 1000")
 
 
 async def test_what_keeps_ending_is_started_ever_more_slowly(nursery: trio.Nursery) -> None:
@@ -446,6 +452,8 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # All of them, and nobody else, are one group for signals.
+            start_new_session=True,
         )
         self.log: list[Message] = []
         assert self.process.stdout is not None
@@ -533,6 +541,20 @@ def test_a_second_signal_ends_them_at_once(start: Callable[..., Process]) -> Non
     crew.process.terminate()
     crew.until("server.draining")
     crew.process.terminate()
+    assert crew.process.wait(PATIENCE_S) == 0
+
+
+def test_a_signal_to_all_of_them_drains_once(start: Callable[..., Process]) -> None:
+    """As from a terminal, or from who ends all of a container: that is no second signal."""
+    crew = start()
+    with connect(f"{crew.url}/ws") as client:
+        client.recv(PATIENCE_S)
+        os.killpg(crew.process.pid, signal.SIGINT)
+        assert json.loads(client.recv(PATIENCE_S))["type"] == "server_draining"
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(PATIENCE_S)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1012
     assert crew.process.wait(PATIENCE_S) == 0
 
 
