@@ -3,8 +3,8 @@
 The supervisor holds no sessions. It and each worker share two pipes. The worker's standard input
 brings its `Orders` and then stays open: a `LEAVE` in it gives up the shared port, and its end is
 the order to drain, whether the supervisor closed it or died. Its standard output carries one
-`Report`. Connections are spread by the kernel (SO_REUSEPORT), which passes over a worker that has
-ended.
+`Report`, and then a newline now and then. The kernel spreads connections (SO_REUSEPORT); it passes
+over a worker that has ended, but not over one that hangs: who is silent is replaced.
 """
 
 import signal
@@ -30,6 +30,9 @@ START_MARGIN_S = 30.0
 DRAIN_MARGIN_S = 5.0
 # Between leaving the port and the drain: who was accepted last is not turned away.
 LEAVING_S = 0.5
+# How often a worker shows that it is alive, and how long it may fail to.
+BEAT_S = 1.0
+SILENCE_S = 30.0
 # The claim of a name that an earlier life left behind.
 _CLAIM_S = 10.0
 _MAX_DOUBLINGS = 16
@@ -307,6 +310,7 @@ class _Worker:
         """Have one process, from its start to its end."""
         listened: float | None = None
         report: Report | None = None
+        silent = False
         # Whoever cannot be waited for any longer is killed by the end of this scope.
         with trio.CancelScope() as patience:
             async with trio.open_nursery() as nursery:
@@ -339,12 +343,17 @@ class _Worker:
                         self.announced = report.lines
                         self._log.info("worker.started", pid=process.pid)
                         self.listening.set()
+                        silent = await _silent(process.stdout)
+                        patience.deadline = trio.current_time() + (0 if silent else DRAIN_MARGIN_S)
                     await process.wait()
                 nursery.cancel_scope.cancel()
         how = _how(process.returncode)
         if patience.cancelled_caught:
-            late = "start" if listened is None else "end"
-            how = f"it did not {late} in time and was killed"
+            how = "it did not start in time and was killed"
+            if listened is not None:
+                how = "it did not end in time and was killed"
+            if silent:
+                how = f"it was silent for {SILENCE_S:g} s and was killed"
             self._log.error("worker.killed", pid=process.pid, how=how)
         return _Ending(
             process.pid,
@@ -439,16 +448,19 @@ async def work(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey)
             serving = await nursery.start(run)
-            await _report(outlet, Report(lines))
+            await _tell(outlet, msgspec.json.encode(Report(lines)) + b"\n")
+            while True:
+                await trio.sleep(BEAT_S)
+                await _tell(outlet, b"\n")
     except* StartError as group:
         refused = group
     if refused is not None:
-        await _report(outlet, Report(refused=str(_first(refused))))
+        await _tell(outlet, msgspec.json.encode(Report(refused=str(_first(refused)))) + b"\n")
 
 
-async def _report(outlet: trio.abc.SendStream, report: Report) -> None:
+async def _tell(outlet: trio.abc.SendStream, line: bytes) -> None:
     try:
-        await outlet.send_all(msgspec.json.encode(report) + b"\n")
+        await outlet.send_all(line)
     except trio.BrokenResourceError:
         # The supervisor has died, and so ends the standard input, which ends us.
         return
@@ -463,6 +475,16 @@ async def _read_line(stream: trio.abc.ReceiveStream) -> bytes | None:
             return None
         line += data
     return line
+
+
+async def _silent(stream: trio.abc.ReceiveStream) -> bool:
+    """Read until the stream ends, or does not bring anything for too long: then it is true."""
+    while True:
+        with trio.move_on_after(SILENCE_S):
+            if not await stream.receive_some():
+                return False
+            continue
+        return True
 
 
 def _first(group: BaseExceptionGroup[StartError]) -> StartError:

@@ -227,6 +227,20 @@ async def test_who_does_not_drain_is_killed(
         assert killed["server_id"] == "stage-2"
 
 
+async def test_who_hangs_is_replaced(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "SILENCE_S", 3.0)
+    async with working(redis_server.url()) as (crew, nursery):
+        os.kill(crew.pid("stage-2"), signal.SIGSTOP)
+        killed = await crew.diary.until("worker.killed")
+        assert killed["server_id"] == "stage-2"
+        assert "silent" in killed["how"]
+        await crew.diary.until("worker.started", 2, server_id="stage-2")
+        await on(crew, nursery, "stage-2")
+        assert len(crew.diary.all("worker.killed")) == 1
+
+
 async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
