@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,28 @@ LISTENS = "read orders; echo '{\"lines\":[]}'; "
 
 def shell(script: str) -> list[str]:
     return ["sh", "-c", script, "worker"]
+
+
+async def test_signals_replace_and_stop() -> None:
+    diary = Diary()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(
+            partial(
+                supervise,
+                crew_settings("redis://nowhere"),
+                diary.logger,
+                command=shell(LISTENS + "cat"),
+                announce=diary.logger.info,
+                stop_on=[signal.SIGUSR1],
+                replace_on=[signal.SIGUSR2],
+            )
+        )
+        for number in (1, 2):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            await diary.until("workers.replaced", number)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await diary.until("workers.stopped")
+    assert len({entry["pid"] for entry in diary.all("worker.started")}) == 6
 
 
 async def ended_with(script: str) -> str:
