@@ -255,7 +255,8 @@ async def test_a_session_is_on_one_server_and_the_rest_is_spread(
     async with httpx.AsyncClient(base_url=f"http://{HOST}:{balancer.port}") as client:
         assert "BandSync" in (await client.get("/")).text
         assert (await client.get("/api/health")).json()["healthy"]
-        assert (await client.get("/metrics")).status_code == http.HTTPStatus.NOT_FOUND
+        for path in ("/metrics", "/ops", "/api/ops"):
+            assert (await client.get(path)).status_code == http.HTTPStatus.NOT_FOUND
 
 
 async def test_pages_of_its_own_origin_may_connect_and_no_others(
@@ -275,7 +276,7 @@ async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
     bob = await balancer.come(nursery, "/ws/song")
     await ann.join(None, displayName="Ann")
     await bob.join(None, displayName="Bob")
-    await ann.ok("play")
+    await ann.ok("play", startInMs=0)
     first = ann.inbox[0]["serverId"]
     second = stage.other(first)
 

@@ -166,7 +166,7 @@ async def test_members_on_different_workers_are_one_band(redis_server: RedisServ
         snapshot = await bob.join(displayName="Bob")
         assert [member["displayName"] for member in snapshot["members"]] == ["Ann", "Bob"]
         assert [member["serverId"] for member in snapshot["members"]] == ["stage-1", "stage-2"]
-        await ann.ok("play")
+        await ann.ok("play", startInMs=0)
         await bob.next("play", by=ann.you["memberId"])
         await bob.ok("chat_message", text="here")
         await ann.next("chat_message", text="here")
@@ -180,7 +180,7 @@ async def test_a_killed_worker_is_replaced_and_its_members_resume(
         bob = await on(crew, nursery, "stage-2")
         first = await ann.join(displayName="Ann")
         await bob.join(displayName="Bob")
-        await ann.ok("play")
+        await ann.ok("play", startInMs=0)
         os.kill(crew.pid("stage-1"), signal.SIGKILL)
         await ann.closed()
         # The kernel closes its listening socket last: until then it still gets connections.
