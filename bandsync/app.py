@@ -343,10 +343,13 @@ async def _run_signals(
     signals: Collection[int], stopping: trio.Event, everything: trio.CancelScope
 ) -> None:
     """Turn signals into a drain, and a second one into an end, for ever."""
+    signalled = False
     with trio.open_signal_receiver(*signals) as received:
         async for _ in received:
-            if stopping.is_set():
+            # A drain may also have begun otherwise: that of a worker, by its supervisor.
+            if signalled:
                 everything.cancel()
+            signalled = True
             stopping.set()
 
 
