@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from bandsync import workers
-from bandsync.app import StartError
+from bandsync.app import StartError, serve
 from bandsync.settings import Settings, SettingsError, parse
 from bandsync.workers import LEAVE, Orders, Pace, Report, Supervising, supervise, work
 from tests.redis_servers import HOST, RedisServer, free_port
@@ -710,6 +710,28 @@ async def test_who_has_connected_when_a_worker_leaves_is_served(nursery: trio.Nu
         status, _ = await trio.to_thread.run_sync(asked, client)
         assert status == 200
     await server.stop()
+
+
+async def test_the_first_signal_to_a_worker_that_drains_is_not_a_second() -> None:
+    diary = Diary()
+    async with trio.open_nursery() as nursery:
+        serving = await nursery.start(
+            partial(
+                serve,
+                TEST_SETTINGS,
+                diary.logger,
+                announce=diary.logger.info,
+                signals=[signal.SIGUSR1],
+            )
+        )
+        # Who does not answer the goodbye makes the drain last.
+        with socket.create_connection((HOST, serving.port)) as silent:
+            silent.sendall(UPGRADE)
+            await trio.to_thread.run_sync(silent.recv, 4096)
+            serving.stop()
+            await diary.until("server.draining")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await diary.until("server.stopped")
 
 
 async def test_a_worker_whose_supervisor_ends_before_it_listens_ends_too() -> None:
