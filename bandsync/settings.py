@@ -98,7 +98,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 1
     worker_ports: Annotated[
         Annotated[int, Meta(ge=1, le=65535)] | None,
-        Meta(description="First of the ports on which each worker, one after the other, is alone."),
+        Meta(description="First of the ports of their own that workers also listen on, one each."),
     ] = None
     tls_cert: Annotated[
         Text | None,
