@@ -1,10 +1,8 @@
 """Several processes on one port: who starts them, watches them, replaces them and ends them.
 
-The supervisor holds no sessions. It and each worker share two pipes. The worker's standard input
-brings its `Orders` and then stays open: a `LEAVE` in it gives up the shared port, and its end is
-the order to drain, whether the supervisor closed it or died. Its standard output carries one
-`Report`, and then a newline now and then. The kernel spreads connections (SO_REUSEPORT); it passes
-over a worker that has ended, but not over one that hangs: who is silent is replaced.
+The supervisor holds no sessions. How it speaks with its workers is in `worker.py`. The kernel
+spreads connections over them (SO_REUSEPORT); it passes over a worker that has ended, but not over
+one that hangs: who is silent is replaced.
 """
 
 import signal
@@ -21,45 +19,20 @@ from msgspec.structs import replace
 from redis.backoff import EqualJitterBackoff
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.app import Serving, StartError, listen, serve, server_name, url_of
+from bandsync.app import StartError, listen, server_name, url_of
 from bandsync.settings import Settings
+from bandsync.worker import LEAVE, Orders, Report, first_of, read_line
 
-LEAVE = b"leave\n"
 # What a start may take besides its waiting for Redis, and a drain besides DRAIN_TIMEOUT_MS.
 START_MARGIN_S = 30.0
 DRAIN_MARGIN_S = 5.0
 # Between leaving the port and the drain: who was accepted last is not turned away.
 LEAVING_S = 0.5
-# How often a worker shows that it is alive, and how long it may fail to.
-BEAT_S = 1.0
+# How long a worker may fail to show that it is alive: `worker.BEAT_S`.
 SILENCE_S = 30.0
 # The claim of a name that an earlier life left behind.
 _CLAIM_S = 10.0
 _MAX_DOUBLINGS = 16
-
-
-class Orders(Struct, frozen=True):
-    """What a worker is told before it starts.
-
-    Attributes:
-        settings: with a `server_id` and a port.
-        worker: which one it is, from 1.
-    """
-
-    settings: Settings
-    worker: int
-
-
-class Report(Struct, frozen=True):
-    """What a worker tells when it listens, or that it cannot start.
-
-    Attributes:
-        lines: what it would have announced.
-        refused: why it cannot start; None if it listens.
-    """
-
-    lines: list[str] = []
-    refused: str | None = None
 
 
 class Supervising(Struct, frozen=True):
@@ -107,7 +80,7 @@ async def supervise(
     """Keep `WORKERS` processes that serve one port, until `Supervising.stop`, or for ever.
 
     Args:
-        command: starts a process that calls `work`.
+        command: starts a process that calls `worker.work`.
         announce: told the address, the storage and the workers, once all listen.
         stop_on: any of these signals begins the drain, a second one ends the workers at once.
         replace_on: any of these signals replaces the workers, one after the other.
@@ -132,7 +105,7 @@ async def supervise(
         for listener in guard:
             listener.close()
     if refused is not None:
-        raise _first(refused)
+        raise first_of(refused)
 
 
 class _Supervisor:
@@ -332,7 +305,7 @@ class _Worker:
                 nursery.start_soon(self._instruct, process.stdin, patience)
                 async with process.stdout:
                     with trio.move_on_after(self._start_s()) as starting:
-                        if (line := await _read_line(process.stdout)) is not None:
+                        if (line := await read_line(process.stdout)) is not None:
                             report = msgspec.json.decode(line, type=Report)
                         if report is None or report.refused is not None:
                             await process.wait()
@@ -402,81 +375,6 @@ class _Ending(Struct, frozen=True):
     listened_s: float | None = None
 
 
-async def work(
-    inlet: trio.abc.ReceiveStream,
-    outlet: trio.abc.SendStream,
-    log_for: Callable[[Settings], FilteringBoundLogger],
-    *,
-    signals: Collection[int] = (),
-) -> None:
-    """Serve as a worker of the supervisor at the other ends of these pipes, until it says so.
-
-    Args:
-        log_for: the logger that settings ask for.
-        signals: see `bandsync.app.serve`.
-    """
-    line = await _read_line(inlet)
-    if line is None:
-        return
-    orders = msgspec.json.decode(line, type=Orders)
-    log = log_for(orders.settings).bind(server_id=orders.settings.server_id)
-    serving: Serving | None = None
-    lines: list[str] = []
-    refused: BaseExceptionGroup[StartError] | None = None
-
-    async def run(*, task_status: trio.TaskStatus[Serving]) -> None:
-        await serve(
-            orders.settings,
-            log,
-            worker=orders.worker,
-            announce=lines.append,
-            signals=signals,
-            task_status=task_status,
-        )
-        nursery.cancel_scope.cancel()
-
-    async def obey() -> None:
-        while await inlet.receive_some():
-            if serving is not None:
-                serving.leave()
-        if serving is None:
-            nursery.cancel_scope.cancel()
-        else:
-            serving.stop()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(obey)
-            serving = await nursery.start(run)
-            await _tell(outlet, msgspec.json.encode(Report(lines)) + b"\n")
-            while True:
-                await trio.sleep(BEAT_S)
-                await _tell(outlet, b"\n")
-    except* StartError as group:
-        refused = group
-    if refused is not None:
-        await _tell(outlet, msgspec.json.encode(Report(refused=str(_first(refused)))) + b"\n")
-
-
-async def _tell(outlet: trio.abc.SendStream, line: bytes) -> None:
-    try:
-        await outlet.send_all(line)
-    except trio.BrokenResourceError:
-        # The supervisor has died, and so ends the standard input, which ends us.
-        return
-
-
-async def _read_line(stream: trio.abc.ReceiveStream) -> bytes | None:
-    """The first line; None if the stream ends before it does."""
-    line = b""
-    while not line.endswith(b"\n"):
-        data = await stream.receive_some()
-        if not data:
-            return None
-        line += data
-    return line
-
-
 async def _silent(stream: trio.abc.ReceiveStream) -> bool:
     """Read until the stream ends, or does not bring anything for too long: then it is true."""
     while True:
@@ -485,14 +383,6 @@ async def _silent(stream: trio.abc.ReceiveStream) -> bool:
                 return False
             continue
         return True
-
-
-def _first(group: BaseExceptionGroup[StartError]) -> StartError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, StartError)
-    return error
 
 
 async def _kill(process: trio.Process) -> None:

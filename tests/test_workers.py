@@ -26,7 +26,8 @@ from websockets.sync.client import connect
 from bandsync import workers
 from bandsync.app import StartError, serve
 from bandsync.settings import Settings, SettingsError, parse
-from bandsync.workers import LEAVE, Orders, Pace, Report, Supervising, supervise, work
+from bandsync.worker import LEAVE, Orders, Report, work
+from bandsync.workers import Pace, Supervising, supervise
 from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, TEST_SETTINGS, Message, Musician, play_along, start_server
 from tests.test_serve import SCRIPT, environment
