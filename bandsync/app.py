@@ -47,18 +47,21 @@ class Serving(Struct, frozen=True):
     Attributes:
         url: the address to open in a browser.
         stop: begins the drain; `serve` returns when it is done.
+        leave: stops listening on a port that others share: before a drain that is not theirs.
     """
 
     url: str
     port: int
     server_id: str
     stop: Callable[[], None]
+    leave: Callable[[], None]
 
 
 async def serve(
     settings: Settings,
     log: FilteringBoundLogger,
     *,
+    worker: int = 1,
     announce: Callable[[str], None] = print,
     signals: Collection[int] = (),
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
@@ -66,19 +69,20 @@ async def serve(
     """Serve until `Serving.stop` is called, or for ever.
 
     Args:
+        worker: which of the processes that share the port this is: `WORKERS`, from 1.
         announce: told the address, and the storage in use and why, once the listener is open.
         signals: any of these begins the drain, a second one stops at once.
 
     Raises:
         StartError: the settings cannot be used on this machine.
     """
-    listeners = await _open_listeners(settings)
+    shared, own = await _open_listeners(settings, worker)
     refused: BaseExceptionGroup[StartError] | None = None
     try:
         with contextlib.ExitStack() as stack:
-            for listener in listeners:
+            for listener in shared + own:
                 stack.callback(listener.close)
-            await _serve(settings, log, listeners, announce, signals, task_status)
+            await _serve(settings, log, shared, own, worker, announce, signals, task_status)
     except* StartError as group:
         refused = group
     if refused is not None:
@@ -88,14 +92,16 @@ async def serve(
 async def _serve(
     settings: Settings,
     log: FilteringBoundLogger,
-    listeners: list[socket.socket],
+    shared: list[socket.socket],
+    own: list[socket.socket],
+    worker: int,
     announce: Callable[[str], None],
     signals: Collection[int],
     task_status: trio.TaskStatus[Serving],
 ) -> None:
     tls = _tls_context(settings)
-    port: int = listeners[0].getsockname()[1]
-    server_id = settings.server_id or f"{socket.gethostname()}-{port}"
+    port: int = shared[0].getsockname()[1]
+    server_id = server_name(settings, port)
     boot_id = secrets.token_hex(8)
     started = trio.current_time()
     clock = SessionClock(wall_ms=_wall_ms(), monotonic_s=started)
@@ -144,7 +150,8 @@ async def _serve(
         )
         command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
         connections = Connections(hub, settings, log, command_seconds)
-        state = _State(hub, connections, manager, clock, stopping, _url(settings, port))
+        state = _State(hub, connections, manager, clock, stopping, url_of(settings, port))
+        metrics.identify(server_id, worker)
         metrics.watch(counters, state)
         api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
         acceptor = Acceptor(connections, api.answer, tls=tls, log=log)
@@ -173,13 +180,17 @@ async def _serve(
         if signals:
             nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
         serving.set()
-        await nursery.start(acceptor.run, listeners)
+        await nursery.start(acceptor.run, shared + own)
 
-        url = _url(settings, port)
+        def leave() -> None:
+            for listener in shared:
+                acceptor.leave(listener)
+
+        url = url_of(settings, port)
         announce(f"BandSync listening on {url}")
         announce(f"Storage: {manager.storage_type} ({manager.reason or access})")
         log.info("server.started", url=url, server_id=server_id, boot_id=boot_id)
-        task_status.started(Serving(url, port, server_id, stopping.set))
+        task_status.started(Serving(url, port, server_id, stopping.set, leave))
 
         await stopping.wait()
         log.info("server.draining", connections=len(connections.open))
@@ -291,7 +302,9 @@ async def _settled(manager: StorageManager, settings: Settings, server_id: str) 
         StartError: it is required and cannot be used, or another server has our name.
     """
     patience_ms = settings.redis_health_timeout_ms
-    if settings.redis_required:
+    # Workers that each kept sessions of their own would split every band.
+    required = settings.redis_required or settings.workers > 1
+    if required:
         patience_ms += settings.redis_connect_timeout
     while True:
         with trio.move_on_after(patience_ms / 1000):
@@ -303,10 +316,13 @@ async def _settled(manager: StorageManager, settings: Settings, server_id: str) 
         raise StartError(
             f"SERVER_ID={server_id!r}: {manager.name_taken}; give each server a name of its own"
         )
-    if settings.redis_required and manager.storage_type != "redis":
+    if required and manager.storage_type != "redis":
+        asked, instead = "REDIS_REQUIRED=true", "REDIS_REQUIRED=false"
+        if settings.workers > 1:
+            asked, instead = f"WORKERS={settings.workers} share their sessions", "WORKERS=1"
         raise StartError(
-            f"REDIS_REQUIRED=true: Redis cannot be used: {manager.reason}. "
-            "Start Redis, correct the REDIS_ settings, or set REDIS_REQUIRED=false"
+            f"{asked}: Redis cannot be used: {manager.reason}. "
+            f"Start Redis, correct the REDIS_ settings, or set {instead}"
         )
 
 
@@ -327,19 +343,48 @@ async def _run_signals(
     signals: Collection[int], stopping: trio.Event, everything: trio.CancelScope
 ) -> None:
     """Turn signals into a drain, and a second one into an end, for ever."""
+    signalled = False
     with trio.open_signal_receiver(*signals) as received:
         async for _ in received:
-            if stopping.is_set():
+            # A drain may also have begun otherwise: that of a worker, by its supervisor.
+            if signalled:
                 everything.cancel()
+            signalled = True
             stopping.set()
 
 
-async def _open_listeners(settings: Settings) -> list[socket.socket]:
+async def _open_listeners(
+    settings: Settings, worker: int
+) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Those of the port, which workers share, and those of this worker alone."""
+    shared = await listen(settings, "PORT", settings.port, shared=settings.workers > 1)
+    if settings.worker_ports is None:
+        return shared, []
     try:
-        return await open_listeners(settings.host, settings.port)
+        return shared, await listen(settings, "WORKER_PORTS", settings.worker_ports + worker - 1)
+    except BaseException:
+        for listener in shared:
+            listener.close()
+        raise
+
+
+async def listen(
+    settings: Settings, name: str, port: int, *, shared: bool = False
+) -> list[socket.socket]:
+    """Sockets that listen on ``port``.
+
+    Args:
+        name: of the setting that asks for it.
+        shared: see `open_listeners`.
+
+    Raises:
+        StartError: they cannot.
+    """
+    try:
+        return await open_listeners(settings.host, port, shared=shared)
     except OSError as error:
         raise StartError(
-            f"HOST={settings.host!r} PORT={settings.port}: cannot listen there: {error}"
+            f"HOST={settings.host!r} {name}={port}: cannot listen there: {error}"
         ) from error
 
 
@@ -357,7 +402,13 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def _url(settings: Settings, port: int) -> str:
+def server_name(settings: Settings, port: int) -> str:
+    """What this server calls itself, on this port."""
+    return settings.server_id or f"{socket.gethostname()}-{port}"
+
+
+def url_of(settings: Settings, port: int) -> str:
+    """The address to open in a browser."""
     scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{scheme}://{host}:{port}"

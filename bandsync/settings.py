@@ -92,6 +92,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     port: Annotated[
         Port, Meta(description="Port to listen on; 0 picks a free one and prints it.")
     ] = 3001
+    workers: Annotated[
+        int,
+        Meta(ge=1, le=256, description="Processes that share the port; more than 1 need Redis."),
+    ] = 1
+    worker_ports: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)] | None,
+        Meta(description="First of the ports of their own that workers also listen on, one each."),
+    ] = None
     tls_cert: Annotated[
         Text | None,
         Meta(description="File with the TLS certificate chain (PEM); with TLS_KEY serves https."),
@@ -138,7 +146,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_idle_sessions: Annotated[
         int, Meta(ge=0, description="Empty sessions kept in memory; the longest idle go first.")
     ] = 10000
-    max_connections: Annotated[Positive, Meta(description="Connections at a time.")] = 10000
+    max_connections: Annotated[
+        Positive, Meta(description="Connections at a time, of each worker.")
+    ] = 10000
     max_message_bytes: Annotated[
         int, Meta(ge=1024, le=1_048_576, description="Largest message of a client, bytes.")
     ] = 16384
@@ -250,6 +260,23 @@ def _contradictions(settings: Settings) -> list[str]:
             problems.append(f"{name}={_text(given)!r}: must not be set, this version cannot use it")
     if settings.redis_required and not settings.redis_enabled:
         problems.append("REDIS_REQUIRED='true': must be false when REDIS_ENABLED is")
+    return problems + _worker_contradictions(settings)
+
+
+def _worker_contradictions(settings: Settings) -> list[str]:
+    problems = []
+    if settings.workers > 1 and not settings.redis_enabled:
+        problems.append(
+            f"WORKERS={settings.workers}: must be 1 when REDIS_ENABLED is false, "
+            "because workers share their sessions through Redis"
+        )
+    if settings.worker_ports is not None:
+        ports = range(settings.worker_ports, settings.worker_ports + settings.workers)
+        if ports[-1] > 65535 or settings.port in ports:
+            problems.append(
+                f"WORKER_PORTS={settings.worker_ports}: must leave room for WORKERS="
+                f"{settings.workers} ports up to 65535, PORT={settings.port} not among them"
+            )
     return problems
 
 

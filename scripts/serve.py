@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Start a BandSync server.
+"""Start a BandSync server, or several that share one port (--workers).
 
 Settings come from `.env` in the working directory, then the environment, then these flags, each
 stronger than the one before.
@@ -19,6 +19,14 @@ from bandsync import __version__
 from bandsync.app import StartError, serve
 from bandsync.ops.logs import Sink, make_logger
 from bandsync.settings import OPTIONS, Settings, SettingsError, parse
+from bandsync.worker import work
+from bandsync.workers import supervise
+
+STOP_ON = (signal.SIGTERM, signal.SIGINT)
+REPLACE_ON = (signal.SIGHUP,)
+# Followed by a name, for those who list processes: this one is a worker, all it needs to know
+# comes through its standard input.
+WORKER = "--worker"
 
 
 def parse_arguments(arguments: list[str]) -> dict[str, str]:
@@ -78,8 +86,28 @@ def relax_garbage_collection() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
+async def run_worker(sink: Sink) -> None:
+    """Serve as one of several workers: `bandsync.worker`."""
+    inlet = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
+    outlet = trio.lowlevel.FdStream(os.dup(sys.stdout.fileno()))
+    # What some library may print is no report to the supervisor, and must not fill its pipe.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # A terminal that closes tells the supervisor too, which knows what to do.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    async with inlet, outlet:
+        await work(inlet, outlet, lambda settings: make_logger(settings, sink), signals=STOP_ON)
+
+
 def main() -> int:
     """Serve until SIGTERM or SIGINT; 2 for settings that cannot be used, 1 if it cannot start."""
+    if sys.argv[1:2] == [WORKER]:
+        relax_garbage_collection()
+        sink = Sink(sys.stderr)
+        try:
+            trio.run(run_worker, sink)
+        finally:
+            sink.close()
+        return 0
     try:
         settings = load_settings(sys.argv[1:])
     except SettingsError as error:
@@ -91,14 +119,24 @@ def main() -> int:
     relax_garbage_collection()
 
     sink = Sink(sys.stderr)
+    log = make_logger(settings, sink)
+
+    def announce(line: str) -> None:
+        print(line, flush=True)
 
     async def run() -> None:
-        await serve(
-            settings,
-            make_logger(settings, sink),
-            announce=lambda line: print(line, flush=True),
-            signals=(signal.SIGTERM, signal.SIGINT),
-        )
+        if settings.workers > 1:
+            command = [sys.executable, __file__, WORKER]
+            await supervise(
+                settings,
+                log,
+                command=command,
+                announce=announce,
+                stop_on=STOP_ON,
+                replace_on=REPLACE_ON,
+            )
+        else:
+            await serve(settings, log, announce=announce, signals=STOP_ON)
 
     try:
         trio.run(run)

@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "bandsync"
 
 # From the top down; a module may import those of its own row and of the rows below.
 ROWS = [
+    {"workers"},
+    {"worker"},
     {"app"},
     {"net", "ops"},
     {"sweeper", "hub", "rooms", "seats", "mirror", "rota"},

@@ -51,7 +51,8 @@ def process(tmp_path: Path, redis: RedisServer, *more: str) -> Iterator[tuple[Se
     with serving(tmp_path, *arguments(redis, *more)) as (started, lines):
         url = lines[0].split()[-1]
         assert lines[1].startswith("Storage: redis ("), lines
-        serve = Serving(url, int(url.rpartition(":")[2]), "hall", started.terminate)
+        port = int(url.rpartition(":")[2])
+        serve = Serving(url, port, "hall", stop=started.terminate, leave=started.terminate)
         yield Server(serve, TEST_SETTINGS, CapturingLogger(), lines, trio.Event()), started
 
 

@@ -35,8 +35,12 @@ _HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
 Answer = Callable[[HttpRequest], Awaitable[HttpResponse]]
 
 
-async def open_listeners(host: str, port: int) -> list[socket.socket]:
+async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Listening sockets for every address of ``host``, all on one port.
+
+    Args:
+        shared: other processes may listen there too. These sockets listen as soon as an `Acceptor`
+            has them, not before: what waits for one of them is lost to the others.
 
     Raises:
         OSError: the address is in use, is not ours, or has no meaning.
@@ -56,9 +60,12 @@ async def open_listeners(host: str, port: int) -> list[socket.socket]:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind((address[0], port, *address[2:]))
             port = sock.getsockname()[1]
-            sock.listen(BACKLOG)
+            if not shared:
+                sock.listen(BACKLOG)
     except BaseException:
         for sock in listeners:
             sock.close()
@@ -93,6 +100,7 @@ class Acceptor:
         )
         self._max_connections = settings.max_connections
         self._sockets = 0
+        self._accepting: dict[socket.socket, trio.CancelScope] = {}
 
     async def run(
         self,
@@ -104,40 +112,59 @@ class Acceptor:
         try:
             async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
                 for listener in listeners:
-                    accepting.start_soon(self._accept, listener, handlers)
+                    listener.listen(BACKLOG)
+                    accepting.start_soon(self._keep_accepting, listener, handlers)
                 task_status.started()
         finally:
             for listener in listeners:
                 listener.close()
 
+    def leave(self, listener: socket.socket) -> None:
+        """Stop listening there: who comes now is for the other processes that share the port."""
+        if (scope := self._accepting.pop(listener, None)) is not None:
+            scope.cancel()
+
+    async def _keep_accepting(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+        with listener:
+            with trio.CancelScope() as scope:
+                self._accepting[listener] = scope
+                await self._accept(listener, handlers)
+            # Whom the kernel has given to this process, no other can accept.
+            self._take(listener, handlers)
+
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         short = False  # Of file descriptors or memory: said once, not ten times a second.
         while True:
             await trio.lowlevel.wait_readable(listener)
-            for _ in range(_BATCH):
-                try:
-                    sock, _ = listener.accept()
-                except BlockingIOError:
-                    break
-                except OSError as error:
-                    if error.errno in _OUT_OF_RESOURCES:
-                        if not short:
-                            self._log.error("accept.failed", error=str(error))
-                        short = True
-                        await trio.sleep(_RETRY_S)
-                        break
-                    if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
-                        raise
-                    continue  # This one went away before it was accepted: accept(2).
-                if self._sockets >= self._max_connections + _HEADROOM:
-                    self._counters.handshakes_refused["full"] += 1
-                    sock.close()
-                    continue
-                short = False
-                sock.setblocking(False)
-                self._sockets += 1
-                self._counters.accepted += 1
-                handlers.start_soon(self._handle, sock)
+            shortage = self._take(listener, handlers)
+            if shortage is not None:
+                if not short:
+                    self._log.error("accept.failed", error=str(shortage))
+                await trio.sleep(_RETRY_S)
+            short = shortage is not None
+
+    def _take(self, listener: socket.socket, handlers: trio.Nursery) -> OSError | None:
+        """Accept who waits, but not too many at a time; what stopped it, if the machine did."""
+        for _ in range(_BATCH):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    return error
+                if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
+                    raise
+                continue  # This one went away before it was accepted: accept(2).
+            if self._sockets >= self._max_connections + _HEADROOM:
+                self._counters.handshakes_refused["full"] += 1
+                sock.close()
+                continue
+            sock.setblocking(False)
+            self._sockets += 1
+            self._counters.accepted += 1
+            handlers.start_soon(self._handle, sock)
+        return None
 
     async def _handle(self, sock: socket.socket) -> None:
         """Serve one connection; nothing but cancellation leaves here."""

@@ -73,7 +73,8 @@ def make_logger(settings: Settings, out: Sink | TextIO) -> FilteringBoundLogger:
     else:
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
     logger: FilteringBoundLogger = structlog.wrap_logger(
-        structlog.PrintLogger(cast("TextIO", out)),
+        # In one write with its newline: several processes may share the output.
+        structlog.WriteLogger(cast("TextIO", out)),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
     )

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Histogram, Info, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from bandsync import __version__
 from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.storage.manager import StorageManager
@@ -68,6 +69,11 @@ class Metrics:
             registry=self.registry,
         )
         ProcessCollector(namespace="bandsync", registry=self.registry)
+
+    def identify(self, server_id: str, worker: int) -> None:
+        """Say whose numbers these are: on a shared port any worker may answer."""
+        info = Info("bandsync", "Which server answers, and which worker.", registry=self.registry)
+        info.info({"server_id": server_id, "version": __version__, "worker": str(worker)})
 
     def watch(self, counters: Counters, gauges: Gauges) -> None:
         """Export ``counters`` and ``gauges`` from now on."""

@@ -1,0 +1,598 @@
+"""`scripts/deploy/`: what can be run here is run, the rest is read by its own tools."""
+
+import configparser
+import http
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import trustme
+from websockets.exceptions import InvalidStatus
+
+from bandsync.settings import OPTIONS, Settings, parse
+from tests.redis_servers import HOST, RedisServer, find_redis_server, free_port, reaper_of
+from tests.servers import PATIENCE_S, Message, Musician, musician
+from tests.test_serve import SCRIPT, environment
+from tests.test_workers import MANY, UPGRADE
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "scripts" / "deploy"
+MARGIN_S = 5.0
+_POLL_S = 0.01
+
+
+def tool(name: str, install: str) -> str:
+    """The path of a program; without it the test is skipped, or fails if it must not be."""
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        missing(f"no {name}: {install}")
+    return found or ""
+
+
+def missing(what: str) -> None:
+    if os.environ.get("REQUIRE_DEPLOY"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+PIP = "pip install -e '.[deploy]'"
+
+
+@contextmanager
+def process(command: list[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test."""
+    started = subprocess.Popen(command, text=True, **options)
+    reaper = reaper_of(started.pid)
+    try:
+        yield started
+    finally:
+        for each in (reaper, started):
+            each.kill()
+            with each:
+                each.wait()
+
+
+class Stage:
+    """Two servers on one Redis, as processes, under the names of the examples.
+
+    Attributes:
+        ports: by name.
+    """
+
+    def __init__(self, redis: RedisServer) -> None:
+        self._redis = redis
+        self._running: dict[str, tuple[Any, subprocess.Popen[str]]] = {}
+        self.ports = {name: free_port() for name in ("bandsync-1", "bandsync-2")}
+
+    def start(self, name: str) -> None:
+        """Start this server; returns when it listens."""
+        variables = {
+            "REDIS_ENABLED": "true",
+            "REDIS_REQUIRED": "true",
+            "REDIS_URL": self._redis.url(),
+            "SERVER_ID": name,
+            "PORT": str(self.ports[name]),
+            "LOG_LEVEL": "error",
+        }
+        manager = process(
+            [sys.executable, SCRIPT], env=environment(**variables), stdout=subprocess.PIPE
+        )
+        started = manager.__enter__()
+        self._running[name] = manager, started
+        assert started.stdout is not None
+        assert "listening" in started.stdout.readline()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self._running[name][1].send_signal(number)
+
+    def end(self, name: str) -> int:
+        """Wait until it has ended; its status."""
+        manager, started = self._running.pop(name)
+        try:
+            return started.wait(PATIENCE_S)
+        finally:
+            manager.__exit__(None, None, None)
+
+    def close(self) -> None:
+        for manager, _ in self._running.values():
+            manager.__exit__(None, None, None)
+
+    def health(self, name: str) -> int:
+        """The status of `/api/health`, from the server itself."""
+        return httpx.get(f"http://{HOST}:{self.ports[name]}/api/health").status_code
+
+    def other(self, name: str) -> str:
+        return next(each for each in self.ports if each != name)
+
+
+@pytest.fixture
+def stage(redis_server: RedisServer) -> Iterator[Stage]:
+    made = Stage(redis_server)
+    try:
+        for name in made.ports:
+            made.start(name)
+        yield made
+    finally:
+        made.close()
+
+
+class Balancer(SimpleNamespace):
+    """What clients see: a port, a port with TLS, and whom to trust there."""
+
+    port: int
+    tls_port: int
+    trust: ssl.SSLContext
+
+    async def come(
+        self, nursery: trio.Nursery, path: str, *, tls: bool = False, **options: Any
+    ) -> Musician:
+        """A connection that stays until the nursery ends."""
+        settings = SimpleNamespace(tls_cert="here" if tls else None)
+        server: Any = SimpleNamespace(port=self.tls_port if tls else self.port, settings=settings)
+        if tls:
+            options["ssl"] = self.trust
+
+        async def stay(*, task_status: trio.TaskStatus[Musician]) -> None:
+            async with musician(server, path, **options) as player:
+                task_status.started(player)
+                await trio.sleep_forever()
+
+        player: Musician = await nursery.start(stay)
+        return player
+
+    async def place(self, path: str) -> str:
+        """The server that such a connection comes to."""
+        async with trio.open_nursery() as nursery:
+            player = await self.come(nursery, path)
+            found: str = player.inbox[0]["serverId"]
+            nursery.cancel_scope.cancel()
+        return found
+
+
+def changed(text: str, *changes: tuple[str, str]) -> str:
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def nginx(stage: Stage, ours: Balancer, certificate: Path, folder: Path) -> list[str | Path]:
+    """How to run nginx with our file, on ports of the test."""
+    program = tool("nginx", "apt install nginx-light")
+    text = changed(
+        (DEPLOY / "nginx.conf").read_text(),
+        *((f"{name}:3001", f"{HOST}:{port}") for name, port in stage.ports.items()),
+        ("listen 80;", f"listen {HOST}:{ours.port};"),
+        ("# listen 443 ssl;", f"listen {HOST}:{ours.tls_port} ssl;"),
+        ("# ssl_certificate /etc/nginx/bandsync.crt;", f"ssl_certificate {certificate};"),
+        ("# ssl_certificate_key /etc/nginx/bandsync.key;", f"ssl_certificate_key {certificate};"),
+    )
+    # Where it may write, whoever runs the test.
+    temporary = "".join(
+        f"{kind}_temp_path {folder / kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(changed(text, ("\nhttp {", f"\nhttp {{ {temporary}")))
+    # One process, which ends when it is killed.
+    directives = f"daemon off; master_process off; pid {folder / 'pid'};"
+    return [program, "-e", folder / "error", "-c", folder / "nginx.conf", "-g", directives]
+
+
+def haproxy(stage: Stage, ours: Balancer, certificate: Path, folder: Path) -> list[str | Path]:
+    """How to run HAProxy with our file, on ports of the test."""
+    program = tool("haproxy", "apt install haproxy")
+    text = changed(
+        (DEPLOY / "haproxy.cfg").read_text(),
+        *((f" {name}:3001", f" {HOST}:{port}") for name, port in stage.ports.items()),
+        ("bind :80", f"bind {HOST}:{ours.port}"),
+        (
+            "# bind :443 ssl crt /etc/haproxy/bandsync.pem",
+            f"bind {HOST}:{ours.tls_port} ssl crt {certificate}",
+        ),
+    )
+    (folder / "haproxy.cfg").write_text(text)
+    return [program, "-db", "-f", folder / "haproxy.cfg"]
+
+
+@pytest.fixture(params=[nginx, haproxy], ids=["nginx", "haproxy"])
+def balancer(request: pytest.FixtureRequest, stage: Stage, tmp_path: Path) -> Iterator[Balancer]:
+    """One that runs, in front of the two servers."""
+    authority = trustme.CA()
+    ours = Balancer(port=free_port(), tls_port=free_port(), trust=ssl.create_default_context())
+    authority.configure_trust(ours.trust)
+    pem = tmp_path / "bandsync.pem"
+    authority.issue_cert(HOST).private_key_and_cert_chain_pem.write_to_path(pem)
+    command = request.param(stage, ours, pem, tmp_path)
+    with process(command, stderr=subprocess.PIPE) as running:
+        deadline = time.perf_counter() + PATIENCE_S
+        while not listens(ours.port):
+            assert running.poll() is None, running.communicate()
+            assert time.perf_counter() < deadline
+            time.sleep(_POLL_S)
+        yield ours
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((HOST, port)) == 0
+
+
+async def test_a_session_is_on_one_server_and_the_rest_is_spread(
+    balancer: Balancer, nursery: trio.Nursery
+) -> None:
+    places = set()
+    for number in range(24):
+        path = f"/ws/song-{number}"
+        band = [await balancer.come(nursery, path) for _ in range(3)]
+        (place,) = {player.inbox[0]["serverId"] for player in band}
+        places.add(place)
+        for player in band:
+            await player.join(None)
+    assert places == {"bandsync-1", "bandsync-2"}
+
+    without = set()
+    for _ in range(MANY):
+        player = await balancer.come(nursery, "/ws")
+        without.add(player.inbox[0]["serverId"])
+    assert without == {"bandsync-1", "bandsync-2"}
+
+    async with httpx.AsyncClient(base_url=f"http://{HOST}:{balancer.port}") as client:
+        assert "BandSync" in (await client.get("/")).text
+        assert (await client.get("/api/health")).json()["healthy"]
+        for path in ("/metrics", "/ops", "/api/ops"):
+            assert (await client.get(path)).status_code == http.HTTPStatus.NOT_FOUND
+
+
+async def test_pages_of_its_own_origin_may_connect_and_no_others(
+    balancer: Balancer, nursery: trio.Nursery
+) -> None:
+    await balancer.come(nursery, "/ws/song", origin=f"http://{HOST}:{balancer.port}")
+    await balancer.come(nursery, "/ws/song", tls=True, origin=f"https://{HOST}:{balancer.tls_port}")
+    with pytest.raises(InvalidStatus) as refused:
+        await balancer.come(nursery, "/ws/song", origin="https://elsewhere.example")
+    assert refused.value.response.status_code == http.HTTPStatus.FORBIDDEN
+
+
+async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
+    balancer: Balancer, stage: Stage, nursery: trio.Nursery
+) -> None:
+    ann = await balancer.come(nursery, "/ws/song")
+    bob = await balancer.come(nursery, "/ws/song")
+    await ann.join(None, displayName="Ann")
+    await bob.join(None, displayName="Bob")
+    await ann.ok("play", startInMs=0)
+    first = ann.inbox[0]["serverId"]
+    second = stage.other(first)
+
+    async def back(player: Musician, place: str) -> Musician:
+        again = await balancer.come(nursery, "/ws/song")
+        assert again.inbox[0]["serverId"] == place
+        snapshot = await again.join(None, resumeToken=player.you["resumeToken"])
+        assert snapshot["you"]["resumed"]
+        assert snapshot["you"]["role"] == player.you["role"]
+        assert snapshot["isPlaying"]
+        return again
+
+    # Who does not answer the goodbye makes the drain last.
+    with socket.create_connection((HOST, stage.ports[first])) as silent:
+        silent.sendall(UPGRADE)
+        silent.recv(4096)
+        stage.signal(first, signal.SIGTERM)
+        assert await ann.closed() == await bob.closed() == 1012
+        assert stage.health(first) == http.HTTPStatus.SERVICE_UNAVAILABLE
+        ann = await back(ann, second)
+        bob = await back(bob, second)
+    assert await trio.to_thread.run_sync(stage.end, first) == 0
+
+    await trio.to_thread.run_sync(stage.start, first)
+    with trio.fail_after(PATIENCE_S):
+        # It is passed over for as long as the balancer likes.
+        while await balancer.place("/ws/song") != first:
+            continue
+
+    stage.signal(second, signal.SIGKILL)
+    await trio.to_thread.run_sync(stage.end, second)
+    await ann.closed()
+    ann = await back(ann, first)
+    bob = await back(bob, first)
+    await ann.ok("chat_message", text="as before")
+    await bob.next("chat_message", text="as before")
+
+
+# What cannot be run here.
+
+
+def yaml_documents(path: Path) -> list[Message]:
+    try:
+        import yaml
+    except ImportError:
+        missing(f"no PyYAML: {PIP}")
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def settings_of(variables: dict[str, str]) -> Settings:
+    """What a server makes of these; all of them must be settings."""
+    assert set(variables) <= {option.name for option in OPTIONS}
+    return parse(variables)
+
+
+def seconds(text: str) -> float:
+    """Of a duration of compose."""
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0}
+    parts = re.findall(r"(\d+)(ms|s|m)", text)
+    assert parts, text
+    return sum(int(number) * units[unit] for number, unit in parts)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile, continued lines joined."""
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in lines]
+
+
+def image_environment() -> dict[str, str]:
+    text = next(text for name, text in instructions() if name == "ENV")
+    pairs = dict(pair.split("=", 1) for pair in text.split())
+    return {name: text for name, text in pairs.items() if not name.startswith(("PATH", "PYTHON"))}
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    result = subprocess.run(
+        [tool("hadolint", PIP), DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_the_image_has_what_it_runs(tmp_path: Path) -> None:
+    """What the Dockerfile copies is laid out as it says; its commands are run as they stand."""
+    kept = {
+        line[1:]
+        for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    commands = {}
+    stages = 0
+    for name, text in instructions():
+        stages += name == "FROM"
+        if name == "COPY" and not text.startswith("--from"):
+            *sources, target = text.split()
+            folder = tmp_path / str(stages) / target.lstrip("/")
+            for source in sources:
+                assert source in kept
+                path = ROOT / source
+                goal = folder if path.is_dir() else folder / path.name
+                if path.is_dir():
+                    shutil.copytree(path, goal, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    goal.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, goal)
+        commands[name] = text
+    assert commands["USER"].split(":")[0].isdigit()
+    assert int(commands["USER"].split(":")[0]) > 0
+    assert commands["STOPSIGNAL"] == "SIGTERM"
+
+    def command(text: str) -> list[str]:
+        # The exec form, or a shell would be process 1.
+        program, *rest = json.loads(text)
+        assert program == "python"
+        return [sys.executable, *(part.replace("/app/", f"{tmp_path}/2/app/") for part in rest)]
+
+    given = image_environment()
+    assert settings_of(given).host == "0.0.0.0"  # noqa: S104
+    assert int(commands["EXPOSE"]) == settings_of(given).port
+    port = str(free_port())
+    given |= {"HOST": HOST, "PORT": port, "PYTHONPATH": f"{tmp_path}/1"}
+    variables = environment(**given)
+
+    def healthy() -> bool:
+        check = command(commands["HEALTHCHECK"].partition("CMD ")[2])
+        return subprocess.run(check, env=variables, check=False).returncode == 0
+
+    run: list[str | Path] = [*command(commands["ENTRYPOINT"])]
+    with process(run, cwd=tmp_path, env=variables, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert "listening" in server.stdout.readline()
+        assert healthy()
+        with socket.create_connection((HOST, int(port))) as silent:
+            silent.sendall(UPGRADE)
+            silent.recv(4096)
+            server.terminate()
+            while json.loads(httpx.get(f"http://{HOST}:{port}/api/health").text)["healthy"]:
+                pass
+            assert not healthy()
+        assert server.wait(PATIENCE_S) == 0
+        assert not healthy()
+
+
+@pytest.fixture(scope="module")
+def compose() -> Message:
+    """The compose file as Docker Compose understands it."""
+    program = tool("docker-compose", PIP)
+    result = subprocess.run(
+        [program, "--file", DEPLOY / "compose.yaml", "config", "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    document: Message = json.loads(result.stdout)
+    return document
+
+
+def test_compose(compose: Message) -> None:
+    services = compose["services"]
+    names = ["bandsync-1", "bandsync-2"]
+    for name in names:
+        service = services[name]
+        given = {key: text for key, text in service["environment"].items() if text}
+        settings = settings_of(image_environment() | given)
+        assert settings.server_id == name
+        assert settings.redis_host == "redis"
+        grace_s = seconds(service["stop_grace_period"])
+        assert grace_s >= settings.drain_timeout_ms / 1000 + MARGIN_S
+        assert service["depends_on"]["redis"]["condition"] == "service_healthy"
+        assert (Path(service["build"]["context"]) / service["build"]["dockerfile"]).is_file()
+        assert service["restart"] == "unless-stopped"
+    redis = services["redis"]
+    assert redis["healthcheck"]
+    assert redis["command"][1:3] == ["--appendonly", "yes"]
+    assert [(each["source"], each["target"]) for each in redis["volumes"]] == [
+        ("redis-data", "/data")
+    ]
+    # What nginx finds under the names of its file.
+    addresses = {name: services[name]["networks"]["default"]["ipv4_address"] for name in names}
+    hosts = dict(entry.split("=", 1) for entry in services["nginx"]["extra_hosts"])
+    assert hosts == addresses
+    (mounted,) = services["nginx"]["volumes"]
+    assert Path(mounted["source"]) == DEPLOY / "nginx.conf"
+    text = (DEPLOY / "nginx.conf").read_text()
+    port = image_environment()["PORT"]
+    assert set(re.findall(r"server (\S+?:\d+)", text)) == {f"{name}:{port}" for name in names}
+    (published,) = services["nginx"]["ports"]
+    assert f"listen {published['target']};" in text
+
+
+MANIFESTS = sorted(DEPLOY.glob("kubernetes/*.yaml"))
+
+
+def manifests() -> dict[tuple[str, str], Message]:
+    """All of them, by kind and name, as the kustomization has them."""
+    (kustomization,) = yaml_documents(DEPLOY / "kubernetes" / "kustomization.yaml")
+    found = {}
+    for name in kustomization["resources"]:
+        for document in yaml_documents(DEPLOY / "kubernetes" / name):
+            found[document["kind"], document["metadata"]["name"]] = document
+    return found
+
+
+def test_the_kustomization_names_every_manifest() -> None:
+    (kustomization,) = yaml_documents(DEPLOY / "kubernetes" / "kustomization.yaml")
+    assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in MANIFESTS}
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.34"])
+def test_manifests_are_what_kubernetes_accepts(version: str) -> None:
+    try:
+        import kubernetes_validate
+    except ImportError:
+        missing(f"no kubernetes-validate: {PIP}")
+    for document in manifests().values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_manifests_agree_with_each_other_and_with_the_server() -> None:
+    found = manifests()
+    deployment = found["Deployment", "bandsync"]["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    given = dict(image_environment())
+    for source in container["envFrom"]:
+        ((kind, reference),) = source.items()
+        key = {"configMapRef": ("ConfigMap", "data"), "secretRef": ("Secret", "stringData")}[kind]
+        given |= found[key[0], reference["name"]][key[1]]
+    assert {entry["name"] for entry in container["env"]} == {"SERVER_ID"}
+    settings = settings_of(given | {"SERVER_ID": "bandsync-7d9c"})
+    # A Service of the same namespace would otherwise be a setting: REDIS_PORT=tcp://10.0.0.1:6379.
+    assert pod["enableServiceLinks"] is False
+
+    pause_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain_s = settings.drain_timeout_ms / 1000
+    assert pod["terminationGracePeriodSeconds"] >= pause_s + drain_s + MARGIN_S
+    assert container["readinessProbe"]["httpGet"]["path"] == "/api/health"
+    # That of the liveness has to be good while it drains.
+    assert container["livenessProbe"]["httpGet"]["path"] == "/api/storage/status"
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": settings.port}
+
+    labels = deployment["template"]["metadata"]["labels"]
+    for each in (
+        deployment["selector"],
+        found["PodDisruptionBudget", "bandsync"]["spec"]["selector"],
+    ):
+        assert each["matchLabels"] == labels
+    service = found["Service", "bandsync"]["spec"]
+    assert service["selector"] == labels
+    assert service["ports"][0]["targetPort"] in ports
+    (rule,) = found["Ingress", "bandsync"]["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert path["backend"]["service"] == {"name": "bandsync", "port": {"name": "http"}}
+
+    redis = found["StatefulSet", "bandsync-redis"]["spec"]
+    labels = redis["template"]["metadata"]["labels"]
+    service = found["Service", "bandsync-redis"]["spec"]
+    assert redis["selector"]["matchLabels"] == service["selector"] == labels
+    assert settings.redis_host == "bandsync-redis" == redis["serviceName"]
+    (container,) = redis["template"]["spec"]["containers"]
+    assert container["ports"][0]["containerPort"] == service["ports"][0]["port"]
+    assert service["ports"][0]["port"] == settings.redis_port
+    (claim,) = redis["volumeClaimTemplates"]
+    (mount,) = container["volumeMounts"]
+    assert claim["metadata"]["name"] == mount["name"]
+    assert container["args"][container["args"].index("--dir") + 1] == mount["mountPath"]
+
+
+def test_the_redis_of_the_manifests_starts_as_it_says(tmp_path: Path, redis_binary: None) -> None:
+    """Its options are those of a real redis-server, and so is what asks after its health."""
+    (container,) = manifests()["StatefulSet", "bandsync-redis"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    options = [part.replace("$(REDIS_PASSWORD)", "hush") for part in container["args"]]
+    options[options.index("--dir") + 1] = str(tmp_path)
+    port = str(free_port())
+    binary = find_redis_server()
+    assert binary is not None
+    client, *ping = container["readinessProbe"]["exec"]["command"]
+    client = tool(client, "apt install redis-tools")
+
+    def answers(**variables: str) -> bool:
+        result = subprocess.run(
+            [client, "-p", port, *ping],
+            env=os.environ | variables,
+            capture_output=True,
+            check=False,
+        )
+        return result.returncode == 0
+
+    with process([binary, *options, "--port", port, "--bind", HOST], stdout=subprocess.DEVNULL):
+        deadline = time.perf_counter() + PATIENCE_S
+        while not answers(REDISCLI_AUTH="hush"):
+            assert time.perf_counter() < deadline
+            time.sleep(_POLL_S)
+        assert not answers(REDISCLI_AUTH="wrong")
+
+
+def test_systemd_reads_its_unit(tmp_path: Path) -> None:
+    program = tool("systemd-analyze", "apt install systemd")
+    text = changed(
+        (DEPLOY / "bandsync.service").read_text(),
+        (
+            "ExecStart=/opt/bandsync/.venv/bin/python /opt/bandsync/scripts/serve.py",
+            f"ExecStart={sys.executable} {SCRIPT}",
+        ),
+    )
+    unit = tmp_path / "bandsync.service"
+    unit.write_text(text)
+    result = subprocess.run([program, "verify", unit], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    service = configparser.RawConfigParser(strict=False)
+    service.read_string(text)
+    stop_s = float(service["Service"]["TimeoutStopSec"])
+    assert stop_s >= Settings().drain_timeout_ms / 1000 + MARGIN_S
