@@ -96,6 +96,11 @@ class Line(ABC):
         self._awaited: anyio.Event | None = None
 
     @property
+    def address(self) -> Address:
+        """Where it leads."""
+        return self._address
+
+    @property
     def outstanding(self) -> int:
         """How many calls wait for their reply."""
         return len(self._pending)
