@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from tests.fake_redis import fake_redis_server
+from tests.redis_clusters import RedisCluster
 from tests.redis_servers import INSTALL, RedisError, RedisServer, find_redis_server
 from tests.servers import Server, start_server
 
@@ -46,6 +47,19 @@ def shared_redis(_session_redis: RedisServer) -> RedisServer:
     """An empty Redis that other tests use too: leave it running, and its configuration alone."""
     _session_redis.cli("FLUSHALL")
     return _session_redis
+
+
+@pytest.fixture(scope="session")
+def _session_cluster(redis_binary: None) -> Iterator[RedisCluster]:
+    with RedisCluster() as started:
+        yield started
+
+
+@pytest.fixture
+def shared_cluster(_session_cluster: RedisCluster) -> RedisCluster:
+    """An empty Cluster that other tests use too: leave its nodes and its slots as they are."""
+    _session_cluster.flush()
+    return _session_cluster
 
 
 @pytest.fixture
