@@ -175,7 +175,10 @@ async def test_a_command_is_not_sent_on_for_ever(cluster: RedisCluster) -> None:
         assert link.usable
 
 
-async def test_a_node_may_come_and_another_may_go(cluster: RedisCluster) -> None:
+async def test_a_node_may_come_and_another_may_go(
+    cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 0.05)
     last = cluster.masters[2]
     keys = KEYS[:30]
     async with open_cluster(cluster.url()) as link:
@@ -249,7 +252,7 @@ async def test_a_master_that_hangs_is_a_loss_although_nobody_asks_it(
 async def test_a_master_that_is_full_is_a_loss_although_nobody_writes_to_it(
     cluster: RedisCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.cluster._PROOF_S", 0.05)
+    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 0.05)
     link = open_link_to(cluster.url())
     outcome = await start(nursery, link)
     cluster.masters[2].cli("CONFIG", "SET", "maxmemory", 1)
@@ -261,7 +264,7 @@ async def test_a_master_that_is_full_is_a_loss_although_nobody_writes_to_it(
 async def test_slots_without_a_master_are_a_loss(
     cluster: RedisCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.cluster._PROOF_S", 0.05)
+    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 0.05)
     link = open_link_to(cluster.url())
     outcome = await start(nursery, link)
     for node in cluster.masters:

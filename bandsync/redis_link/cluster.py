@@ -42,12 +42,11 @@ from bandsync.redis_link.slots import (
 # handed over two nodes may point at each other for a moment.
 REDIRECT_DELAYS_S = (0.0, 0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
-# A look at the topology at least, and at most, so often.
-_REFRESH_S = 5.0
-_REFRESH_PAUSE_S = 0.1
-# Each master is written to so often: one that is full answers PING.
-_PROOF_S = 3.0
+# How often the topology is looked at, and each master is written to: one that is full answers PING.
+_ROUND_S = 3.0
 _PROOF_EXPIRY_MS = 10_000
+# The least time between two looks, however much moves.
+_PAUSE_S = 0.1
 # Of the nodes that were known last time so many are asked where the others are.
 _MAX_SEEDS = 8
 # A pass of the scheduler after so many numbers.
@@ -173,6 +172,8 @@ class ClusterLink:
         self._lost: RedisError | None = None
         self._tasks: TaskGroup | None = None
         self._stale = anyio.Event()
+        # Slots of which keys were across before the slot was, since the latest look.
+        self._handed_over: set[int] = set()
         # Who knows best of what has moved; without one they are asked in turn.
         self._expert: Endpoint | None = None
         self._turn = 0
@@ -201,6 +202,10 @@ class ClusterLink:
     def masters(self) -> Sequence[Endpoint]:
         """Those who have slots."""
         return self._topology.masters
+
+    def handed_over(self, key: str) -> bool:
+        """Whether its slot was seen to be handed over; now and then it is, a little longer."""
+        return bool(self._handed_over) and slot_of(key) in self._handed_over
 
     def parts(self) -> Sequence[Executor]:
         """The links to the masters."""
@@ -300,6 +305,7 @@ class ClusterLink:
         """Take note of it; who has the slot by now."""
         owner = _named(error, asked)
         self._topology = self._topology.moved(error.slot_id, owner)
+        self._handed_over.discard(error.slot_id)
         self._expert = owner
         self._stale.set()
         return owner
@@ -323,6 +329,7 @@ class ClusterLink:
             elif isinstance(error, AskError):
                 # For this command only: the slot has not moved yet.
                 asked, asking = _named(error, asked), True
+                self._handed_over.add(error.slot_id)
             await anyio.sleep(delay_s)
             try:
                 link = await self._link_to(asked)
@@ -397,14 +404,14 @@ class ClusterLink:
         started()
         proved = anyio.current_time()
         while True:
-            with anyio.move_on_after(min(_REFRESH_S, _PROOF_S)):
+            with anyio.move_on_after(_ROUND_S):
                 await self._stale.wait()
             self._stale = anyio.Event()
             await self._adopt(await self._look(), self._silence_s)
-            if anyio.current_time() - proved >= _PROOF_S:
+            if anyio.current_time() - proved >= _ROUND_S:
                 proved = anyio.current_time()
                 await self._prove()
-            await anyio.sleep(_REFRESH_PAUSE_S)
+            await anyio.sleep(_PAUSE_S)
 
     async def _first_look(self) -> Topology:
         """What the first of the seeds says that answers: one that hangs keeps nobody waiting."""
@@ -444,6 +451,7 @@ class ClusterLink:
         for endpoint in topology.masters:
             await self._open(endpoint, timeout_s)
         self._topology = topology
+        self._handed_over.clear()
         self._seeds.learn(topology.masters)
         for endpoint, node in list(self._nodes.items()):
             node.idle = 0 if endpoint in topology.masters else node.idle + 1

@@ -38,9 +38,8 @@ class _Post(TaskStatus[None]):
 class ClusterSubscriber:
     """Messages of sharded channels, for as long as they come: a `Listener`.
 
-    A channel whose slot moves is followed to its new node. What was published meanwhile was not
-    heard, so `MISSED` is, and so is it for a slot that is handed over key by key: until its end,
-    changes of those that are across are published where nobody listens yet.
+    A channel whose slot moves is followed to its new node. What was published there before was not
+    heard, so `MISSED` is.
 
     Lost as a whole when one of its subscribers is.
 
@@ -178,9 +177,16 @@ class ClusterSubscriber:
             RedisError: that is not possible, or not any longer.
         """
         try:
-            number = await self._cluster.number(endpoint)
-            post.subscriber = self._make_subscriber(endpoint, number, self._gone)
-            await post.subscriber.run(task_status=post)
+            for delay_s in REDIRECT_DELAYS_S:
+                number = await self._cluster.number(endpoint)
+                post.subscriber = self._make_subscriber(endpoint, number, self._gone)
+                try:
+                    await post.subscriber.run(task_status=post)
+                except MovedError as error:
+                    # The slot of the probe is not its any more: with another one, then.
+                    self._cluster.moved(error, endpoint)
+                await anyio.sleep(delay_s)
+            raise UnusableError(f"{endpoint}: no slot for the probe", "clusterdown")
         finally:
             post.settled.set()
 

@@ -32,6 +32,12 @@ class Executor(Protocol):
     def publish_verb(self) -> PublishVerb:
         """By which command a message reaches those who listen."""
 
+    def handed_over(self, key: str) -> bool:
+        """Whether a key is just being handed over to another node of a Cluster.
+
+        A script that writes it there publishes there, too, and nobody listens there yet.
+        """
+
     def parts(self) -> "Sequence[Executor]":
         """All of which each has its own keys, as SCAN shows them."""
 

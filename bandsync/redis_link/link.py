@@ -20,6 +20,10 @@ class Link(Line):
 
     publish_verb: Final[PublishVerb] = "PUBLISH"
 
+    def handed_over(self, key: str) -> bool:
+        """Never: there is no other node."""
+        return False
+
     def parts(self) -> Sequence[Executor]:
         """Itself: one server has all keys."""
         return (self,)

@@ -132,13 +132,16 @@ class RedisStorage(Storage):
         for name, value in fields.items():
             arguments.append(name)
             arguments.append(value)
+        key = self._keys.session(session_id)
         try:
-            reply = await _COMMIT.execute(self._link, (self._keys.session(session_id),), arguments)
-            if reply == 1:
-                return Committed(committed)
-            return Conflict(_read(session_id, reply))
+            reply = await _COMMIT.execute(self._link, (key,), arguments)
+            if reply != 1:
+                return Conflict(_read(session_id, reply))
         except (RedisError, UnreadableError) as error:
             return self._unusable(error)
+        if self._link.publish_verb == "SPUBLISH" and self._link.handed_over(key):
+            await self.tell(session_id, message)
+        return Committed(committed)
 
     async def rehearse(self) -> None:
         """Run the script for a commit that must be refused: whether this Redis can do what we need.
