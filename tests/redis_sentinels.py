@@ -56,6 +56,7 @@ class SentinelProcess:
         *,
         down_after_ms: int,
         password: str | None,
+        user: str | None,
     ) -> None:
         binary = find_redis_server()
         if binary is None:
@@ -79,6 +80,8 @@ class SentinelProcess:
                 if port != self.port
             ),
         ]
+        if user is not None:
+            lines += [f"sentinel auth-user {MASTER} {user}", f"sentinel auth-pass {MASTER} guard"]
         if password is not None:
             lines += [f"requirepass {password}", f"sentinel sentinel-pass {password}"]
         config.write_text("\n".join([*lines, ""]))
@@ -130,6 +133,7 @@ class Watched:
     Args:
         down_after_ms: of the Sentinels.
         password: of the Sentinels.
+        user: as whom the Sentinels speak to the servers.
         config: of the servers, as for a `RedisServer`.
 
     Attributes:
@@ -142,6 +146,7 @@ class Watched:
         replicas: int = 1,
         down_after_ms: int = 500,
         password: str | None = None,
+        user: str | None = None,
         **config: Any,
     ) -> None:
         # A replica gets its first copy at once.
@@ -150,6 +155,7 @@ class Watched:
         self.sentinels: list[SentinelProcess] = []
         self._down_after_ms = down_after_ms
         self._password = password
+        self._user = user
 
     def __enter__(self) -> Self:
         try:
@@ -188,13 +194,6 @@ class Watched:
         """Have the first Sentinel make a replica the master; returns at once."""
         self.sentinels[0].cli("SENTINEL", "FAILOVER", MASTER)
 
-    def watch_instead(self, server: RedisServer) -> None:
-        """Have a replica be the master and the Sentinels watch it, without a word to the old."""
-        server.cli("REPLICAOF", "NO", "ONE")
-        for sentinel in self.sentinels:
-            sentinel.cli("SENTINEL", "REMOVE", MASTER)
-            sentinel.cli("SENTINEL", "MONITOR", MASTER, HOST, server.port, 2)
-
     def wait_for_failover(self, old: RedisServer) -> RedisServer:
         """The new master, when all Sentinels agree on one."""
         wait_until(
@@ -218,6 +217,8 @@ class Watched:
         master, *replicas = self.servers
         for server in self.servers:
             server.start()
+            if self._user is not None:
+                server.cli("ACL", "SETUSER", self._user, "on", ">guard", "~*", "&*", "+@all")
         for replica in replicas:
             self.replicate(replica, master.port)
         self.wait_for_replicas(master, replicas)
@@ -230,6 +231,7 @@ class Watched:
                     [server.port for server in self.servers],
                     down_after_ms=self._down_after_ms,
                     password=self._password,
+                    user=self._user,
                 )
             )
         wanted = {"num-other-sentinels": 2, "num-slaves": len(replicas), "flags": "master"}

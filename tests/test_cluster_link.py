@@ -334,11 +334,16 @@ async def test_a_slow_node_does_not_hold_up_the_start_for_ever(
 
 def test_seeds_are_few_and_the_configured_one_comes_first() -> None:
     seeds = Seeds(parse_address("rediss://u:p@a:1"))
-    seeds.learn([Endpoint("b", port) for port in range(6)])
-    seeds.learn([Endpoint("c", port) for port in range(6)])
+    seeds.learn([Endpoint("b", port) for port in range(20)])
+    assert len(seeds.addresses()) == 8
+    seeds.learn([Endpoint("c", 2), Endpoint("a", 1), Endpoint("c", 3)])
     addresses = seeds.addresses()
-    assert [str(address) for address in addresses[:2]] == ["rediss://a:1/0", "rediss://c:0/0"]
-    assert len(addresses) == 8
+    # Whoever left is asked no more.
+    assert [str(address) for address in addresses] == [
+        "rediss://a:1/0",
+        "rediss://c:2/0",
+        "rediss://c:3/0",
+    ]
     assert all(address.password == "p" and address.tls is not None for address in addresses)
 
 

@@ -30,7 +30,6 @@ from bandsync.redis_link.errors import LinkLostError, UnusableError, again
 from bandsync.redis_link.executor import Executor, PublishVerb
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.slots import (
-    NOWHERE,
     Endpoint,
     Topology,
     read_topology,
@@ -75,10 +74,11 @@ class Seeds:
         return replace(self.configured, host=endpoint.host, port=endpoint.port)
 
     def learn(self, masters: Sequence[Endpoint]) -> None:
-        """Remember them for next time: the configured node may be gone then."""
-        self._known = (*masters, *(each for each in self._known if each not in masters))[
-            :_MAX_SEEDS
-        ]
+        """Remember them for next time: the configured node may be gone then.
+
+        And them only: whoever left may be of another Cluster by then.
+        """
+        self._known = tuple(masters)
 
 
 class NodeLink(Link):
@@ -121,7 +121,7 @@ class _Node(TaskStatus[None]):
     Attributes:
         settled: set when it is connected, or cannot be.
         error: why it ended.
-        idle: for how many looks at the topology it has had no slot.
+        idle_since: when it was first seen without a slot; None while it has any.
     """
 
     def __init__(self, link: NodeLink) -> None:
@@ -129,7 +129,7 @@ class _Node(TaskStatus[None]):
         self.scope = anyio.CancelScope()
         self.settled = anyio.Event()
         self.error: RedisError | None = None
-        self.idle = 0
+        self.idle_since: float | None = None
 
     def started(self, value: None = None) -> None:
         """Called by the link."""
@@ -163,7 +163,7 @@ class ClusterLink:
         self._proof = proof
         self._connect_timeout_s = connect_timeout_s
         self._silence_s = silence_s
-        self._topology = NOWHERE
+        self._topology = Topology()
         self._nodes: dict[Endpoint, _Node] = {}
         # A number for each master, see ``proof``.
         self._numbers: dict[Endpoint, int] = {}
@@ -364,16 +364,21 @@ class ClusterLink:
         """
         if self._lost is not None:
             raise again(self._lost)
+        node = self._want(endpoint, timeout_s)
+        await node.settled.wait()
+        if not node.link.usable:
+            raise again(node.error or self._lost or LinkLostError(f"{endpoint}: closed"))
+        return node.link
+
+    def _want(self, endpoint: Endpoint, timeout_s: float) -> _Node:
+        """The link to a node, connected or about to be."""
         node = self._nodes.get(endpoint)
         if node is None:
             assert self._tasks is not None
             node = _Node(self._make_link(self._seeds.at(endpoint), timeout_s))
             self._nodes[endpoint] = node
             self._tasks.start_soon(self._keep, endpoint, node)
-        await node.settled.wait()
-        if not node.link.usable:
-            raise again(node.error or self._lost or LinkLostError(f"{endpoint}: closed"))
-        return node.link
+        return node
 
     async def _keep(self, endpoint: Endpoint, node: _Node) -> None:
         """Serve a node until it is lost or not wanted any more."""
@@ -449,14 +454,20 @@ class ClusterLink:
     async def _adopt(self, topology: Topology, timeout_s: float) -> None:
         """Connect to all masters of a topology, and use it from then on."""
         for endpoint in topology.masters:
+            self._want(endpoint, timeout_s)
+        for endpoint in topology.masters:
             await self._open(endpoint, timeout_s)
         self._topology = topology
         self._handed_over.clear()
         self._seeds.learn(topology.masters)
+        now = anyio.current_time()
         for endpoint, node in list(self._nodes.items()):
-            node.idle = 0 if endpoint in topology.masters else node.idle + 1
-            # Not at once: a slot may be on its way there, or an answer on its way here.
-            if node.idle > 1 and not node.link.outstanding:
+            if endpoint in topology.masters:
+                node.idle_since = None
+            elif node.idle_since is None:
+                # Not closed at once: a slot may be on its way there, or an answer on its way here.
+                node.idle_since = now
+            elif now - node.idle_since >= _ROUND_S and not node.link.outstanding:
                 del self._nodes[endpoint]
                 node.scope.cancel()
 

@@ -1,7 +1,7 @@
 """The master that Redis Sentinel names, and a link that stays with it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -18,6 +18,11 @@ from bandsync.redis_link.link import Link
 
 # How often the Sentinels are asked whether the master is still the one in use.
 _LOOK_PERIOD_S = 5.0
+
+T = TypeVar("T")
+
+# What a Sentinel says of a master.
+_State: TypeAlias = dict[str, Any]
 
 # redis-py does not annotate it.
 _make_sentinel: Final = cast("Callable[..., Any]", Sentinel)
@@ -62,6 +67,8 @@ class Sentinels:
         # Kept: it asks first who answered last.
         self._sentinel = _make_sentinel(list(hosts), sentinel_kwargs=options)
         self._threads: anyio.CapacityLimiter | None = None
+        # Of the latest failover that led to the master that was found; they are numbered.
+        self._epoch = 0
 
     def __str__(self) -> str:
         hosts = ", ".join(f"{host}:{port}" for host, port in self._hosts)
@@ -73,43 +80,39 @@ class Sentinels:
         Raises:
             LinkLostError: none does.
         """
-        return await self._in_thread(self._discover)
+        state = await self._in_thread(self._discover)
+        self._epoch = _epoch(state)
+        return self._address(state)
 
-    async def latest(self) -> Address:
-        """Where it is since the latest failover that any Sentinel knows of, alive or not.
+    async def find_later(self) -> Address | None:
+        """The master after a failover later than what `find` knew; None if no Sentinel has one.
 
-        A Sentinel that was cut off may name an old one for some seconds, which `find` cannot tell.
-
-        Raises:
-            LinkLostError: none answers.
+        A Sentinel that was cut off may name an old master for some seconds: `find` cannot tell.
         """
-        return await self._in_thread(self._compare)
+        state = await self._in_thread(self._compare)
+        return None if state is None else self._address(state)
 
-    async def _in_thread(self, look: Callable[[], tuple[str, int]]) -> Address:
+    async def _in_thread(self, look: Callable[[], T]) -> T:
         if self._threads is None:
             self._threads = anyio.CapacityLimiter(1)
-        host, port = await anyio.to_thread.run_sync(
-            look, abandon_on_cancel=True, limiter=self._threads
-        )
-        return replace(self._like, host=host, port=port, path=None)
+        return await anyio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._threads)
 
-    def _discover(self) -> tuple[str, int]:
+    def _address(self, state: _State) -> Address:
+        return replace(self._like, host=state["ip"], port=state["port"], path=None)
+
+    def _discover(self) -> _State:
         problems: list[str] = []
         for state in self._states(problems):
             if self._sentinel.check_master_state(state, self._master):
-                return state["ip"], state["port"]
+                return state
             problems.append("it is down")
         raise LinkLostError(f"{self}: {'; '.join(problems)}", "no_master")
 
-    def _compare(self) -> tuple[str, int]:
-        problems: list[str] = []
-        states = list(self._states(problems))
-        if not states:
-            raise LinkLostError(f"{self}: {'; '.join(problems)}", "no_master")
-        latest = max(states, key=lambda state: int(state["config-epoch"]))
-        return latest["ip"], latest["port"]
+    def _compare(self) -> _State | None:
+        later = [state for state in self._states([]) if _epoch(state) > self._epoch]
+        return max(later, key=_epoch, default=None)
 
-    def _states(self, problems: list[str]) -> Iterator[dict[str, Any]]:
+    def _states(self, problems: list[str]) -> Iterator[_State]:
         """What each Sentinel that answers thinks of the master; ``problems`` of the others.
 
         redis-py's own `Sentinel.discover_master` does the same, but does not tell the problems.
@@ -129,6 +132,10 @@ class Sentinels:
         finally:
             for client in clients:
                 client.close()
+
+
+def _epoch(state: _State) -> int:
+    return int(state["config-epoch"])
 
 
 class MasterLink(Link):
@@ -181,10 +188,7 @@ class MasterLink(Link):
         await super()._attend(started)
         while True:
             await anyio.sleep(_LOOK_PERIOD_S)
-            try:
-                latest = await self._sentinels.latest()
-            except LinkLostError:
-                # The master can do without them; whoever connects next will say so.
-                continue
-            if (latest.host, latest.port) != (self._address.host, self._address.port):
-                raise LinkLostError(f"{self._address}: the master is {latest} by now", "demoted")
+            later = await self._sentinels.find_later()
+            # If none answers, that does no harm until one is needed.
+            if later is not None and later != self._address:
+                raise LinkLostError(f"{self._address}: the master is {later} by now", "demoted")

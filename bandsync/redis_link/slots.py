@@ -1,9 +1,9 @@
 """Which node of a Redis Cluster has which keys: pure."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from msgspec import Struct
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import InvalidResponse
 
@@ -24,40 +24,35 @@ class Endpoint(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
-class Topology:
+class Topology(Struct, frozen=True):
     """Which master has which slot, as far as is known.
 
-    Args:
+    Attributes:
         owners: one for each slot; None where there is none.
+        masters: all who have a slot, in the order of their first; after a move perhaps one who
+            has none any more.
     """
 
-    __slots__ = ("_owners", "masters")
-
-    def __init__(self, owners: Sequence[Endpoint | None]) -> None:
-        assert len(owners) == REDIS_CLUSTER_HASH_SLOTS
-        self._owners = tuple(owners)
-        counts = Counter(owner for owner in owners if owner is not None)
-        self.masters: tuple[Endpoint, ...] = tuple(counts)
+    owners: tuple[Endpoint | None, ...] = (None,) * REDIS_CLUSTER_HASH_SLOTS
+    masters: tuple[Endpoint, ...] = ()
 
     @property
     def uncovered(self) -> int:
         """How many slots nobody has."""
-        return self._owners.count(None)
+        return self.owners.count(None)
 
     def owner(self, slot: int) -> Endpoint:
         """Who has a slot that somebody has."""
-        owner = self._owners[slot]
+        owner = self.owners[slot]
         assert owner is not None
         return owner
 
     def moved(self, slot: int, owner: Endpoint) -> "Topology":
         """The same with another owner of one slot."""
-        owners = list(self._owners)
+        owners = list(self.owners)
         owners[slot] = owner
-        return Topology(owners)
-
-
-NOWHERE = Topology([None] * REDIS_CLUSTER_HASH_SLOTS)
+        masters = self.masters if owner in self.masters else (*self.masters, owner)
+        return Topology(tuple(owners), masters)
 
 
 def read_topology(reply: Reply, asked: str) -> Topology:
@@ -70,6 +65,7 @@ def read_topology(reply: Reply, asked: str) -> Topology:
         InvalidResponse: it is none.
     """
     owners: list[Endpoint | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+    ranges: list[tuple[int, Endpoint]] = []
     match reply:
         case list():
             for shard in reply:
@@ -78,12 +74,15 @@ def read_topology(reply: Reply, asked: str) -> Topology:
                         0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS
                     ):
                         name = host.decode() if isinstance(host, bytes) and host else asked
-                        owners[first : last + 1] = [Endpoint(name, port)] * (last + 1 - first)
+                        owner = Endpoint(name, port)
+                        owners[first : last + 1] = [owner] * (last + 1 - first)
+                        ranges.append((first, owner))
                     case _:
                         raise InvalidResponse(f"no slots: {shard!r:.100}")
         case _:
             raise InvalidResponse(f"no topology: {reply!r:.100}")
-    return Topology(owners)
+    masters = dict.fromkeys(owner for _, owner in sorted(ranges))
+    return Topology(tuple(owners), tuple(masters))
 
 
 def slot_of(key: Argument) -> int:
