@@ -32,6 +32,7 @@ class RedisCluster:
             "repl_diskless_sync_delay": "0",
         } | config
         self._hanging: list[RedisServer] = []
+        self.password: str | None = config.get("password")
         self.masters = [self._make() for _ in range(masters)]
         self.replicas = [self._make() for _ in range(masters * replicas)]
 
@@ -96,7 +97,8 @@ class RedisCluster:
     def move_keys(self, slot: int, source: RedisServer, target: RedisServer) -> None:
         """Hand over its keys."""
         while keys := source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100):
-            source.cli("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *keys)
+            auth = () if self.password is None else ("AUTH", self.password)
+            source.cli("MIGRATE", HOST, target.port, "", 0, 5000, *auth, "KEYS", *keys)
 
     def close_slot(self, slot: int, target: RedisServer, *others: RedisServer) -> None:
         """Have everybody know who has it, the new one first."""

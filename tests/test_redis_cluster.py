@@ -34,7 +34,7 @@ def key_of(song: str) -> str:
 
 @pytest.fixture
 def cluster(redis_binary: None) -> Iterator[RedisCluster]:
-    with RedisCluster() as made:
+    with RedisCluster(password="hush") as made:
         yield made
 
 
@@ -243,7 +243,8 @@ async def test_the_real_tool_reshards_under_load(
     server = await start(nursery, cluster)
     source, target, _ = cluster.masters
     async with duets(server) as bands, all_talking(bands) as talks:
-        command = [tool, "--cluster", "reshard", f"127.0.0.1:{source.port}"]
+        command = [tool, "-a", "hush", "--no-auth-warning"]
+        command += ["--cluster", "reshard", f"127.0.0.1:{source.port}"]
         command += ["--cluster-from", source.cli("CLUSTER", "MYID")]
         command += ["--cluster-to", target.cli("CLUSTER", "MYID")]
         command += ["--cluster-slots", "300", "--cluster-yes"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from bandsync.redis_link.address import Address
+from bandsync.redis_link.address import Address, TLSOptions
 from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from tests.fault_proxy import FaultProxy
@@ -90,6 +90,15 @@ async def test_what_is_told_when_there_is_no_master(
     assert loss_reason(caught.value) == "no_master"
     assert "hush" not in str(caught.value)
     assert await sentinels.find_later() is None
+
+
+async def test_sentinels_are_spoken_to_with_the_tls_of_the_master(tls_redis: RedisServer) -> None:
+    for ca_file, words in ((str(tls_redis.ca_file), "unknown command"), (None, "certificate")):
+        like = Address(tls=TLSOptions(ca_certs=ca_file))
+        hosts = [("localhost", tls_redis.port)]
+        sentinels = Sentinels(hosts, MASTER, like, password=None, timeout_s=PATIENCE_S)
+        with pytest.raises(LinkLostError, match=words):
+            await sentinels.find()
 
 
 async def test_whoever_is_cancelled_waits_for_nothing_and_leaves_one_thread(
