@@ -10,7 +10,7 @@ from redis.exceptions import MovedError
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.cluster import ClusterLink
 from bandsync.redis_link.cluster_subscriber import MISSED, ClusterSubscriber
-from bandsync.redis_link.errors import loss_reason
+from bandsync.redis_link.errors import LinkLostError, loss_reason
 from tests.redis_clusters import RedisCluster
 from tests.redis_storages import cluster_access, open_cluster
 from tests.scripted_redis import Outcome, ScriptedRedis
@@ -157,6 +157,25 @@ async def test_one_connection_lost_is_all_lost(stage: Stage) -> None:
     assert loss_reason(await stage.outcome.wait()) == "reset"
     assert not stage.subscriber.usable
     assert stage.link.usable
+
+
+async def test_a_loss_while_channels_move_ends_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = 0
+
+    async def follow(channel: bytes) -> None:
+        nonlocal followed
+        followed += 1
+        # There is nothing to wait for, so nothing that could be cancelled.
+        assert followed < 100
+        raise LinkLostError("lost already")
+
+    subscriber = stage.subscriber
+    monkeypatch.setattr(subscriber, "_follow", follow)
+    subscriber._gone(b"a channel")  # noqa: SLF001
+    subscriber._lose(LinkLostError("in the same moment"))  # noqa: SLF001
+    assert "in the same moment" in str(await stage.outcome.wait())
 
 
 SLOT = key_slot(b"a")

@@ -122,7 +122,8 @@ class ClusterSubscriber:
         while True:
             await self._some_moved.wait()
             self._some_moved = anyio.Event()
-            while self._moving:
+            # Once lost, nothing of this waits any more, and so nothing would ever end it.
+            while self._moving and self._lost is None:
                 batch = list(self._moving)[:_MOVED_AT_ONCE]
                 async with anyio.create_task_group() as tasks:
                     for channel in batch:
