@@ -28,6 +28,12 @@ from tests.test_sentinel import measured
 SONGS = [f"song-{number}" for number in range(6)]
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis is tried again more often than operators would like."""
+    monkeypatch.setattr("bandsync.storage.manager.MAX_RETRY_DELAY_S", 0.2)
+
+
 def key_of(song: str) -> str:
     return f"bandsync:session:{{{song}}}"
 
@@ -308,12 +314,11 @@ async def break_and_mend(
     )
 
 
-@pytest.mark.parametrize("number", [0, 1])
 async def test_a_band_plays_on_without_a_master(
-    cluster: RedisCluster, nursery: trio.Nursery, number: int
+    cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
     server = await start(nursery, cluster)
-    broken = cluster.masters[number]
+    broken = cluster.masters[1]
 
     def mend() -> None:
         # All nodes know by then that one is gone.

@@ -43,6 +43,12 @@ def calm(redis_binary: None) -> Iterator[Watched]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis is tried again more often than operators would like."""
+    monkeypatch.setattr("bandsync.storage.manager.MAX_RETRY_DELAY_S", 0.2)
+
+
 def asking(hosts: list[int], *, master: str = MASTER, **changes: Any) -> Sentinels:
     options = {"password": "hush", "timeout_s": PATIENCE_S} | changes
     return Sentinels([(HOST, port) for port in hosts], master, Address(db=3), **options)
