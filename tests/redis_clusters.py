@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from tests.redis_sentinels import wait_until
 from tests.redis_servers import HOST, PORTS, RedisServer, free_port, is_free
@@ -16,6 +16,7 @@ class RedisCluster:
 
     Args:
         replicas: how many each master has.
+        last: how many slots the last master has, if not its share.
         config: of the nodes, as for a `RedisServer`.
 
     Attributes:
@@ -23,7 +24,10 @@ class RedisCluster:
         replicas: the same; replica n is that of master n modulo the number of masters.
     """
 
-    def __init__(self, masters: int = 3, replicas: int = 0, **config: Any) -> None:
+    def __init__(
+        self, masters: int = 3, replicas: int = 0, *, last: int | None = None, **config: Any
+    ) -> None:
+        self._last = last
         self._config = {
             "cluster_enabled": "yes",
             "cluster_node_timeout": "1000",
@@ -103,7 +107,12 @@ class RedisCluster:
     def close_slot(self, slot: int, target: RedisServer, *others: RedisServer) -> None:
         """Have everybody know who has it, the new one first."""
         for node in (target, *others):
-            node.cli("CLUSTER", "SETSLOT", slot, "NODE", _id(target))
+            try:
+                node.cli("CLUSTER", "SETSLOT", slot, "NODE", _id(target))
+            except ResponseError as error:
+                # Whoever gives its last slot away becomes a replica of the new one.
+                if "only with masters" not in str(error):
+                    raise
 
     def move_slots(self, slots: Iterable[int], source: RedisServer, target: RedisServer) -> None:
         """Hand them over one after the other, as ``redis-cli --cluster reshard`` does."""
@@ -112,13 +121,6 @@ class RedisCluster:
             self.open_slot(slot, source, target)
             self.move_keys(slot, source, target)
             self.close_slot(slot, target, source, *others)
-
-    def give_slots(self, slots: Sequence[int], target: RedisServer) -> None:
-        """Hand over slots without keys, all at once; the other nodes hear of it."""
-        with target.client() as client, client.pipeline(transaction=False) as pipeline:
-            for slot in slots:
-                pipeline.execute_command("CLUSTER", "SETSLOT", slot, "NODE", _id(target))
-            pipeline.execute()
 
     def wait_until_whole(self) -> None:
         """Until all that run agree on who has which slot, and that all is well."""
@@ -146,10 +148,13 @@ class RedisCluster:
     def _start(self) -> None:
         for node in self.nodes:
             node.start()
-        share = REDIS_CLUSTER_HASH_SLOTS / len(self.masters)
+        count = len(self.masters)
+        starts = [round(number * REDIS_CLUSTER_HASH_SLOTS / count) for number in range(count)]
+        if self._last is not None:
+            starts[-1] = REDIS_CLUSTER_HASH_SLOTS - self._last
+        ends = [*starts[1:], REDIS_CLUSTER_HASH_SLOTS]
         for number, node in enumerate(self.masters):
-            slots = range(round(number * share), round((number + 1) * share))
-            node.cli("CLUSTER", "ADDSLOTS", *slots)
+            node.cli("CLUSTER", "ADDSLOTS", *range(starts[number], ends[number]))
             node.cli("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         self._meet(self.nodes[1:])
         for number, replica in enumerate(self.replicas):
