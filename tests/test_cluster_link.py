@@ -9,8 +9,9 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError, ResponseError
 
 from bandsync.redis_link.address import parse_address
-from bandsync.redis_link.cluster import ClusterLink, NodeLink, Seeds
+from bandsync.redis_link.cluster import ClusterLink
 from bandsync.redis_link.errors import loss_reason
+from bandsync.redis_link.node import NodeLink, Seeds
 from bandsync.redis_link.script import Script
 from bandsync.redis_link.slots import Endpoint
 from tests.redis_clusters import RedisCluster
@@ -205,7 +206,8 @@ async def test_a_node_may_come_and_another_may_go(
     with RedisCluster(last=20) as cluster:
         last = cluster.masters[2]
         slots = range(16_364, 16_384)
-        keys = [key for key in map(str, range(30_000)) if key_slot(key.encode()) in slots]
+        found = {key_slot(b"%d" % number): str(number) for number in range(200_000)}
+        keys = [found[slot] for slot in slots]
         async with open_cluster(cluster.url()) as link:
             replies = await link.execute_all([("SET", key, "x") for key in keys])
             assert replies == [b"OK"] * len(keys)
@@ -213,6 +215,10 @@ async def test_a_node_may_come_and_another_may_go(
             await blocking(cluster.move_slots, slots, last, new)
             replies = await link.execute_all([("GET", key) for key in keys])
             assert replies == [b"x"] * len(keys)
+            with trio.fail_after(PATIENCE_S):
+                # Known to be without slots, not yet known to be no master.
+                assert await link.number(Endpoint(HOST, last.port)) is None
+                assert await link.number(Endpoint(HOST, new.port)) is not None
 
             async def left() -> bool:
                 return Endpoint(HOST, last.port) not in link.masters

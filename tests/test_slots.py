@@ -1,7 +1,7 @@
 """Which node has which key: pure."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
 from redis.exceptions import AskError, InvalidResponse, MovedError, ResponseError, TryAgainError
@@ -56,6 +56,7 @@ def test_slots_may_be_missing() -> None:
         [[9, 5, [b"a", 1]]],
         [[0, 5, [b"a", b"1"]]],
         [[0, 5, []]],
+        [[0, 5, [b"a", 65_536]]],
     ],
 )
 def test_what_is_no_topology_is_refused(junk: object) -> None:
@@ -63,7 +64,13 @@ def test_what_is_no_topology_is_refused(junk: object) -> None:
         read_topology(junk, "asked")  # type: ignore[arg-type]
 
 
-@given(st.lists(st.tuples(st.integers(0, 16_383), st.sampled_from([A, B, C, Endpoint("d", 4)]))))
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 16_383), st.sampled_from([A, B, C, Endpoint("d", 4)])),
+        max_size=20,
+    )
+)
 def test_slots_move_one_by_one(moves: list[tuple[int, Endpoint]]) -> None:
     topology = read_topology(SLOTS, "asked")
     expected = [topology.owner(slot) for slot in range(16_384)]
@@ -123,7 +130,18 @@ def test_redirections_are_read() -> None:
     assert loss_reason(reply_error("CLUSTERDOWN Hash slot not served")) == "clusterdown"
 
 
-@pytest.mark.parametrize("junk", ["MOVED", "MOVED x", "ASK 7", "MOVED 7 there", "MOVED 7 a:b"])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "MOVED",
+        "MOVED x",
+        "ASK 7",
+        "MOVED 7 there",
+        "MOVED 7 a:b",
+        "MOVED 16384 a:1",
+        "ASK 7 a:65536",
+    ],
+)
 def test_a_redirection_to_nowhere_is_an_error_like_others(junk: str) -> None:
     error = reply_error(junk)
     assert type(error) is ResponseError

@@ -8,13 +8,11 @@ server is one that operators, musicians and the rules can follow.
 Slots that move, masters that change places and nodes that come or go are no loss.
 """
 
-import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup, TaskStatus
-from msgspec.structs import replace
 from redis.exceptions import (
     AskError,
     MovedError,
@@ -28,7 +26,7 @@ from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError, UnusableError, again
 from bandsync.redis_link.executor import Executor, PublishVerb
-from bandsync.redis_link.link import Link
+from bandsync.redis_link.node import Node, NodeLink, Seeds
 from bandsync.redis_link.slots import (
     Endpoint,
     Topology,
@@ -46,94 +44,8 @@ _ROUND_S = 3.0
 _PROOF_EXPIRY_MS = 10_000
 # The least time between two looks, however much moves.
 _PAUSE_S = 0.1
-# Of the nodes that were known last time so many are asked where the others are.
-_MAX_SEEDS = 8
-# A pass of the scheduler after so many numbers.
+# After so many numbers that are no good others have their turn.
 _NUMBERS_AT_ONCE = 500
-
-
-class Seeds:
-    """Where a Cluster can be found: outlives the links to it.
-
-    Args:
-        configured: one node; its credentials and its TLS are those of all.
-    """
-
-    def __init__(self, configured: Address) -> None:
-        self.configured = configured
-        self._known: tuple[Endpoint, ...] = ()
-
-    def addresses(self) -> list[Address]:
-        """Nodes to ask, the configured one first."""
-        first = Endpoint(self.configured.host, self.configured.port)
-        known = (endpoint for endpoint in self._known if endpoint != first)
-        return [self.configured, *(self.at(endpoint) for endpoint in known)][:_MAX_SEEDS]
-
-    def at(self, endpoint: Endpoint) -> Address:
-        """The address of a node."""
-        return replace(self.configured, host=endpoint.host, port=endpoint.port)
-
-    def learn(self, masters: Sequence[Endpoint]) -> None:
-        """Remember them for next time: the configured node may be gone then.
-
-        And them only: whoever left may be of another Cluster by then.
-        """
-        self._known = tuple(masters)
-
-
-class NodeLink(Link):
-    """A link to one node, that asks it at regular intervals whether it lives.
-
-    Args:
-        beat_s: how often, seconds.
-        name, connect_timeout_s, command_timeout_s, silence_s: as for a `Line`.
-    """
-
-    def __init__(
-        self,
-        address: Address,
-        *,
-        name: str,
-        connect_timeout_s: float,
-        command_timeout_s: float,
-        silence_s: float,
-        beat_s: float,
-    ) -> None:
-        super().__init__(
-            address,
-            name=name,
-            connect_timeout_s=connect_timeout_s,
-            command_timeout_s=command_timeout_s,
-            silence_s=silence_s,
-        )
-        self._beat_s = beat_s
-
-    async def _attend(self, started: Callable[[], None]) -> None:
-        await super()._attend(started)
-        while True:
-            await anyio.sleep(self._beat_s)
-            await self.execute("PING")
-
-
-class _Node(TaskStatus[None]):
-    """A link to a node, from the wish for it to its end.
-
-    Attributes:
-        settled: set when it is connected, or cannot be.
-        error: why it ended.
-        idle_since: when it was first seen without a slot; None while it has any.
-    """
-
-    def __init__(self, link: NodeLink) -> None:
-        self.link = link
-        self.scope = anyio.CancelScope()
-        self.settled = anyio.Event()
-        self.error: RedisError | None = None
-        self.idle_since: float | None = None
-
-    def started(self, value: None = None) -> None:
-        """Called by the link."""
-        self.settled.set()
 
 
 class ClusterLink:
@@ -164,7 +76,7 @@ class ClusterLink:
         self._connect_timeout_s = connect_timeout_s
         self._silence_s = silence_s
         self._topology = Topology()
-        self._nodes: dict[Endpoint, _Node] = {}
+        self._nodes: dict[Endpoint, Node] = {}
         # A number for each master, see ``proof``.
         self._numbers: dict[Endpoint, int] = {}
         self._publish_verb: PublishVerb = "PUBLISH"
@@ -281,25 +193,24 @@ class ClusterLink:
             raise failures[0]
         return replies
 
-    async def number(self, master: Endpoint) -> int:
-        """A number that makes the slot of a name with it one of ``master``'s.
+    async def number(self, master: Endpoint) -> int | None:
+        """A number that makes the slot of a name with it one of ``master``'s; None if it has none.
 
-        Raises:
-            LinkLostError: it has none.
+        Who has one slot of 16 384 is found too, after as many numbers on average.
         """
         known = self._numbers.get(master)
         if known is not None and self._topology.owner(_slot_of_number(known)) == master:
             return known
-        # One of 16 384 slots is found too, after as many numbers on average.
-        for number in itertools.count():
-            if number % _NUMBERS_AT_ONCE == 0:
-                await anyio.lowlevel.checkpoint()
-                if master not in self._topology.masters:
-                    raise LinkLostError(f"{master} has no slots any more")
-            if self._topology.owner(_slot_of_number(number)) == master:
-                self._numbers[master] = number
-                return number
-        raise AssertionError
+        number = 0
+        # It may lose its last one while others have their turn.
+        while master in self._topology.owners:
+            for _ in range(_NUMBERS_AT_ONCE):
+                if self._topology.owner(_slot_of_number(number)) == master:
+                    self._numbers[master] = number
+                    return number
+                number += 1
+            await anyio.lowlevel.checkpoint()
+        return None
 
     def moved(self, error: MovedError, asked: Endpoint) -> Endpoint:
         """Take note of it; who has the slot by now."""
@@ -345,7 +256,7 @@ class ClusterLink:
         raise UnusableError(f"{command[0]!s} was sent on too often: {error}", "clusterdown")
 
     def _endpoint(self, command: Sequence[Argument]) -> Endpoint:
-        if not self._usable and self._lost is not None:
+        if self._lost is not None:
             raise again(self._lost)
         slot = slot_of_command(command)
         return self._topology.owner(0 if slot is None else slot)
@@ -370,17 +281,17 @@ class ClusterLink:
             raise again(node.error or self._lost or LinkLostError(f"{endpoint}: closed"))
         return node.link
 
-    def _want(self, endpoint: Endpoint, timeout_s: float) -> _Node:
+    def _want(self, endpoint: Endpoint, timeout_s: float) -> Node:
         """The link to a node, connected or about to be."""
         node = self._nodes.get(endpoint)
         if node is None:
             assert self._tasks is not None
-            node = _Node(self._make_link(self._seeds.at(endpoint), timeout_s))
+            node = Node(self._make_link(self._seeds.at(endpoint), timeout_s))
             self._nodes[endpoint] = node
             self._tasks.start_soon(self._keep, endpoint, node)
         return node
 
-    async def _keep(self, endpoint: Endpoint, node: _Node) -> None:
+    async def _keep(self, endpoint: Endpoint, node: Node) -> None:
         """Serve a node until it is lost or not wanted any more."""
         try:
             with node.scope:
@@ -483,8 +394,9 @@ class ClusterLink:
             RedisError: one of them refused.
         """
         for master in self._topology.masters:
-            key = self._proof(await self.number(master))
-            await self.execute("SET", key, "1", "PX", _PROOF_EXPIRY_MS)
+            number = await self.number(master)
+            if number is not None:
+                await self.execute("SET", self._proof(number), "1", "PX", _PROOF_EXPIRY_MS)
 
     async def _until_lost(self, work: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -116,7 +116,8 @@ class ClusterSubscriber:
 
     async def _serve(self, started: Callable[[], None]) -> None:
         for endpoint in self._cluster.masters:
-            await self._at(endpoint)
+            if await self._cluster.number(endpoint) is not None:
+                await self._at(endpoint)
         self._usable = True
         started()
         while True:
@@ -180,6 +181,8 @@ class ClusterSubscriber:
         try:
             for delay_s in REDIRECT_DELAYS_S:
                 number = await self._cluster.number(endpoint)
+                if number is None:
+                    raise LinkLostError(f"{endpoint} has no slots any more")
                 post.subscriber = self._make_subscriber(endpoint, number, self._gone)
                 try:
                     await post.subscriber.run(task_status=post)

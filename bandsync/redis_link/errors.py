@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -120,10 +121,12 @@ class _NotHereError(MovedError):
 
 def _redirect(kind: type[AskError], message: str) -> RedisError:
     try:
-        return kind(message.partition(" ")[2])
+        error = kind(message.partition(" ")[2])
     except ValueError:
         # It names no slot and no node.
         return ResponseError(message)
+    known = 0 <= error.slot_id < REDIS_CLUSTER_HASH_SLOTS and 0 < error.port < 65_536
+    return error if known else ResponseError(message)
 
 
 _BY_CODE: dict[str, Callable[[str], RedisError]] = {

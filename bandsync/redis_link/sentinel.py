@@ -1,7 +1,8 @@
 """The master that Redis Sentinel names, and a link that stays with it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeAlias, TypeVar, cast
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -21,11 +22,22 @@ _LOOK_PERIOD_S = 5.0
 
 T = TypeVar("T")
 
-# What a Sentinel says of a master.
-_State: TypeAlias = dict[str, Any]
-
 # redis-py does not annotate it.
 _make_sentinel: Final = cast("Callable[..., Any]", Sentinel)
+
+
+class _State(NamedTuple):
+    """What a Sentinel says of the master.
+
+    Attributes:
+        epoch: the number of the failover that made it the master.
+        alive: whether it believes that it is.
+    """
+
+    host: str
+    port: int
+    epoch: int
+    alive: bool
 
 
 class Sentinels:
@@ -81,7 +93,7 @@ class Sentinels:
             LinkLostError: none does.
         """
         state = await self._in_thread(self._discover)
-        self._epoch = _epoch(state)
+        self._epoch = state.epoch
         return self._address(state)
 
     async def find_later(self) -> Address | None:
@@ -98,21 +110,22 @@ class Sentinels:
         return await anyio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._threads)
 
     def _address(self, state: _State) -> Address:
-        return replace(self._like, host=state["ip"], port=state["port"], path=None)
+        return replace(self._like, host=state.host, port=state.port, path=None)
 
     def _discover(self) -> _State:
         problems: list[str] = []
-        for state in self._states(problems):
-            if self._sentinel.check_master_state(state, self._master):
-                return state
-            problems.append("it is down")
+        with contextlib.closing(self._states(problems)) as states:
+            for state in states:
+                if state.alive:
+                    return state
+                problems.append("it is down")
         raise LinkLostError(f"{self}: {'; '.join(problems)}", "no_master")
 
     def _compare(self) -> _State | None:
-        later = [state for state in self._states([]) if _epoch(state) > self._epoch]
-        return max(later, key=_epoch, default=None)
+        later = [state for state in self._states([]) if state.epoch > self._epoch]
+        return max(later, key=lambda state: state.epoch, default=None)
 
-    def _states(self, problems: list[str]) -> Iterator[_State]:
+    def _states(self, problems: list[str]) -> Generator[_State, None, None]:
         """What each Sentinel that answers thinks of the master; ``problems`` of the others.
 
         redis-py's own `Sentinel.discover_master` does the same, but does not tell the problems.
@@ -121,9 +134,12 @@ class Sentinels:
         try:
             for client in list(clients):
                 try:
-                    state = client.sentinel_master(self._master)
+                    state = self._state(client.sentinel_master(self._master))
                 except RedisError as error:
                     problems.append(str(error))
+                except (LookupError, TypeError, ValueError) as error:
+                    # Whoever answers so is no Sentinel.
+                    problems.append(f"an answer without meaning: {error!r}")
                 else:
                     # Who answers is asked first next time.
                     clients.remove(client)
@@ -133,9 +149,9 @@ class Sentinels:
             for client in clients:
                 client.close()
 
-
-def _epoch(state: _State) -> int:
-    return int(state["config-epoch"])
+    def _state(self, told: dict[str, Any]) -> _State:
+        alive = self._sentinel.check_master_state(told, self._master)
+        return _State(str(told["ip"]), int(told["port"]), int(told["config-epoch"]), alive)
 
 
 class MasterLink(Link):

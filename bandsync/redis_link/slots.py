@@ -71,9 +71,10 @@ def read_topology(reply: Reply, asked: str) -> Topology:
             for shard in reply:
                 match shard:
                     case [int(first), int(last), [host, int(port), *_], *_] if (
-                        0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS
+                        0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS and 0 < port < 65_536
                     ):
-                        name = host.decode() if isinstance(host, bytes) and host else asked
+                        known = isinstance(host, bytes) and host
+                        name = host.decode(errors="replace") if known else asked
                         owner = Endpoint(name, port)
                         owners[first : last + 1] = [owner] * (last + 1 - first)
                         ranges.append((first, owner))

@@ -7,10 +7,11 @@ from functools import partial
 from msgspec.structs import replace
 
 from bandsync.redis_link.address import Address, parse_address
-from bandsync.redis_link.cluster import ClusterLink, NodeLink, Seeds
+from bandsync.redis_link.cluster import ClusterLink
 from bandsync.redis_link.cluster_subscriber import ClusterSubscriber
 from bandsync.redis_link.executor import Executor, Listener
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.node import NodeLink, Seeds
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from bandsync.redis_link.slots import Endpoint
 from bandsync.redis_link.subscriber import Subscriber
