@@ -73,8 +73,8 @@ def read_topology(reply: Reply, asked: str) -> Topology:
                     case [int(first), int(last), [host, int(port), *_], *_] if (
                         0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS and 0 < port < 65_536
                     ):
-                        known = isinstance(host, bytes) and host
-                        name = host.decode(errors="replace") if known else asked
+                        known = host if isinstance(host, bytes) else b""
+                        name = known.decode(errors="replace") or asked
                         owner = Endpoint(name, port)
                         owners[first : last + 1] = [owner] * (last + 1 - first)
                         ranges.append((first, owner))
