@@ -120,6 +120,12 @@ class RedisServer:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def has_shard_channels(self) -> bool:
+        """Whether it is Redis 7 or later, which publish within a shard of a Cluster."""
+        version = self.cli("INFO", "SERVER")["redis_version"]
+        return int(version.partition(".")[0]) >= 7
+
     def url(self, database: int = 0) -> str:
         """For `REDIS_URL`."""
         user = f":{self._password}@" if self._password else ""

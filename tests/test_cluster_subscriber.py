@@ -25,7 +25,7 @@ CHANNELS = [b"channel %d" % number for number in range(300)]
 def cluster(redis_binary: None) -> Iterator[RedisCluster]:
     """Slots move here from test to test; all nodes live."""
     with RedisCluster() as made:
-        if made.masters[0].cli("COMMAND", "INFO", "SPUBLISH") in ([None], {}):
+        if not made.masters[0].has_shard_channels:
             pytest.skip("this Redis has no sharded channels: it is older than 7")
         yield made
 
