@@ -278,7 +278,7 @@ class ClusterLink:
         node = self._want(endpoint, timeout_s)
         await node.settled.wait()
         if not node.link.usable:
-            raise again(node.error or self._lost or LinkLostError(f"{endpoint}: closed"))
+            raise again(node.link.loss or LinkLostError(f"{endpoint}: closed"))
         return node.link
 
     def _want(self, endpoint: Endpoint, timeout_s: float) -> Node:
@@ -297,7 +297,6 @@ class ClusterLink:
             with node.scope:
                 await node.link.run(task_status=node)
         except RedisError as error:
-            node.error = error
             # A node without slots may go; who waits for it is told.
             if endpoint in self._topology.masters:
                 self._lose(error)

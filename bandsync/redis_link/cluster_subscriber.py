@@ -168,9 +168,11 @@ class ClusterSubscriber:
             post = self._posts[endpoint] = _Post()
             self._tasks.start_soon(self._until_lost, partial(self._keep, endpoint, post))
         await post.settled.wait()
-        if post.subscriber is None or not post.subscriber.usable:
-            raise again(self._lost or LinkLostError(f"{endpoint}: the subscriber was closed"))
-        return post.subscriber
+        subscriber = post.subscriber
+        if subscriber is None or not subscriber.usable:
+            loss = self._lost if subscriber is None else subscriber.loss
+            raise again(loss or LinkLostError(f"{endpoint}: the subscriber was closed"))
+        return subscriber
 
     async def _keep(self, endpoint: Endpoint, post: _Post) -> None:
         """Listen at a master.

@@ -110,6 +110,11 @@ class Line(ABC):
         """Whether it is connected."""
         return self._usable
 
+    @property
+    def loss(self) -> RedisError | None:
+        """Why it is lost, or was closed; None if it is not."""
+        return self._lost
+
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Connect, report that as started, and serve until cancelled.
 

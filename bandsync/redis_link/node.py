@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import anyio
 from anyio.abc import TaskStatus
 from msgspec.structs import replace
-from redis.exceptions import RedisError
 
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.link import Link
@@ -83,7 +82,6 @@ class Node(TaskStatus[None]):
 
     Attributes:
         settled: set when it is connected, or cannot be.
-        error: why it ended.
         idle_since: when it was first seen without a slot; None while it has any.
     """
 
@@ -91,7 +89,6 @@ class Node(TaskStatus[None]):
         self.link = link
         self.scope = anyio.CancelScope()
         self.settled = anyio.Event()
-        self.error: RedisError | None = None
         self.idle_since: float | None = None
 
     def started(self, value: None = None) -> None:
