@@ -23,6 +23,7 @@ from bandsync.net.listener import Acceptor, open_listeners
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.process import is_gone, machine
+from bandsync.ops.recorder import Recorder
 from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.access import Access
@@ -100,6 +101,7 @@ async def _serve(
     clock = SessionClock(wall_ms=_wall_ms(), monotonic_s=started)
     counters = Counters()
     metrics = Metrics()
+    recorder = Recorder(counters)
     access = _access(settings, server_id)
     stopping = trio.Event()
     serving = trio.Event()
@@ -138,16 +140,17 @@ async def _serve(
             log=log,
             grace_s=settings.resume_grace_ms / 1000,
             tick_s=settings.tick_interval_ms / 1000,
-            commit_seconds=metrics.commit_seconds.observe,
+            commit_seconds=_both(metrics.commit_seconds.observe, recorder.commits.add),
         )
-        connections = Connections(hub, settings, log, metrics.command_seconds.observe)
+        command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
+        connections = Connections(hub, settings, log, command_seconds)
         state = _State(hub, connections, manager, clock, stopping, _url(settings, port))
         metrics.watch(counters, state)
-        api = Api(state, manager, metrics, admin_token=settings.admin_token)
+        api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
         acceptor = Acceptor(connections, api.answer, tls=tls, log=log)
 
         def tell_storage() -> None:
-            loss = manager.last_failover if manager.degraded else None
+            loss = manager.history.last_failover if manager.degraded else None
             connections.tell_storage(
                 StorageStatus(
                     manager.storage_type,
@@ -161,7 +164,9 @@ async def _serve(
         nursery.start_soon(hub.run_ticker)
         nursery.start_soon(hub.run_stats)
         nursery.start_soon(hub.run_graces)
-        nursery.start_soon(connections.run_pings, metrics.loop_lag_seconds.observe)
+        loop_lag_seconds = _both(metrics.loop_lag_seconds.observe, recorder.lag)
+        nursery.start_soon(connections.run_pings, loop_lag_seconds)
+        nursery.start_soon(recorder.run, state)
         nursery.start_soon(hub.run_comparisons)
         nursery.start_soon(Sweeper(hub).run)
         nursery.start_soon(_run_expiry, manager.memory, hub, settings, log)
@@ -211,8 +216,16 @@ class _State:
         return self._hub.here.server_id
 
     @property
+    def boot_id(self) -> str:
+        return self._hub.here.boot_id
+
+    @property
     def draining(self) -> bool:
         return self._stopping.is_set()
+
+    @property
+    def max_connections(self) -> int:
+        return self._connections.settings.max_connections
 
     def now(self) -> float:
         return self._hub.now()
@@ -240,7 +253,7 @@ class _State:
     def presence(self) -> Presence:
         """What other servers, and whoever debugs, can read of this one in Redis."""
         return Presence(
-            self._hub.here.boot_id,
+            self.boot_id,
             self.now() - self.uptime_ms(),
             self._url,
             list(self._hub.rooms),
@@ -248,6 +261,18 @@ class _State:
             self._machine,
             os.getpid(),
         )
+
+
+def _both(
+    first: Callable[[float], object], second: Callable[[float], object]
+) -> Callable[[float], None]:
+    """Tells a number to two who want it."""
+
+    def tell(number: float) -> None:
+        first(number)
+        second(number)
+
+    return tell
 
 
 def _access(settings: Settings, server_id: str) -> Access | None:

@@ -13,11 +13,13 @@ class HttpRequest(Struct, frozen=True):
     Attributes:
         path: without the query.
         headers: by lower-case name; several with one name joined by commas.
+        query: what followed the question mark, as it was sent.
     """
 
     method: str
     path: str
     headers: dict[str, str]
+    query: str = ""
 
 
 class HttpResponse(Struct, frozen=True):

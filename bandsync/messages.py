@@ -1,6 +1,6 @@
 """Server → client messages: protocol.md section 4."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -75,7 +75,8 @@ class Error(Outgoing, frozen=True, tag="error"):
     code: str
     message: str
     request_id: str | UnsetType = UNSET
-    context: dict[str, str] | UnsetType = UNSET
+    # What a server puts there is strings; a client must bear with a newer one.
+    context: dict[str, Any] | UnsetType = UNSET
 
 
 class LatencyResponse(Outgoing, frozen=True, tag="latency_response"):

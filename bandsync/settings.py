@@ -120,7 +120,11 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(description="When set, joining needs a token: a JWT (HS256) signed with this secret."),
     ] = None
     admin_token: Annotated[
-        Text | None, Meta(description="Bearer token for /api/sessions and, when set, /metrics.")
+        Text | None,
+        Meta(
+            description="Token of operators: needed for /api/sessions, and when set for /ops, "
+            "/api/ops and /metrics."
+        ),
     ] = None
     max_members: Annotated[int, Meta(ge=1, le=1000, description="Members a session takes.")] = 8
     leadership: Annotated[

@@ -24,9 +24,10 @@ from typing import TypeVar
 
 import chaoscluster
 import trio
-from chaosband import Band, ChaosError, Player
+from chaosband import Band
 from chaosfaults import FAULTS, Fault, nothing
 from chaosjudge import Final, Finding, Message, Record, Verdict, Window, essence, judge
+from chaosplayer import ChaosError, Player
 from chaosreport import report
 from chaosstage import Stage, as_snapshot, stage
 

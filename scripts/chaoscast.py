@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from chaosband import HOST, ChaosError
 from chaosjudge import Message
+from chaosplayer import HOST, ChaosError
 from chaosstage import SERVE, BandSync, FaultProxy, RedisServer, as_snapshot
 
 GRACE_S = 3.0

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trio
-from chaosband import ChaosError
 from chaosblows import BLOWS, TOGETHER, Blow
 from chaoscast import GRACE_S, Cast, Host, Life, cast
 from chaosjudge import Finding, essence
+from chaosplayer import ChaosError
 from chaosroam import Line, Return, Roamer
 from chaostrace import Traces
 from chaosverdict import (

@@ -57,6 +57,7 @@ class Record:
     Attributes:
         heard: every message, with its arrival.
         closed: when the server ended it, and the close code; None if it did not.
+        wrong: what the client made of what it heard, where that was not what the server had.
     """
 
     session: str
@@ -65,6 +66,7 @@ class Record:
     asked: list[Asked] = field(default_factory=list)
     clock: list[ClockSample] = field(default_factory=list)
     closed: tuple[float, int] | None = None
+    wrong: list[tuple[float, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -138,7 +140,12 @@ def judge(records: Sequence[Record], windows: Sequence[Window], finals: Sequence
     findings = [
         finding
         for record in records
-        for finding in (*versions(record), *_answers(record), *_connection(record))
+        for finding in (
+            *versions(record),
+            *_answers(record),
+            *_connection(record),
+            *_wrong(record),
+        )
     ]
     for final in finals:
         findings += _state(final, [r for r in records if r.session == final.session])
@@ -239,6 +246,11 @@ def _connection(record: Record) -> Iterator[Finding]:
     if record.closed is not None:
         at, code = record.closed
         yield Finding("connection", at, f"{record.session}/{record.name}: closed with {code}")
+
+
+def _wrong(record: Record) -> Iterator[Finding]:
+    for at, text in record.wrong:
+        yield Finding("state", at, f"{record.session}/{record.name}: {text}")
 
 
 def _positions(record: Record) -> Iterator[tuple[float, float]]:

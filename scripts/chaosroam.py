@@ -8,9 +8,9 @@ from itertools import count
 
 import trio
 import websockets.trio.client
-from chaosband import HOST
 from chaoscast import GRACE_S, Cast, Life
 from chaosjudge import Asked, Message, Record
+from chaosplayer import HOST
 from chaosview import View
 from websockets.exceptions import ConnectionClosed, WebSocketException
 

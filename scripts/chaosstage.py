@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 import trio
-from chaosband import HOST, ChaosError, patience
 from chaosjudge import Message
+from chaosplayer import HOST, ChaosError, patience
 
 from bandsync.session import present, role_of
 from bandsync.settings import OPTIONS

@@ -1,15 +1,23 @@
 """Fixtures that several test modules share."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from tests.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
 from tests.fake_redis import fake_redis_server
+from tests.network import Network
 from tests.redis_clusters import RedisCluster
 from tests.redis_servers import INSTALL, RedisError, RedisServer, find_redis_server
+from tests.server_processes import ServerProcess
 from tests.servers import Server, start_server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture
@@ -82,3 +90,49 @@ def fake_redis() -> Iterator[str]:
     """The URL of a fakeredis server."""
     with fake_redis_server() as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A Chromium for the tests of a module; skips where there is none, fails where there must be.
+
+    Not for all of them: while playwright runs, the thread has an event loop of asyncio, and tests
+    that bring their own cannot run.
+    """
+    executable = find_browser()
+    if executable is None:
+        if os.environ.get("REQUIRE_BROWSER"):
+            pytest.fail(INSTALL_BROWSER)
+        pytest.skip(INSTALL_BROWSER)
+    with chromium(executable) as running:
+        yield running
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers as processes, with these settings, for one test."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(ServerProcess(**settings))
+
+
+@pytest.fixture
+def network_to() -> Iterator[Callable[[int], Network]]:
+    """Puts a network before a port, for one test."""
+    with ExitStack() as stack:
+        yield lambda port: stack.enter_context(Network(port))
+
+
+@pytest.fixture
+def open_page(
+    browser: "Browser",
+    start_process: Callable[..., ServerProcess],
+    network_to: Callable[[int], Network],
+) -> Iterator[Pages]:
+    """Opens pages for one test, which fails if one of them complains.
+
+    They are gone before the test's servers are, whose end they would complain about.
+    """
+    pages = Pages(browser)
+    yield pages
+    pages.close()
+    assert pages.problems == []

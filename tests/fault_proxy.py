@@ -1,5 +1,6 @@
 """A TCP proxy that does to a connection what networks do."""
 
+import random
 import socket
 import struct
 from contextlib import suppress
@@ -12,6 +13,8 @@ from tests.redis_servers import HOST, free_port
 Direction = Literal["up", "down"]
 
 _CHUNK_BYTES = 65_536
+# Chunks on their way in one direction; more wait in the kernel, and then at the sender.
+_ON_THE_WAY = 256
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -26,13 +29,16 @@ class FaultProxy:
 
     Attributes:
         port: where it listens, also after `refuse` and `heal`.
-        delay_s: how long each chunk waits on its way, in both directions.
+        delay_s: how long each chunk is on its way, in both directions.
+        jitter_s: how much longer, in each direction: drawn evenly between these for each chunk.
+            None overtakes another.
         accepted: connections so far.
     """
 
     def __init__(self, upstream_port: int) -> None:
         self.port = 0
         self.delay_s = 0.0
+        self.jitter_s: dict[Direction, tuple[float, float]] = {"up": (0, 0), "down": (0, 0)}
         self.accepted = 0
         self._upstream_port = upstream_port
         self._listener: trio.socket.SocketType | None = None
@@ -92,6 +98,7 @@ class FaultProxy:
     def heal(self) -> None:
         """Listen, and forward everything at once."""
         self.delay_s = 0.0
+        self.jitter_s = {"up": (0, 0), "down": (0, 0)}
         self._silent = set()
         if self._listener is None:
             self._listen()
@@ -127,22 +134,60 @@ class FaultProxy:
         source, sink = pair.client, pair.upstream
         if direction == "down":
             source, sink = sink, source
+        sender, receiver = trio.open_memory_channel[_Chunk](_ON_THE_WAY)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take, pair, source, direction, sender)
+            nursery.start_soon(self._bring, pair, sink, direction, receiver)
+
+    async def _take(
+        self,
+        pair: "_Pair",
+        source: trio.SocketStream,
+        direction: Direction,
+        sender: trio.MemorySendChannel["_Chunk"],
+    ) -> None:
+        due = 0.0
+        data = b"something"
         try:
-            while True:
+            while data:
                 data = await source.receive_some(_CHUNK_BYTES)
-                await trio.sleep(self.delay_s)
-                while direction in self._silent:
-                    await self._changed.wait()
-                if direction == "down" and pair.half_closed:
-                    continue
-                if not data:
-                    await sink.send_eof()
-                    return
-                await sink.send_all(data)
+                delay = self.delay_s + random.uniform(*self.jitter_s[direction])
+                due = max(due, trio.current_time() + delay)
+                await sender.send((due, data))
         except trio.BrokenResourceError:
             pair.reset()
         except trio.ClosedResourceError:
             pass
+        finally:
+            sender.close()
+
+    async def _bring(
+        self,
+        pair: "_Pair",
+        sink: trio.SocketStream,
+        direction: Direction,
+        receiver: trio.MemoryReceiveChannel["_Chunk"],
+    ) -> None:
+        try:
+            async with receiver:
+                async for due, data in receiver:
+                    await trio.sleep_until(due)
+                    while direction in self._silent:
+                        await self._changed.wait()
+                    if direction == "down" and pair.half_closed:
+                        continue
+                    if data:
+                        await sink.send_all(data)
+                    else:
+                        await sink.send_eof()
+        except trio.BrokenResourceError:
+            pair.reset()
+        except trio.ClosedResourceError:
+            pass
+
+
+# When it is due, and what it is.
+_Chunk = tuple[float, bytes]
 
 
 class _Pair:

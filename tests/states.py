@@ -20,7 +20,7 @@ from bandsync.commands import (
 )
 from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
 from bandsync.draft import Here
-from bandsync.messages import Snapshot, You
+from bandsync.messages import Event, Snapshot, You
 from bandsync.session import Session
 from bandsync.tokens import parse_resume_token
 
@@ -37,6 +37,7 @@ class Stage:
         tokens: the latest resume token of each name.
         ids: the member id of each name.
         connections: the connection of each name.
+        events: all there ever were; that of version n is at n - 1.
     """
 
     def __init__(self, here: Here = HERE, now: float = NOW, prefix: str = "") -> None:
@@ -47,6 +48,7 @@ class Stage:
         self.ids: dict[str, str] = {}
         self.tokens: dict[str, str] = {}
         self.connections: dict[str, str] = {}
+        self.events: list[Event] = []
         self._drawn = 0
 
     def draw(self, kind: str) -> str:
@@ -74,7 +76,7 @@ class Stage:
         """Carry out a command, if the rules allow it."""
         decision = decide(self.session, command, self.actor(name, **more), self.now)
         if isinstance(decision, Decision):
-            self.session = replace(decision.session, event_id=self.draw("event"))
+            self._take(decision)
         return decision
 
     def join(self, name: str, *, lead: bool = False, resume: bool = False) -> You:
@@ -101,13 +103,17 @@ class Stage:
             if before is not None:
                 self.connections[name] = before
             return decision
-        self.session = replace(decision.session, event_id=self.draw("event"))
+        self._take(decision)
         assert isinstance(decision.reply, Snapshot)
         you = decision.reply.you
         assert isinstance(you, You)
         self.ids[name] = you.member_id
         self.tokens[name] = you.resume_token
         return you
+
+    def _take(self, decision: Decision) -> None:
+        self.session = replace(decision.session, event_id=self.draw("event"))
+        self.events += decision.events
 
     @property
     def leader(self) -> str | None:

@@ -205,6 +205,11 @@ def test_a_lost_connection(history: History) -> None:
     assert history.found() == [("reset", "connection")]
 
 
+def test_a_client_that_knows_something_else(history: History) -> None:
+    history.record.wrong = [(10.2, "known / shown at version 4: message: a / b")]
+    assert history.found() == [("reset", "state")]
+
+
 def test_a_jump_of_the_position_in_a_snapshot(history: History) -> None:
     message = history.record.heard[-2][1]
     message["transport"] = message["transport"] | {"positionMs": 2005.0}

@@ -179,7 +179,7 @@ async def test_the_page_is_served_with_a_strict_policy(server: Server) -> None:
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for asset in ("/demo.js", "/demo.css"):
+    for asset in ("/stage.js", "/stage.css", "/theme.css"):
         assert asset in page.text
         assert (await get(server, asset)).status_code == 200
 

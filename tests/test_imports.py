@@ -1,6 +1,7 @@
 """Imports follow the arrows of the design: down, never up."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ PURE = {
     "transport",
     "views",
 }
+# Stands aside: nothing of the server imports it, and of the server it knows only the pure layer.
+CLIENT = "client"
+CLIENT_LIBRARIES = {"trio", "trio_websocket", "wsproto", "h11", "msgspec"}
+PURE_IN_CLIENT = {"backoff", "errors", "estimate", "inbound", "view"}
 IMPURE_LIBRARIES = {
     "trio",
     "anyio",
@@ -79,6 +84,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_down(path: Path) -> None:
     part = part_of(path)
+    if part == CLIENT:
+        return
     row = next((index for index, names in enumerate(ROWS) if part in names), None)
     if row is None:
         assert part in PURE, f"{part} stands in no row: decide where it belongs"
@@ -98,9 +105,30 @@ def test_arrows_point_down(path: Path) -> None:
         assert target in allowed, f"{part} imports {name}"
 
 
+CLIENT_MODULES = [path for path in MODULES if part_of(path) == CLIENT]
+
+
+@pytest.mark.parametrize("path", CLIENT_MODULES, ids=lambda path: path.name)
+def test_the_client_knows_only_the_pure_layer(path: Path) -> None:
+    pure = path.stem in PURE_IN_CLIENT
+    for name in imports(path):
+        library, *inner = name.split(".")
+        if library != "bandsync":
+            assert library in CLIENT_LIBRARIES | sys.stdlib_module_names, f"imports {name}"
+            assert not (pure and library in IMPURE_LIBRARIES), f"imports {name}"
+        elif inner[:1] == [CLIENT]:
+            assert not pure or inner[1] in PURE_IN_CLIENT, f"imports {name}"
+        elif inner:
+            assert inner[0] in PURE, f"imports {name}"
+
+
+def is_pure(path: Path) -> bool:
+    return part_of(path) in PURE or (part_of(path) == CLIENT and path.stem in PURE_IN_CLIENT)
+
+
 def test_the_pure_layer_reads_no_clock() -> None:
     for path in MODULES:
-        if part_of(path) in PURE:
+        if is_pure(path):
             text = path.read_text()
             assert ".now()" not in text.replace("self.now()", "")
             assert "current_time" not in text

@@ -323,7 +323,7 @@ async def test_a_loss_ends_the_era_and_everybody_is_told(
     assert stage.manager.reason == "reset: gone"
     assert stage.modes() == ["redis", "memory"]
     assert stage.counters.failovers == {"reset": 1}
-    failover = stage.manager.last_failover
+    failover = stage.manager.history.last_failover
     assert failover is not None
     assert failover.reason == "reset"
 
@@ -380,7 +380,7 @@ async def test_redis_is_used_again_after_three_checks_with_a_write(
     checks = [moment - connected for moment in stage.redis.writes]
     assert checks == pytest.approx([number * INTERVAL_S for number in range(STABLE_CHECKS)])
     assert stage.modes() == ["redis", "memory", "redis"]
-    recovery = stage.manager.last_recovery
+    recovery = stage.manager.history.last_recovery
     assert recovery is not None
     assert recovery.outage_ms is not None
     assert recovery.outage_ms >= 2 * INTERVAL_S * 1000

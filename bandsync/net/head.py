@@ -68,8 +68,8 @@ async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Hea
     for name, value in event.headers:
         key, text = name.decode("ascii"), value.decode("latin-1")
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
-    path = event.target.decode("ascii").partition("?")[0]
-    request = HttpRequest(event.method.decode("ascii"), path, headers)
+    path, _, query = event.target.decode("ascii").partition("?")
+    request = HttpRequest(event.method.decode("ascii"), path, headers, query)
     lines = [f"{request.method} {event.target.decode('ascii')} HTTP/1.1"]
     lines += [f"{name}: {text}" for name, text in headers.items()]
     return Head(request, "\r\n".join([*lines, "", ""]).encode("latin-1"), rest)
@@ -84,11 +84,12 @@ def _bad_head(status: int) -> BadHeadError:
 
 def response_bytes(http: h11.Connection, response: HttpResponse, *, with_body: bool) -> bytes:
     """The bytes of an answer, for the state that ``http`` is in."""
-    headers = [
-        ("Content-Type", response.content_type),
-        ("Content-Length", str(len(response.body))),
-        *response.headers,
-    ]
+    headers = list(response.headers)
+    if response.status != HTTPStatus.NOT_MODIFIED:  # What these say would be of the 200.
+        headers += [
+            ("Content-Type", response.content_type),
+            ("Content-Length", str(len(response.body))),
+        ]
     reason = HTTPStatus(response.status).phrase
     parts = [http.send(h11.Response(status_code=response.status, headers=headers, reason=reason))]
     if with_body:

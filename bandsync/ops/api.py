@@ -1,8 +1,6 @@
 """The HTTP interface: protocol.md section 7."""
 
-import hmac
 from collections.abc import Iterable
-from importlib import resources
 from typing import Protocol
 
 from msgspec import Struct
@@ -10,29 +8,20 @@ from msgspec import Struct
 from bandsync import __version__
 from bandsync.clock import SessionClock
 from bandsync.http import HttpRequest, HttpResponse, json_response, problem
+from bandsync.ops.admission import is_admitted, unauthorized
 from bandsync.ops.metrics import Metrics
+from bandsync.ops.overview import BadQueryError, Overview, StorageStatus, event, since_of
+from bandsync.ops.pages import Pages
+from bandsync.ops.recorder import KEPT, PERIOD_S, Recorder
+from bandsync.ops.verdict import Facts, Verdict, judge
 from bandsync.session import Session
-from bandsync.storage.base import RedisStatus, StorageHealth
+from bandsync.storage.base import StorageHealth
 from bandsync.storage.manager import StorageManager
-from bandsync.storage.status import Failover, Migration, Mode, Recovery
 from bandsync.transport import in_force
 from bandsync.views import member_count
 
-_CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_PAGE_HEADERS = (
-    ("Content-Security-Policy", _CONTENT_SECURITY_POLICY),
-    ("X-Content-Type-Options", "nosniff"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cache-Control", "no-cache"),
-)
-_PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/demo.js": ("demo.js", "text/javascript; charset=utf-8"),
-    "/demo.css": ("demo.css", "text/css; charset=utf-8"),
-}
+# What is true for a second is not kept by anybody in between.
+_NOT_STORED = (("Cache-Control", "no-store"),)
 
 
 class Server(Protocol):
@@ -43,8 +32,16 @@ class Server(Protocol):
         """Its name."""
 
     @property
+    def boot_id(self) -> str:
+        """Names this life of it."""
+
+    @property
     def draining(self) -> bool:
         """Whether it is about to stop."""
+
+    @property
+    def max_connections(self) -> int:
+        """How many WebSocket connections are taken."""
 
     @property
     def clock(self) -> SessionClock:
@@ -80,36 +77,6 @@ class Health(StorageHealth, frozen=True, rename="camel"):
     draining: bool
 
 
-class StorageStatus(Struct, frozen=True, rename="camel"):
-    """``/api/storage/status``; what never happened is null.
-
-    Attributes:
-        since: when ``mode`` began, session clock.
-        kept_in_memory: sessions that are not in Redis, or not yet.
-        listening: whether changes of other servers are heard as they happen.
-        clock_offset_ms: the session clock minus this machine's wall clock.
-        clock_error_ms: Redis's clock as best known minus the session clock.
-        clock_uncertainty_ms: by how much that may be wrong.
-    """
-
-    mode: Mode
-    storage_type: str
-    since: float
-    degraded: bool
-    reason: str | None
-    total_sessions: int
-    kept_in_memory: int
-    redis_status: RedisStatus
-    last_failover: Failover | None
-    last_recovery: Recovery | None
-    migration: Migration | None
-    clock_offset_ms: float
-    clock_error_ms: float | None
-    clock_uncertainty_ms: float | None
-    link_round_trip_ms: float | None
-    listening: bool
-
-
 class SessionSummary(Struct, frozen=True, rename="camel"):
     """One session in ``/api/sessions``."""
 
@@ -123,7 +90,7 @@ class Api:
     """Answers HTTP requests.
 
     Args:
-        admin_token: what ``/api/sessions`` and ``/metrics`` need; None when none is configured.
+        admin_token: what ``/api/sessions`` needs, and what operators see needs if there is one.
     """
 
     def __init__(
@@ -131,14 +98,16 @@ class Api:
         server: Server,
         storage: StorageManager,
         metrics: Metrics,
+        recorder: Recorder,
         *,
         admin_token: str | None,
     ) -> None:
         self._server = server
         self._storage = storage
         self._metrics = metrics
+        self._recorder = recorder
         self._admin_token = admin_token
-        self._pages = {path: _page(path) for path in _PAGE}
+        self._pages = Pages()
 
     async def answer(self, request: HttpRequest) -> HttpResponse:
         """The answer to a request that asks for no WebSocket."""
@@ -150,14 +119,20 @@ class Api:
                     return self._storage_status()
                 case "/api/sessions":
                     return await self._sessions(request)
+                case "/api/ops":
+                    return self._overview(request)
+                case "/ops":
+                    return self._screen(request)
                 case "/metrics":
                     return self._exposition(request)
-                case path if path in self._pages:
-                    return self._pages[path]
+            page = self._pages.answer(request)
+            if page is not None:
+                return page
         return problem(
             404,
             "not_found",
-            "There are /, /api/health, /api/storage/status, /api/sessions, /metrics and /ws.",
+            "There are /, /ops, /api/health, /api/storage/status, /api/sessions, /api/ops, "
+            "/metrics and /ws.",
         )
 
     def _health(self) -> HttpResponse:
@@ -180,19 +155,23 @@ class Api:
         return json_response(503 if server.draining else 200, health)
 
     def _storage_status(self) -> HttpResponse:
+        return json_response(200, self._status())
+
+    def _status(self) -> StorageStatus:
         storage = self._storage
+        history = storage.history
         clock = self._server.clock
-        status = StorageStatus(
-            mode=storage.mode,
+        return StorageStatus(
+            mode=history.mode,
             storage_type=storage.storage_type,
-            since=storage.since,
+            since=history.since,
             degraded=storage.degraded,
             reason=storage.reason,
             total_sessions=self._server.sessions(),
             kept_in_memory=len(storage.memory),
             redis_status=storage.redis_status,
-            last_failover=storage.last_failover,
-            last_recovery=storage.last_recovery,
+            last_failover=history.last_failover,
+            last_recovery=history.last_recovery,
             migration=storage.migration,
             clock_offset_ms=clock.offset_ms,
             clock_error_ms=clock.error_ms,
@@ -200,13 +179,12 @@ class Api:
             link_round_trip_ms=storage.round_trip_ms,
             listening=storage.listening,
         )
-        return json_response(200, status)
 
     async def _sessions(self, request: HttpRequest) -> HttpResponse:
         if self._admin_token is None:
             return problem(403, "no_admin_token", "Set ADMIN_TOKEN to use this.")
-        if not self._admitted(request):
-            return _unauthorized()
+        if not is_admitted(request, self._admin_token):
+            return unauthorized(ask=False)
         now = self._server.now()
         found = {each.session_id: each for each in await self._storage.list_sessions()}
         # What this server hosts, it knows best; in memory mode most of it stands nowhere else.
@@ -215,24 +193,63 @@ class Api:
         return json_response(200, {"sessions": [_summary(session, now) for session in sessions]})
 
     def _exposition(self, request: HttpRequest) -> HttpResponse:
-        if self._admin_token is not None and not self._admitted(request):
-            return _unauthorized()
+        if not self._may_look(request):
+            return unauthorized(ask=False)
         body, content_type = self._metrics.exposition()
         return HttpResponse(200, body, content_type)
 
-    def _admitted(self, request: HttpRequest) -> bool:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        expected = self._admin_token or ""
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            token.strip().encode("latin-1"), expected.encode()
+    def _screen(self, request: HttpRequest) -> HttpResponse:
+        if not self._may_look(request):
+            return unauthorized(ask=True)
+        return self._pages.page(request, "ops.html")
+
+    def _overview(self, request: HttpRequest) -> HttpResponse:
+        if not self._may_look(request):
+            return unauthorized(ask=True)
+        try:
+            since = since_of(request.query)
+        except BadQueryError as error:
+            return problem(400, "bad_query", str(error))
+        server = self._server
+        overview = Overview(
+            server_id=server.server_id,
+            boot_id=server.boot_id,
+            version=__version__,
+            now=server.now(),
+            uptime_ms=server.uptime_ms(),
+            draining=server.draining,
+            max_connections=server.max_connections,
+            verdict=self._verdict(),
+            storage=self._status(),
+            events=[event(change) for change in self._storage.history.changes],
+            period_ms=PERIOD_S * 1000,
+            kept_ms=KEPT * PERIOD_S * 1000,
+            samples=self._recorder.since(since),
+        )
+        return json_response(200, overview, _NOT_STORED)
+
+    def _verdict(self) -> Verdict:
+        server, storage = self._server, self._storage
+        return judge(
+            Facts(
+                now=server.now(),
+                awaited=storage.awaited,
+                degraded=storage.degraded,
+                connected=storage.redis_status.connected,
+                gave_up=storage.gave_up,
+                loss=storage.loss,
+                kept_in_memory=len(storage.memory),
+                listening=storage.listening,
+                migration=storage.migration,
+                changes=storage.history.changes,
+                draining=server.draining,
+                full=server.connections() >= server.max_connections,
+                samples=self._recorder.since(),
+            )
         )
 
-
-def _unauthorized() -> HttpResponse:
-    answer = problem(401, "unauthorized", "Send `Authorization: Bearer` with the ADMIN_TOKEN.")
-    return HttpResponse(
-        answer.status, answer.body, answer.content_type, (("WWW-Authenticate", "Bearer"),)
-    )
+    def _may_look(self, request: HttpRequest) -> bool:
+        return self._admin_token is None or is_admitted(request, self._admin_token)
 
 
 def _summary(session: Session, now: float) -> SessionSummary:
@@ -242,9 +259,3 @@ def _summary(session: Session, now: float) -> SessionSummary:
         connected_count=sum(member.connected for member in session.members.values()),
         is_playing=in_force(session.transport.value, now).is_playing,
     )
-
-
-def _page(path: str) -> HttpResponse:
-    name, content_type = _PAGE[path]
-    body = resources.files("bandsync").joinpath("web", name).read_bytes()
-    return HttpResponse(200, body, content_type, _PAGE_HEADERS)

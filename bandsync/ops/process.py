@@ -1,6 +1,7 @@
 """Which process this is, so that a later one can tell whether it still runs."""
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -29,3 +30,12 @@ def is_gone(machine_name: str, pid: int) -> bool:
     except OSError:
         return False
     return False
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process has in RAM; None where that cannot be told cheaply."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()

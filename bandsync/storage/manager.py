@@ -27,7 +27,7 @@ from bandsync.storage.health import HealthCheck, NameTakenError
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.storage.relay import Relay
-from bandsync.storage.status import Failover, Migration, Mode, Recovery
+from bandsync.storage.status import Failover, History, Migration, Mode, Recovery
 
 # Redis is used again after so many health checks in a row, each with a write.
 STABLE_CHECKS = 3
@@ -79,6 +79,7 @@ class StorageManager:
 
     Attributes:
         memory: sessions that are not in Redis, or not yet.
+        history: the modes so far.
         settled: set when Redis is in use, or has failed often enough to start without it.
         claiming: whether it is being found out if another live server has our name.
         name_taken: who has it; None if nobody.
@@ -100,10 +101,7 @@ class StorageManager:
     ) -> None:
         self.memory = memory
         self.settled = trio.Event()
-        self.mode: Mode = "memory (disabled)" if redis is None else "memory"
-        self.since = now()
-        self.last_failover: Failover | None = None
-        self.last_recovery: Recovery | None = None
+        self.history = History("memory (disabled)" if redis is None else "memory", now())
         self.migration: Migration | None = None
         self.claiming = False
         self.name_taken: str | None = None
@@ -137,6 +135,11 @@ class StorageManager:
         return None if era is None or era.over else era
 
     @property
+    def mode(self) -> Mode:
+        """Where the state machine is."""
+        return self.history.mode
+
+    @property
     def awaited(self) -> bool:
         """Whether Redis is to be used, sooner or later."""
         return self._redis is not None
@@ -162,9 +165,19 @@ class StorageManager:
             return "sessions are on their way back to Redis"
         if self._loss is None:
             return f"not connected to {self._redis} yet"
-        if self._gave_up and not self._settings.redis_auto_recover:
+        if self.gave_up:
             return f"{self._loss}; REDIS_AUTO_RECOVER=false: restart to use Redis again"
         return str(self._loss)
+
+    @property
+    def loss(self) -> Loss | None:
+        """Why Redis could not be used when it was tried last; None if it always could."""
+        return self._loss
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether Redis is not tried again because that is the setting."""
+        return self._gave_up and not self._settings.redis_auto_recover
 
     @property
     def redis_status(self) -> RedisStatus:
@@ -333,7 +346,8 @@ class StorageManager:
         )
         self.attempts = 0
         self._era = era
-        self._enter("migrating")
+        self.history.enter("migrating", self._now())
+        self._news()
         return era
 
     async def _bring_back(self, era: Era, host: Host, tell: Callable[[], None]) -> None:
@@ -350,16 +364,18 @@ class StorageManager:
             return
         finished = trio.current_time()
         outage_s = None if self._lost_at is None else finished - self._lost_at
-        self.last_recovery = Recovery(
-            at=self._now(),
-            outage_ms=None if outage_s is None else outage_s * 1000,
-            migration_ms=(finished - started) * 1000,
-            sessions=migration.moved,
+        self.history.recover(
+            Recovery(
+                at=self._now(),
+                outage_ms=None if outage_s is None else outage_s * 1000,
+                migration_ms=(finished - started) * 1000,
+                sessions=migration.moved,
+            )
         )
         self.migration = None
         self._recovered_at = finished
         self._recovery_seconds(finished - started)
-        self._enter("redis")
+        self._news()
         self.settled.set()
         self._log.info(
             "storage.recovered" if outage_s is not None else "storage.connected",
@@ -394,8 +410,8 @@ class StorageManager:
         self._loss = loss
         self.migration = None
         self._counters.failovers[loss.reason] += 1
-        self.last_failover = Failover(self._now(), loss.reason, loss.detail)
-        self._enter("memory")
+        self.history.fail_over(Failover(self._now(), loss.reason, loss.detail))
+        self._news()
         self._log.warning(
             "storage.failover",
             address=str(self._redis),
@@ -403,11 +419,6 @@ class StorageManager:
             detail=loss.detail,
             lasted_s=lasted_s,
         )
-
-    def _enter(self, mode: Mode) -> None:
-        self.mode = mode
-        self.since = self._now()
-        self._news()
 
     def _give_up(self) -> None:
         self._gave_up = True

@@ -1,0 +1,61 @@
+"""A BandSync client for programs on Trio; `bandsync.js` is its sibling in the browser.
+
+```python
+import trio
+from bandsync import client
+from bandsync.messages import TempoChanged
+
+
+async def main() -> None:
+    async with client.connect("ws://127.0.0.1:3001", "our-song", display_name="Ann") as band:
+        await band.play(count_in_beats=4)
+        async for event in band.events():
+            match event:
+                case TempoChanged(new_tempo_bpm=bpm):
+                    print(f"{bpm} BPM from beat {band.beat_at():.1f} on")
+
+
+trio.run(main)
+```
+
+`connect` keeps the connection: it resumes by itself, keeps the session clock, and asks again for
+what it missed. `Band` has the commands and what is known; the events are the structs of
+`bandsync.messages`, and a few of our own. `bandsync.client.errors` draws the tree of exceptions.
+"""
+
+from bandsync.client.band import Band, connect
+from bandsync.client.clock import SessionClock
+from bandsync.client.errors import (
+    ClientError,
+    CommandRefused,
+    ConnectionLost,
+    Ended,
+    JoinRefused,
+    NotConnected,
+    Superseded,
+    Unreachable,
+)
+from bandsync.client.events import BandEvent, EventsDropped, EventStream, Status, StatusChanged
+from bandsync.client.inbound import UnknownMessage
+from bandsync.client.view import SessionView
+
+__all__ = [
+    "Band",
+    "BandEvent",
+    "ClientError",
+    "CommandRefused",
+    "ConnectionLost",
+    "Ended",
+    "EventStream",
+    "EventsDropped",
+    "JoinRefused",
+    "NotConnected",
+    "SessionClock",
+    "SessionView",
+    "Status",
+    "StatusChanged",
+    "Superseded",
+    "UnknownMessage",
+    "Unreachable",
+    "connect",
+]

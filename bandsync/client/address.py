@@ -1,0 +1,80 @@
+"""Where a session is: the address of a server and the way there."""
+
+import ssl
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import trio
+from msgspec import Struct
+
+from bandsync.commands import is_session_id
+
+_PORTS = {"ws": 80, "wss": 443}
+
+OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
+
+
+class Address(Struct, frozen=True):
+    """What a handshake needs.
+
+    Attributes:
+        host: the content of the ``Host`` header.
+        path: of the request.
+        open_stream: connects; for TLS, handshake included.
+    """
+
+    host: str
+    path: str
+    open_stream: OpenStream
+
+
+def address_of(
+    url: str,
+    session_id: str,
+    ssl_context: ssl.SSLContext | None = None,
+    open_stream: OpenStream | None = None,
+) -> Address:
+    """The address of a session on a server.
+
+    Args:
+        url: ``ws://host:port`` or ``wss://…``, with the path of a proxy if there is one.
+        ssl_context: for ``wss``; None for one that trusts what the system trusts.
+        open_stream: used instead of TCP.
+
+    Raises:
+        ValueError: the URL or the session id cannot be right.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname
+    if parts.scheme not in _PORTS or not host or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} is no address of a server: ws://host:port or wss://host:port")
+    if not is_session_id(session_id):
+        raise ValueError(f"{session_id!r} is no session id: 1 to 64 of A-Z a-z 0-9 . _ -")
+    secure = parts.scheme == "wss"
+    if ssl_context is not None and not secure:
+        raise ValueError("an ssl_context is for wss:// addresses")
+    default = _PORTS[parts.scheme]
+    port = default if parts.port is None else parts.port
+    bracketed = f"[{host}]" if ":" in host else host
+
+    async def tcp() -> trio.abc.Stream:
+        if not secure:
+            return await trio.open_tcp_stream(host, port)
+        context = ssl_context or ssl.create_default_context()
+        stream = await trio.open_ssl_over_tcp_stream(
+            host, port, ssl_context=context, https_compatible=True
+        )
+        try:
+            # Left to the first message, a certificate that is not trusted would be one more
+            # connection that broke for no reason.
+            await stream.do_handshake()
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream
+
+    return Address(
+        host=bracketed if port == default else f"{bracketed}:{port}",
+        path=f"{parts.path.rstrip('/')}/ws/{session_id}",
+        open_stream=open_stream or tcp,
+    )

@@ -1,0 +1,45 @@
+"""Who may see what only operators may: the bearer of ``ADMIN_TOKEN``."""
+
+import base64
+import binascii
+import hmac
+
+from bandsync.http import HttpRequest, HttpResponse, problem
+
+# A browser that is sent this asks for the token by itself (RFC 7617).
+_BASIC = 'Basic realm="BandSync operators", charset="UTF-8"'
+
+
+def is_admitted(request: HttpRequest, token: str) -> bool:
+    """Whether the request carries the token: as Bearer, or as the password of any Basic user."""
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    given = credentials.strip().encode("latin-1")
+    match scheme.lower():
+        case "bearer":
+            pass
+        case "basic":
+            given = _password(given)
+        case _:
+            return False
+    return hmac.compare_digest(given, token.encode())
+
+
+def unauthorized(*, ask: bool) -> HttpResponse:
+    """The answer to a request without the token.
+
+    Args:
+        ask: have a browser ask for it.
+    """
+    answer = problem(401, "unauthorized", "Send `Authorization: Bearer` with the ADMIN_TOKEN.")
+    challenges = ("Bearer", _BASIC) if ask else ("Bearer",)
+    headers = tuple(("WWW-Authenticate", challenge) for challenge in challenges)
+    return HttpResponse(answer.status, answer.body, answer.content_type, headers)
+
+
+def _password(credentials: bytes) -> bytes:
+    """What stands behind the first colon; nothing if they are malformed."""
+    try:
+        decoded = base64.b64decode(credentials, validate=True)
+    except binascii.Error:
+        return b""
+    return decoded.partition(b":")[2]

@@ -1,0 +1,137 @@
+"""The last ten minutes of the server, one sample per second."""
+
+import math
+from collections import deque
+from itertools import takewhile
+from time import process_time
+from typing import Protocol
+
+import trio
+
+from bandsync.clock import SessionClock
+from bandsync.counters import Counters
+from bandsync.ops.process import resident_bytes
+from bandsync.ops.samples import Durations, Sample, State, Totals, sample
+from bandsync.storage.manager import StorageManager
+
+PERIOD_S = 1.0
+KEPT = 600
+
+
+class Observed(Protocol):
+    """What is sampled."""
+
+    @property
+    def storage(self) -> StorageManager:
+        """Where sessions are kept."""
+
+    @property
+    def clock(self) -> SessionClock:
+        """The session clock."""
+
+    def now(self) -> float:
+        """What it shows, milliseconds since the Unix epoch."""
+
+    def connections(self) -> int:
+        """Open WebSocket connections."""
+
+    def members(self) -> int:
+        """Members connected to this server."""
+
+    def rooms(self) -> int:
+        """Sessions with a room on this server."""
+
+    def sessions(self) -> int:
+        """Sessions that this server hosts or keeps."""
+
+
+class Recorder:
+    """Samples a server, and keeps the last `KEPT` samples.
+
+    Attributes:
+        commands: told how long each command took.
+        commits: told how long each commit took.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self.commands = Durations()
+        self.commits = Durations()
+        self._counters = counters
+        self._lag_s = 0.0
+        self._samples: deque[Sample] = deque(maxlen=KEPT)
+
+    def lag(self, seconds: float) -> None:
+        """Note how late a timer fired."""
+        self._lag_s = max(self._lag_s, seconds)
+
+    def since(self, at: float | None = None) -> list[Sample]:
+        """The samples, the oldest first.
+
+        Args:
+            at: only those after this instant, milliseconds. All of them if it lies in the future:
+                it was of another clock.
+        """
+        if at is None or not self._samples or at > self._samples[-1].at:
+            return list(self._samples)
+        newer = list(takewhile(lambda each: each.at > at, reversed(self._samples)))
+        return newer[::-1]
+
+    async def run(self, server: Observed) -> None:
+        """Sample once per period, for ever. What was missed is missed: no burst to catch up."""
+        before = self._totals()
+        while True:
+            due = (math.floor(trio.current_time() / PERIOD_S) + 1) * PERIOD_S
+            await trio.sleep_until(due)
+            # An idle server has no other timer that could be late.
+            self.lag(trio.current_time() - due)
+            after = self._totals()
+            self._keep(
+                sample(
+                    before,
+                    after,
+                    _state(server),
+                    command=self.commands.take(),
+                    commit=self.commits.take(),
+                    loop_lag_s=self._lag_s,
+                )
+            )
+            self._lag_s = 0.0
+            before = after
+
+    def _keep(self, new: Sample) -> None:
+        if self._samples and new.at <= self._samples[-1].at:
+            # The clock was set back: those instants are of another one.
+            self._samples.clear()
+        self._samples.append(new)
+
+    def _totals(self) -> Totals:
+        counters = self._counters
+        return Totals(
+            at_s=trio.current_time(),
+            deliveries=counters.deliveries,
+            received=counters.received,
+            dropped=counters.dropped,
+            closed_1013=counters.closed["1013"],
+            internal_errors=counters.errors["internal"],
+            cpu_s=process_time(),
+        )
+
+
+def _state(server: Observed) -> State:
+    storage = server.storage
+    clock = server.clock
+    return State(
+        at=server.now(),
+        connections=server.connections(),
+        members=server.members(),
+        rooms=server.rooms(),
+        sessions=server.sessions(),
+        mode=storage.mode,
+        degraded=storage.degraded,
+        listening=storage.listening,
+        link_queue=storage.redis_status.outstanding,
+        round_trip_ms=storage.round_trip_ms,
+        clock_error_ms=clock.error_ms,
+        clock_uncertainty_ms=clock.uncertainty_ms,
+        memory_bytes=resident_bytes(),
+    )

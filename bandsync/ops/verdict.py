@@ -1,0 +1,243 @@
+"""Whether all is well, and if not what that means for the band. Pure: numbers in, sentences out.
+
+A sentence changes only when what it says changes, because screen readers speak it; figures that
+move stand in the meaning beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from bandsync.ops.samples import Sample
+from bandsync.ops.words import in_words
+from bandsync.storage.era import Loss
+from bandsync.storage.status import Change, Migration
+
+Level = Literal["good", "warn", "bad"]
+
+# A timer that is late once is nobody's trouble; one that keeps being late is.
+LATE_MS = 100.0
+LATE_SECONDS = 3
+LATE_WINDOW_MS = 10_000.0
+RECENT_MS = 60_000.0
+# Members of one session on two servers hear each other off by this.
+CLOCK_ERROR_MS = 25.0
+
+
+class Finding(Struct, frozen=True, rename="camel"):
+    """Something that an operator should know.
+
+    Attributes:
+        code: names it.
+        level: ``bad`` when the band can notice it, or data is at stake with nobody working on it.
+        text: a sentence.
+        meaning: what it means for the band, and what to do; its figures move.
+        since: when it began, session clock, milliseconds; null if that is not known.
+    """
+
+    code: str
+    level: Level
+    text: str
+    meaning: str
+    since: float | None = None
+
+
+class Verdict(Struct, frozen=True, rename="camel"):
+    """The state of the server in one sentence.
+
+    Attributes:
+        level: the worst of the findings'.
+        text: the worst finding, or that all is well.
+        meaning: what stands beside it.
+        since: when it began; null if that is not known.
+        others: the other findings.
+    """
+
+    level: Level
+    text: str
+    meaning: str
+    since: float | None
+    others: list[Finding]
+
+
+class Facts(Struct, frozen=True):
+    """What is judged.
+
+    Attributes:
+        now: session clock, milliseconds.
+        awaited: whether Redis is to be used.
+        degraded: whether sessions are in memory although it is.
+        connected: whether a link to Redis is open.
+        gave_up: whether Redis is not tried again.
+        loss: why Redis cannot be used, as last seen; None if it never failed.
+        kept_in_memory: sessions that are not in Redis, or not yet.
+        listening: whether changes of other servers are heard.
+        changes: of the mode, the oldest first.
+        full: whether no more connections are taken.
+        samples: at least the last minute's, the oldest first.
+    """
+
+    now: float
+    awaited: bool
+    degraded: bool
+    connected: bool
+    gave_up: bool
+    loss: Loss | None
+    kept_in_memory: int
+    listening: bool
+    migration: Migration | None
+    changes: Sequence[Change]
+    draining: bool
+    full: bool
+    samples: Sequence[Sample]
+
+
+def judge(facts: Facts) -> Verdict:
+    """The verdict on a server."""
+    found = [
+        *_draining(facts),
+        *_storage(facts),
+        *_listening(facts),
+        *_failures(facts),
+        *_full(facts),
+        *_late(facts),
+        *_slow(facts),
+        *_clock(facts),
+    ]
+    found.sort(key=lambda finding: finding.level != "bad")
+    if not found:
+        meaning = (
+            "Sessions are in Redis, and mirrored in this server's memory."
+            if facts.awaited
+            else "Sessions are in memory only, as configured: a restart forgets them."
+        )
+        return Verdict("good", "All is well.", meaning, None, [])
+    worst, *others = found
+    return Verdict(worst.level, worst.text, worst.meaning, worst.since, others)
+
+
+def degraded_since(changes: Sequence[Change]) -> float:
+    """When sessions left Redis, or would have been there: the start of the first stretch since."""
+    since = changes[-1].at
+    for change in reversed(changes):
+        if change.mode == "redis":
+            break
+        since = change.at
+    return since
+
+
+def _draining(facts: Facts) -> list[Finding]:
+    if not facts.draining:
+        return []
+    text = "This server is stopping."
+    meaning = "Clients are told to reconnect, a few at a time; the bands play on elsewhere."
+    return [Finding("draining", "warn", text, meaning)]
+
+
+def _storage(facts: Facts) -> list[Finding]:
+    if not facts.degraded:
+        return []
+    since = degraded_since(facts.changes)
+    stake = f"{_at_stake(facts.kept_in_memory)} Members notice nothing."
+    if facts.migration is not None:
+        progress = f"{facts.migration.moved} of {facts.migration.total} sessions are there."
+        text = "Redis is back: sessions are on their way to it."
+        return [Finding("migrating", "warn", text, f"{progress} Members notice nothing.", since)]
+    why = "" if facts.loss is None else f"Redis: {in_words(facts.loss.reason)}. "
+    if facts.gave_up:
+        text = "Redis is lost, and is not used again before a restart."
+        meaning = f"{why}{stake} REDIS_AUTO_RECOVER is false."
+        return [Finding("gave_up", "bad", text, meaning, since)]
+    if facts.connected:
+        text = "Redis answers again, and is watched before it is used."
+        return [Finding("proving", "warn", text, stake, since)]
+    if any(change.mode == "redis" for change in facts.changes):
+        text = "Redis is lost: the bands play on from memory."
+        return [Finding("lost", "warn", text, why + stake, since)]
+    text = "Redis is not there: the bands play from memory."
+    return [Finding("absent", "warn", text, why + stake, since)]
+
+
+def _at_stake(sessions: int) -> str:
+    match sessions:
+        case 0:
+            return "No session has changed since: nothing is at stake."
+        case 1:
+            subject = "1 session has changes that are"
+        case _:
+            subject = f"{sessions} sessions have changes that are"
+    return f"{subject} only in this server's memory: do not stop it before Redis is back."
+
+
+def _listening(facts: Facts) -> list[Finding]:
+    recent = facts.samples[-3:]
+    deaf = len(recent) == 3 and not any(each.listening or each.degraded for each in recent)
+    if not facts.awaited or facts.listening or not deaf:
+        return []
+    text = "Changes made on other servers are not heard as they happen."
+    meaning = "Bands that are spread over several servers see them up to five seconds late."
+    return [Finding("deaf", "warn", text, meaning)]
+
+
+def _failures(facts: Facts) -> list[Finding]:
+    count = sum(each.internal_errors for each in _recent(facts, RECENT_MS))
+    if not count:
+        return []
+    text = "The server fails at commands."
+    meaning = (
+        f"{count} in the last minute: a bug. The log has them under command.failed; "
+        "those who sent them were told."
+    )
+    return [Finding("failures", "bad", text, meaning)]
+
+
+def _full(facts: Facts) -> list[Finding]:
+    if not facts.full:
+        return []
+    text = "The server is full."
+    meaning = "Newcomers are told to come back later. MAX_CONNECTIONS is the bound."
+    return [Finding("full", "bad", text, meaning)]
+
+
+def _late(facts: Facts) -> list[Finding]:
+    late = [each for each in _recent(facts, LATE_WINDOW_MS) if each.loop_lag_ms > LATE_MS]
+    if len(late) < LATE_SECONDS:
+        return []
+    longest = max(each.loop_lag_ms for each in late)
+    text = "The server is late."
+    meaning = f"Everything waits, by up to {longest:.0f} ms: the machine is too busy for it."
+    return [Finding("late", "bad", text, meaning)]
+
+
+def _slow(facts: Facts) -> list[Finding]:
+    count = sum(each.closed_1013 for each in _recent(facts, RECENT_MS))
+    if not count or facts.full:
+        return []
+    text = "Slow clients were let go."
+    meaning = (
+        f"{count} in the last minute, closed with 1013: they read more slowly than their band "
+        "plays. They come back by themselves; nobody else waits for them."
+    )
+    return [Finding("slow", "warn", text, meaning)]
+
+
+def _clock(facts: Facts) -> list[Finding]:
+    if not facts.samples:
+        return []
+    latest = facts.samples[-1]
+    if latest.clock_error_ms is None or latest.clock_uncertainty_ms is None:
+        return []
+    certain_ms = abs(latest.clock_error_ms) - latest.clock_uncertainty_ms
+    if certain_ms <= CLOCK_ERROR_MS:
+        return []
+    text = "The session clock is not in step with Redis's clock yet."
+    meaning = (
+        f"It is off by {certain_ms:.0f} ms, and follows by 0.5 ms per second. Members on "
+        "different servers hear each other that much apart; those on one server do not."
+    )
+    return [Finding("clock", "warn", text, meaning)]
+
+
+def _recent(facts: Facts, window_ms: float) -> list[Sample]:
+    return [each for each in facts.samples if each.at > facts.now - window_ms]

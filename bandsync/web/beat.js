@@ -1,0 +1,173 @@
+/**
+ * The light: which beat it is, drawn in every frame from the extrapolated transport.
+ *
+ * Nothing is timed here. Whatever a frame comes too late for, the next one shows as it is then.
+ */
+
+import { segmentAt } from "./bandsync.js";
+
+// Two computations of one beat differ by float noise, and a beat must not be shown twice for that.
+const NOISE = 1e-6;
+// A transport that was anchored anew may say that the beat just shown is a hair away.
+const HAIR = 0.05;
+// More than three flashes a second can trigger seizures (WCAG 2.3.1).
+const MOST_FLASHES_PER_MS = 3 / 1000;
+const SVG = "http://www.w3.org/2000/svg";
+
+/**
+ * The beats to draw at an instant of the session.
+ *
+ * @param {object} transport of protocol.md section 1
+ * @param {number} t milliseconds, session clock
+ * @returns {{running: boolean, countIn: boolean, beats: number, beatsPerBar: number,
+ *   tempoBpm: number, positionMs: number}} `beats` from the start of the song; in a count-in they
+ *   run up to those of the start.
+ */
+export function moment(transport, t) {
+  const segment = segmentAt(transport, t);
+  const { next } = transport;
+  if (!segment.isPlaying && next?.isPlaying && t < next.anchorTime) {
+    const { tempoBpm, beatsPerBar } = next;
+    const beats = next.beat - ((next.anchorTime - t) * tempoBpm) / 60_000;
+    return { running: true, countIn: true, beats, beatsPerBar, tempoBpm, positionMs: next.positionMs };
+  }
+  const { isPlaying, tempoBpm, beatsPerBar } = segment;
+  const since = isPlaying ? t - segment.anchorTime : 0;
+  return {
+    running: isPlaying,
+    countIn: false,
+    beats: segment.beat + (since * tempoBpm) / 60_000,
+    beatsPerBar,
+    tempoBpm,
+    positionMs: Math.min(segment.positionMs + since, 86_400_000),
+  };
+}
+
+/** The number of the beat at `beats`, never back by one for a hair. */
+export function beatNumber(beats, last) {
+  const number = Math.floor(beats + NOISE);
+  return number === last - 1 && last - beats < HAIR ? last : number;
+}
+
+/** The place of a beat in its bar, from 0; also before the start of the song. */
+export function inBar(beat, beatsPerBar) {
+  return ((beat % beatsPerBar) + beatsPerBar) % beatsPerBar;
+}
+
+/** Milliseconds as minutes, seconds and tenths. */
+export function clockFace(ms) {
+  const tenths = Math.floor(ms / 100);
+  const minutes = Math.floor(tenths / 600);
+  return `${minutes}:${((tenths % 600) / 10).toFixed(1).padStart(4, "0")}`;
+}
+
+/**
+ * How bright the disc is, from 0 to 1: a flash on each beat, on each bar when beats are too fast
+ * for that, and none when bars are.
+ */
+export function brightness({ running, beats, beatsPerBar, tempoBpm }) {
+  if (!running) return 0;
+  const perMs = tempoBpm / 60_000;
+  let unit = 1;
+  if (perMs > MOST_FLASHES_PER_MS) unit = beatsPerBar;
+  if (perMs / unit > MOST_FLASHES_PER_MS) return 0;
+  const phase = inBar(beats, unit);
+  return Math.max(0, 1 - phase / 0.6) ** 2;
+}
+
+export class BeatLight {
+  #elements;
+  #read;
+  #last = null;
+  #shown = {};
+  #segments = [];
+  #frameMs = 16;
+  #frameAt = 0;
+  #calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+  /**
+   * @param {Record<string, HTMLElement>} elements `light`, `ring`, `flash`, `pulse`,
+   *   `beatNumber`, `barNumber`, `position`, `state`, `tempo`
+   * @param {() => {transport: object, now: number, trimMs: number} | null} read the transport, the
+   *   session clock and how much earlier this screen shows it; null when there is nothing to show.
+   */
+  constructor(elements, read) {
+    this.#elements = elements;
+    this.#read = read;
+    requestAnimationFrame((at) => this.#frame(at));
+  }
+
+  #frame(at) {
+    requestAnimationFrame((next) => this.#frame(next));
+    const passed = at - this.#frameAt;
+    this.#frameAt = at;
+    if (passed > 3 && passed < 50) this.#frameMs += (passed - this.#frameMs) / 16;
+    const state = this.#read();
+    if (state === null) {
+      this.#last = null;
+      return;
+    }
+    // What is drawn now is seen with the next frame.
+    const t = state.now + state.trimMs + this.#frameMs;
+    this.#draw(moment(state.transport, t), t);
+  }
+
+  #draw(now, t) {
+    const { beatsPerBar, running, countIn } = now;
+    const beat = beatNumber(now.beats, this.#last);
+    const place = inBar(beat, beatsPerBar);
+    const bar = Math.floor(beat / beatsPerBar) + 1;
+    const { light, ring, flash, pulse } = this.#elements;
+
+    this.#text("beatNumber", String(place + 1));
+    this.#text("barNumber", countIn ? "Count-in" : `Bar ${bar}`);
+    this.#text("position", clockFace(now.positionMs));
+    this.#text("state", countIn ? "starting" : running ? "playing" : now.positionMs > 0 ? "paused" : "stopped");
+    this.#text("tempo", String(Math.round(now.tempoBpm * 10) / 10));
+
+    if (this.#segments.length !== beatsPerBar) this.#segments = segments(ring, beatsPerBar);
+    this.#once("segment", running ? place : -1, (lit) =>
+      this.#segments.forEach((path, i) => path.classList.toggle("on", i === lit)));
+
+    const glow = this.#calm.matches ? 0 : brightness(now);
+    this.#once("glow", glow.toFixed(2), (value) => { flash.style.opacity = value; });
+    this.#once("lit", glow > 0.6, (lit) => light.classList.toggle("lit", lit));
+    this.#once("downbeat", place === 0, (first) =>
+      [flash, pulse].forEach((element) => element.classList.toggle("downbeat", first)));
+    const dim = running && inBar(now.beats, 1) < 0.3 ? 1 : 0.15;
+    this.#once("pulse", dim, (value) => { pulse.style.opacity = value; });
+
+    if (!running) {
+      this.#last = null;
+    } else if (beat !== this.#last) {
+      this.#last = beat;
+      document.dispatchEvent(new CustomEvent("beat", { detail: { beat, bar, place, countIn, t } }));
+    }
+  }
+
+  #text(id, text) {
+    this.#once(id, text, () => { this.#elements[id].textContent = text; });
+  }
+
+  // Sixty times a second: what is there already is not written again.
+  #once(name, value, write) {
+    if (this.#shown[name] === value) return;
+    this.#shown[name] = value;
+    write(value);
+  }
+}
+
+/** One arc of the ring per beat of the bar, clockwise from the top. */
+function segments(ring, count) {
+  const gap = count === 1 ? 0.001 : Math.min(0.16, 1.2 / count);
+  const turn = (2 * Math.PI) / count;
+  const point = (angle) => `${100 + 92 * Math.sin(angle)} ${100 - 92 * Math.cos(angle)}`;
+  const paths = Array.from({ length: count }, (_, i) => {
+    const path = document.createElementNS(SVG, "path");
+    const [from, till] = [i * turn + gap / 2, (i + 1) * turn - gap / 2];
+    path.setAttribute("d", `M${point(from)}A92 92 0 ${till - from > Math.PI ? 1 : 0} 1 ${point(till)}`);
+    return path;
+  });
+  ring.replaceChildren(...paths);
+  return paths;
+}

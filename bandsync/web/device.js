@@ -1,0 +1,100 @@
+/** What this device keeps to itself: its settings, its place in a session, its screen. */
+
+/** Private windows may refuse storage; the page then only forgets more. */
+function recall(storage, key) {
+  try {
+    return JSON.parse(window[storage].getItem(`bandsync.${key}`));
+  } catch {
+    return null;
+  }
+}
+function remember(storage, key, value) {
+  try {
+    window[storage].setItem(`bandsync.${key}`, JSON.stringify(value));
+  } catch { /* see above */ }
+}
+
+const DEFAULTS = { name: "", volume: 0.7, clickTrim: 0, lightTrim: 0, theme: "" };
+
+/** Settings of this device, kept for the next time. */
+export class Preferences {
+  #values = { ...DEFAULTS, ...recall("localStorage", "device") };
+
+  get(name) {
+    return this.#values[name];
+  }
+
+  set(name, value) {
+    this.#values[name] = value;
+    remember("localStorage", "device", this.#values);
+  }
+}
+
+/**
+ * The seat of this tab: who it is in which session, so that a reload comes back as the same
+ * member. Of one tab only, because two with one seat would take it from each other for ever.
+ */
+export const seat = {
+  /** @returns {{sessionId: string, displayName: string, resumeToken: string, pass: string} | null} */
+  get() {
+    return recall("sessionStorage", "seat");
+  },
+  set(value) {
+    remember("sessionStorage", "seat", value);
+  },
+};
+
+/** Show the colours that were asked for: "dark", "light", or "" for what the device says. */
+export function showTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  else delete document.documentElement.dataset.theme;
+}
+
+/** Keeps the screen on while it is wanted, as far as the browser lets it. */
+export class WakeLock {
+  #wanted = false;
+  #lock = null;
+  #tell;
+
+  /** @param {(text: string) => void} tell told what the screen will do. */
+  constructor(tell) {
+    this.#tell = tell;
+    document.addEventListener("visibilitychange", () => this.#update());
+  }
+
+  set wanted(wanted) {
+    if (wanted === this.#wanted) return;
+    this.#wanted = wanted;
+    this.#update();
+  }
+
+  async #update() {
+    if (!this.#wanted) {
+      await this.#lock?.release();
+      this.#lock = null;
+      return;
+    }
+    if (document.visibilityState !== "visible") return; // Browsers take it from hidden pages.
+    if (!("wakeLock" in navigator)) {
+      this.#tell(
+        isSecureContext
+          ? "This browser cannot keep the screen on: set the device not to sleep."
+          : "The screen can only be kept on over https: set the device not to sleep.",
+      );
+      return;
+    }
+    try {
+      this.#lock = await navigator.wakeLock.request("screen");
+      this.#tell("The screen stays on while you are in the session.");
+    } catch {
+      this.#tell("The device does not let the page keep the screen on; a low battery is a reason.");
+    }
+  }
+}
+
+/** Let the page open without a network; where that is not possible, it only opens with one. */
+export async function keepPage() {
+  try {
+    await navigator.serviceWorker?.register("/sw.js");
+  } catch { /* Private windows, or an address without https. */ }
+}

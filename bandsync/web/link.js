@@ -1,0 +1,273 @@
+/**
+ * One WebSocket connection to a BandSync server, from its first packet to its loss.
+ *
+ * It never comes back: whoever wants another one makes another one. It keeps the session clock fed
+ * with probes, and those double as the proof that the connection is alive: a dead network does not
+ * close a socket for minutes, so silence counts as a loss.
+ *
+ * @module
+ */
+
+import { BandSyncError } from "./bandsyncerror.js";
+import { BURST_INTERVAL_MS } from "./sessionclock.js";
+
+/** A probe that is unanswered for so long means that the connection is dead. The grace is 10 s. */
+const SILENCE_MS = 4500;
+/** The same while other messages arrive: the way there is dead, or so slow that it makes no odds. */
+const MUTE_MS = 9000;
+/** The same as `SILENCE_MS` where there is reason for doubt: the device slept, or the network changed. */
+const DOUBT_MS = 2500;
+/** A request that is unanswered for so long, on a connection that lives. */
+const REQUEST_MS = 15_000;
+const REPORT_INTERVAL_MS = 5000;
+/** A timer that is so late was frozen, throttled or asleep. */
+const LATE_MS = 2000;
+/** With so many probes unanswered, more would only stand in the same queue. */
+const MAX_UNANSWERED = 25;
+const UNANSWERED_INTERVAL_MS = 1000;
+const MAX_BUFFERED_BYTES = 8192;
+const MAX_PENDING = 256;
+
+/**
+ * What a link tells its owner. Nothing of it is called after `Link.close`.
+ *
+ * @typedef {object} LinkOwner
+ * @property {(message: {type: string}) => void} onMessage every message, in order
+ * @property {(closeCode: number, reason: string) => void} onLost once, at the end; 1006 when no close
+ *   frame came
+ * @property {() => void} onWake the device slept, or its timers were frozen
+ */
+
+/** A connection, with requests matched to their answers. */
+export class Link {
+  #socket;
+  #owner;
+  #clock;
+  #local;
+  #pending = new Map(); // requestId → {resolve, reject, at}
+  #lastRequest = 0;
+  #maxBytes = 16_384;
+  #welcomed = false;
+  #reporting = false;
+
+  #timer;
+  #due = 0; // when the timer should fire, on our clock
+  #dueWall = 0; // the same on the clock that also runs while the device sleeps
+  #silentSince; // our first sign of life that nothing was heard after; null if there is none
+  #patience; // how long that may last
+  #unansweredSince = null; // the first probe after the last answer
+  #excused = false; // it was found too long once, by a timer that was late
+  #unanswered = 0;
+  #probedAt = -Infinity;
+  #reportedAt = -Infinity;
+  #reportedSettled = false;
+
+  /**
+   * Open a connection.
+   *
+   * @param {string} url of the WebSocket
+   * @param {object} parts
+   * @param {import("./sessionclock.js").SessionClock} parts.clock to be fed
+   * @param {{now(): number}} parts.local our own clock
+   * @param {number} parts.connectTimeoutMs the longest wait for the server's welcome
+   * @param {LinkOwner} parts.owner
+   * @throws {SyntaxError | SecurityError} the URL is none, or the page may not use it
+   */
+  constructor(url, { clock, local, connectTimeoutMs, owner }) {
+    this.#clock = clock;
+    this.#local = local;
+    this.#owner = owner;
+    this.#silentSince = local.now();
+    this.#patience = connectTimeoutMs;
+    const socket = (this.#socket = new WebSocket(url));
+    socket.onmessage = ({ data }) => this.#received(data);
+    socket.onclose = ({ code, reason }) => this.#lost(code, reason);
+    this.#schedule();
+  }
+
+  /**
+   * Send a message and expect no answer.
+   *
+   * @param {string} type
+   * @param {object} [fields]
+   */
+  send(type, fields = {}) {
+    if (this.#socket.readyState === WebSocket.OPEN) {
+      this.#socket.send(JSON.stringify({ type, ...fields }));
+    }
+  }
+
+  /**
+   * Send a message that is acknowledged.
+   *
+   * @param {string} type
+   * @param {object} [fields]
+   * @returns {Promise<{version?: number}>} the `ack`
+   * @throws {BandSyncError} (as a rejection) with the code of the server's `error`;
+   *   `message_too_large`; `rate_limited`, also when too many answers are missing;
+   *   `connection_lost`: nobody knows whether it was done
+   */
+  request(type, fields = {}) {
+    if (this.#pending.size >= MAX_PENDING) {
+      const many = `${MAX_PENDING} requests wait for their answers.`;
+      return Promise.reject(new BandSyncError("rate_limited", many));
+    }
+    const requestId = String((this.#lastRequest += 1));
+    const text = JSON.stringify({ type, ...fields, requestId });
+    if (bytesOf(text) > this.#maxBytes) {
+      const large = `The server takes messages of at most ${this.#maxBytes} bytes.`;
+      return Promise.reject(new BandSyncError("message_too_large", large));
+    }
+    return new Promise((resolve, reject) => {
+      this.#pending.set(requestId, { resolve, reject, at: this.#local.now() });
+      if (this.#socket.readyState === WebSocket.OPEN) this.#socket.send(text);
+    });
+  }
+
+  /** From now on, tell the server how exact our clock is: this connection has joined. */
+  startReports() {
+    this.#reporting = true;
+  }
+
+  /** Have the connection prove soon that it is alive. */
+  doubt() {
+    if (!this.#welcomed) return;
+    this.#silentSince = this.#local.now();
+    this.#patience = DOUBT_MS;
+    // Soon, but however often there is doubt, no more often than in a burst.
+    this.#schedule(Math.max(0, this.#probedAt + BURST_INTERVAL_MS - this.#local.now()));
+  }
+
+  /**
+   * Give the connection up; the owner hears nothing more of it.
+   *
+   * @param {number} [code] for the close frame
+   */
+  close(code = 1000) {
+    clearTimeout(this.#timer);
+    const socket = this.#socket;
+    socket.onmessage = socket.onclose = null;
+    socket.close(code);
+    const lost = "The connection was lost; nobody knows whether this was still done.";
+    for (const { reject } of this.#pending.values()) {
+      reject(new BandSyncError("connection_lost", lost));
+    }
+    this.#pending.clear();
+  }
+
+  #lost(code, reason) {
+    this.close();
+    this.#owner.onLost(code, reason);
+  }
+
+  #received(data) {
+    const t3 = this.#local.now();
+    this.#silentSince = null;
+    this.#patience = SILENCE_MS;
+    this.#excused = false;
+    const message = parsed(data);
+    if (message === null) return this.#lost(1006, "no message");
+    if (message.type === "clock_sync") this.#measured(message, t3);
+    else if (message.type === "welcome") this.#begin(message);
+    this.#owner.onMessage(message);
+    // At once, now that the clock knows whose time it is.
+    if (message.type === "welcome") this.#schedule(0);
+    // Last: who awaits the answer finds the state that came before it.
+    if (message.type === "ack") this.#answer(message)?.resolve(message);
+    else if (message.type === "error") this.#answer(message)?.reject(BandSyncError.of(message));
+  }
+
+  #answer({ requestId }) {
+    const request = this.#pending.get(requestId);
+    this.#pending.delete(requestId);
+    return request;
+  }
+
+  #measured({ t0, t1, t2 }, t3) {
+    this.#unanswered = 0;
+    this.#unansweredSince = null;
+    this.#clock.add({ t0, t1, t2, t3 });
+    this.#report();
+  }
+
+  #begin({ limits }) {
+    this.#welcomed = true;
+    this.#maxBytes = limits?.maxMessageBytes ?? this.#maxBytes;
+  }
+
+  #probe() {
+    if (this.#socket.bufferedAmount > MAX_BUFFERED_BYTES) return;
+    this.#unanswered += 1;
+    this.#probedAt = this.#local.now();
+    this.#silentSince ??= this.#local.now();
+    this.#unansweredSince ??= this.#local.now();
+    this.send("clock_sync", { t0: this.#local.now() });
+  }
+
+  #report() {
+    const { errorMs, settled } = this.#clock;
+    const now = this.#local.now();
+    const better = settled && !this.#reportedSettled;
+    if (!this.#reporting || errorMs === null) return;
+    if (!better && now - this.#reportedAt < REPORT_INTERVAL_MS) return;
+    this.#reportedAt = now;
+    this.#reportedSettled = settled;
+    this.send("sync_report", { errorMs });
+  }
+
+  #schedule(delay = this.#interval()) {
+    if (this.#socket.onclose === null) return;
+    clearTimeout(this.#timer);
+    this.#due = this.#local.now() + delay;
+    this.#dueWall = Date.now() + delay;
+    this.#timer = setTimeout(() => this.#tick(), delay);
+  }
+
+  #interval() {
+    if (!this.#welcomed) return this.#patience;
+    if (this.#unanswered > MAX_UNANSWERED) return UNANSWERED_INTERVAL_MS;
+    return this.#clock.probeIntervalMs;
+  }
+
+  #tick() {
+    const now = this.#local.now();
+    const late = Math.max(now - this.#due, Date.now() - this.#dueWall) > LATE_MS;
+    if (this.#isDead(now, late)) return this.#lost(1006, "no answer");
+    if (this.#welcomed) this.#probe();
+    this.#schedule();
+    if (late) this.#owner.onWake();
+  }
+
+  #isDead(now, late) {
+    if (late) return this.#isDeadAgain(now);
+    if (this.#silentSince !== null && now - this.#silentSince >= this.#patience) return true;
+    if (this.#unansweredSince !== null && now - this.#unansweredSince >= MUTE_MS) return true;
+    const [oldest] = this.#pending.values();
+    return oldest !== undefined && now - oldest.at >= REQUEST_MS;
+  }
+
+  /** What arrived while the timer was late may come after it: one more chance. */
+  #isDeadAgain(now) {
+    const again = this.#excused && this.#silentSince !== null;
+    this.#excused = true;
+    if (this.#silentSince !== null) this.#silentSince = now;
+    if (this.#unansweredSince !== null) this.#unansweredSince = now;
+    return again;
+  }
+}
+
+/** The message; null if it is none. */
+function parsed(data) {
+  try {
+    const message = JSON.parse(data);
+    return typeof message?.type === "string" ? message : null;
+  } catch {
+    return null;
+  }
+}
+
+const encoder = new TextEncoder();
+
+function bytesOf(text) {
+  return encoder.encode(text).length;
+}

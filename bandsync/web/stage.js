@@ -1,0 +1,326 @@
+/**
+ * The stage: a page to play by. Here the parts are put together; what a session is, bandsync.js
+ * knows.
+ *
+ * Whatever others wrote reaches the page through textContent only, never as markup.
+ */
+
+import { BandSync } from "./bandsync.js";
+import { BeatLight } from "./beat.js";
+import { Chat } from "./chat.js";
+import { Click } from "./click.js";
+import { Conductor } from "./conduct.js";
+import { Preferences, WakeLock, keepPage, seat, showTheme } from "./device.js";
+import { Members } from "./members.js";
+import { invite } from "./share.js";
+import { news, refusal, stateOf, trouble } from "./words.js";
+
+const $ = (id) => document.getElementById(id);
+const NEWS = [
+  "user_joined", "user_left", "member_connection", "role_changed", "play", "pause", "stop", "seek",
+  "tempo_changed", "leader_denied",
+];
+const WORDS = [
+  ["amber", "blue", "bright", "calm", "golden", "green", "loud", "quick", "silver", "warm"],
+  ["bass", "cello", "drum", "flute", "guitar", "harp", "horn", "organ", "piano", "viola"],
+];
+
+const preferences = new Preferences();
+const requests = new Map(); // memberId → name of who asks for the lead
+const names = new Map(); // memberId → displayName; also of those who just left
+let band = null; // while in a session, or on the way into one
+let pass = "";
+
+const setText = (element, text) => {
+  // Writing what is there already would make a live region speak again.
+  if (element.textContent !== text) element.textContent = text;
+};
+const say = (text) => text && setText($("news"), text);
+const nameOf = (memberId) => names.get(memberId) ?? "Somebody";
+
+/** Show why a command was refused; what was granted shows itself. */
+async function run(command) {
+  try {
+    await command;
+    return true;
+  } catch (error) {
+    say(refusal(error));
+    return false;
+  }
+}
+
+// --- Into a session, and out of it ---
+
+/** `#session`, or `#session&pass=TOKEN` where joining needs one. */
+function fromLink() {
+  const [sessionId, ...rest] = location.hash.slice(1).split("&");
+  const given = new URLSearchParams(rest.join("&")).get("pass") ?? "";
+  return { sessionId: /^[A-Za-z0-9._-]{1,64}$/.test(sessionId) ? sessionId : "", given };
+}
+
+/** A name that can be called across a stage. */
+function freshSession() {
+  const drawn = crypto.getRandomValues(new Uint32Array(3));
+  return `${WORDS[0][drawn[0] % 10]}-${WORDS[1][drawn[1] % 10]}-${10 + (drawn[2] % 90)}`;
+}
+
+async function enter(sessionId, displayName, resumeToken) {
+  $("problem").hidden = true;
+  const mine = (band = new BandSync({
+    sessionId,
+    displayName: displayName || undefined,
+    token: pass || undefined,
+    resumeToken,
+  }));
+  const keep = () =>
+    seat.set({ sessionId, displayName, pass, resumeToken: mine.resumeToken });
+  listen(mine, keep);
+  // The link is for others too: without what is this member's own.
+  if (location.hash !== `#${sessionId}`) history.replaceState(null, "", `#${sessionId}`);
+  render();
+  try {
+    await mine.join();
+  } catch (error) {
+    if (band === mine) leave(error);
+  }
+}
+
+function listen(mine, keep) {
+  const on = (type, act) =>
+    mine.addEventListener(type, ({ detail }) => { if (band === mine) act(detail); });
+  let joined = false;
+  on("joined", ({ resumed, snapshot }) => {
+    keep();
+    snapshot.members.forEach(({ memberId, displayName }) => names.set(memberId, displayName));
+    if (joined && !resumed) say("Connected again, as a new member: you were away too long.");
+    joined = true;
+  });
+  on("user_joined", ({ member }) => names.set(member.memberId, member.displayName));
+  for (const type of NEWS) on(type, (event) => say(news(event, nameOf, mine.memberId)));
+  on("leader_requested", ({ memberId, displayName }) => {
+    requests.set(memberId, displayName);
+    showRequests();
+  });
+  on("status", () => { if (mine.status === "closed") leave(mine.closeReason); });
+  on("change", () => {
+    click.replan();
+    render();
+  });
+}
+
+/** Back to the form: only a person can decide what happens next. */
+function leave(error = null) {
+  const old = band;
+  band = null;
+  old?.close();
+  requests.clear();
+  seat.set(null);
+  click.stop();
+  showClick();
+  if (error !== null) {
+    setText($("problem"), explained(error));
+    $("problem").hidden = false;
+    $("passLabel").hidden = error.code !== "unauthorized";
+  }
+  render();
+  $(error?.code === "unauthorized" ? "pass" : "name").focus();
+}
+
+function explained({ code, message }) {
+  if (code === "superseded") return "You went on in another tab or window. Join to go on here.";
+  if (code === "session_full") return "This session is full: somebody has to leave first.";
+  if (code === "unauthorized") return `This session needs a pass, from whoever invited you. (${message})`;
+  return message;
+}
+
+// --- What the page shows ---
+
+function render() {
+  const joined = band !== null && band.session !== null;
+  $("join").hidden = band !== null;
+  for (const id of ["stage", "views", "invite", "click", "pulse"]) $(id).hidden = !joined;
+  setText($("title"), band === null ? "BandSync" : band.sessionId);
+  document.title = band === null ? "BandSync" : `${band.sessionId} – BandSync`;
+  setText($("status"), stateOf(band));
+  const wrong = band === null ? "" : trouble(band);
+  setText($("banner"), wrong);
+  $("banner").hidden = wrong === "";
+  wakeLock.wanted = joined;
+  if (!joined) return;
+  const { session } = band;
+  setText($("headline"), session.message);
+  if (document.activeElement !== $("message")) $("message").value = session.message;
+  conductor.show();
+  members.show(band);
+  if (chat.show(session.chat) && $("stage").dataset.view !== "chat") $("chatNews").hidden = false;
+  $("message").disabled = $("show").disabled = !band.isLeader || band.status !== "online";
+  $("say").disabled = $("take").disabled = band.status !== "online";
+  $("take").hidden = band.isLeader;
+  $("stepDown").hidden = !band.isLeader || session.members.size < 2;
+  for (const id of requests.keys()) {
+    if (!session.members.has(id) || session.leaderId === id || !band.isLeader) requests.delete(id);
+  }
+  showRequests();
+  setText($("about"), about());
+}
+
+function about() {
+  const { clock, server, storage } = band;
+  const bound = clock.errorMs === null ? "not known yet" : `within ±${clock.errorMs.toFixed(1)} ms`;
+  return `Clock ${bound} of the session's. Server ${server?.serverId ?? "–"}, storage ${storage?.storageType ?? "–"}.`;
+}
+
+function showRequests() {
+  const rows = $("requests");
+  const shown = [...rows.children].map((row) => row.dataset.id).join();
+  if (shown === [...requests.keys()].join()) return; // The focus stays where it is.
+  rows.replaceChildren(...[...requests].map(([memberId, name]) => {
+    const row = document.createElement("p");
+    row.dataset.id = memberId;
+    row.append(
+      `${name} asks for the lead.`,
+      requestButton("Hand over", () => run(band.handOver(memberId))),
+      requestButton("Not now", async () => {
+        if (!(await run(band.denyLeader(memberId)))) return;
+        requests.delete(memberId);
+        showRequests();
+      }),
+    );
+    return row;
+  }));
+  $("bandNews").hidden = requests.size === 0;
+}
+
+function requestButton(text, act) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = text;
+  button.addEventListener("click", act);
+  return button;
+}
+
+function showClick() {
+  $("click").setAttribute("aria-pressed", String(click.on));
+  setText($("click"), click.on ? "Click on" : "Click off");
+}
+
+function showTrims() {
+  for (const name of ["clickTrim", "lightTrim"]) {
+    const ms = preferences.get(name);
+    $(name).value = ms;
+    setText($(`${name}Text`), ms === 0 ? "not at all" : `${Math.abs(ms)} ms ${ms > 0 ? "earlier" : "later"}`);
+  }
+}
+
+// --- The parts ---
+
+const playing = (trim) => () => {
+  if (!band?.session) return null;
+  const { clock, session } = band;
+  return {
+    transport: session.transport,
+    now: clock.now(),
+    toLocal: (t) => clock.toLocal(t),
+    trimMs: preferences.get(trim),
+  };
+};
+const lightParts = ["light", "ring", "flash", "pulse", "beatNumber", "barNumber", "position", "state", "tempo"];
+new BeatLight(Object.fromEntries(lightParts.map((id) => [id, $(id)])), playing("lightTrim"));
+const click = new Click(playing("clickTrim"));
+const conductor = new Conductor(() => (band?.session ? band : null), run);
+const members = new Members((memberId) => run(band.handOver(memberId)));
+const chat = new Chat();
+const wakeLock = new WakeLock((text) => setText($("awake"), text));
+
+// --- What people do ---
+
+const onClick = (id, act) => $(id).addEventListener("click", act);
+const onSubmit = (id, act) =>
+  $(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    act();
+  });
+
+onSubmit("join", () => {
+  const name = $("name").value.trim();
+  preferences.set("name", name);
+  pass = $("pass").value.trim();
+  enter($("session").value, name);
+});
+onClick("leave", () => {
+  band.leave().catch(() => {}); // Gone either way: the server keeps the place for a moment at most.
+  leave();
+  say("");
+});
+onClick("invite", () => invite(band.sessionId));
+onClick("ask", async () => { if (await run(band.requestLeader())) say("You asked for the lead."); });
+for (const id of ["claim", "take"]) onClick(id, () => run(band.takeLead()));
+onClick("stepDown", () => run(band.stepDown()));
+onSubmit("messageForm", () => run(band.updateMessage($("message").value)));
+onSubmit("chatForm", async () => {
+  const text = $("text").value;
+  // Kept until the server has it, and if more was typed meanwhile.
+  if (await run(band.chat(text)) && $("text").value === text) $("text").value = "";
+});
+onClick("click", () => {
+  if (click.on) click.stop();
+  else click.start(preferences.get("volume"));
+  showClick();
+});
+$("volume").addEventListener("input", () => {
+  preferences.set("volume", $("volume").valueAsNumber);
+  click.volume = $("volume").valueAsNumber;
+});
+for (const name of ["clickTrim", "lightTrim"]) {
+  $(name).addEventListener("input", () => {
+    preferences.set(name, $(name).valueAsNumber);
+    showTrims();
+    click.replan();
+  });
+}
+$("theme").addEventListener("change", () => {
+  preferences.set("theme", $("theme").value);
+  showTheme($("theme").value);
+});
+for (const button of $("views").querySelectorAll("button")) {
+  button.addEventListener("click", () => {
+    $("stage").dataset.view = button.dataset.view;
+    for (const other of $("views").children) other.removeAttribute("aria-current");
+    button.setAttribute("aria-current", "true");
+    if (button.dataset.view === "chat") $("chatNews").hidden = true;
+    scrollTo(0, 0);
+  });
+}
+setInterval(() => { if (band?.session) setText($("about"), about()); }, 1000);
+
+addEventListener("hashchange", () => {
+  const { sessionId, given } = fromLink();
+  if (sessionId === "" || sessionId === band?.sessionId) return;
+  if (band !== null) {
+    band.leave().catch(() => {});
+    leave();
+  }
+  $("session").value = sessionId;
+  pass = $("pass").value = given;
+});
+
+// --- At the start ---
+
+const { sessionId, given } = fromLink();
+const kept = seat.get();
+pass = $("pass").value = given;
+$("name").value = preferences.get("name");
+$("session").value = sessionId || freshSession();
+$("volume").value = preferences.get("volume");
+$("theme").value = preferences.get("theme");
+showTheme(preferences.get("theme"));
+showTrims();
+showClick();
+keepPage();
+if (kept !== null && kept.sessionId === sessionId) {
+  // A reload comes back as the same member.
+  pass = given || kept.pass;
+  enter(sessionId, kept.displayName, kept.resumeToken);
+} else if (preferences.get("name")) {
+  $("join").querySelector("button").focus();
+}

@@ -1,0 +1,103 @@
+/** What the page says of what happens, in sentences for musicians. */
+
+const LEFT = {
+  left: "left",
+  timeout: "did not come back",
+  server_lost: "was lost with a server",
+  replaced: "came back in another place",
+  slow_consumer: "was on too slow a connection",
+};
+const LEADS = { claimed: "took the lead", handed_over: "was given the lead" };
+// Where the server's sentence speaks to programmers.
+const PLAINLY = {
+  leader_present: "Somebody leads: ask for the lead.",
+  not_leader: "Only the leader may do this.",
+  not_connected: "This waits until the connection is back.",
+  connection_lost: "The connection was lost: your last change may not have arrived.",
+  rate_limited: "That was too fast. Once more?",
+  conflict: "Others were faster. Once more?",
+};
+
+/** The tempo as people say it: without the decimals that nobody hears. */
+export const rounded = (bpm) => String(Math.round(bpm * 10) / 10);
+
+/**
+ * @param {{type: string}} event of the session
+ * @param {(memberId: string) => string} nameOf
+ * @param {string} mine the member id of this page
+ * @returns {string} a sentence, or nothing where there is nothing to say
+ */
+export function news(event, nameOf, mine) {
+  switch (event.type) {
+    case "user_joined":
+      return `${event.member.displayName} joined.`;
+    case "user_left":
+      return `${nameOf(event.memberId)} ${LEFT[event.reason] ?? "left"}.`;
+    case "member_connection":
+      if (event.memberId === mine) return "";
+      return `${nameOf(event.memberId)} ${event.connected ? "is back" : "lost the connection"}.`;
+    case "role_changed": {
+      const who = event.memberId === mine ? "You" : nameOf(event.memberId);
+      if (event.role === "leader") {
+        const were = event.memberId === mine && event.reason === "handed_over";
+        return were ? "You were given the lead." : `${who} ${LEADS[event.reason] ?? "took over the lead"}.`;
+      }
+      return event.reason === "stepped_down" ? `${who} gave up the lead.` : "";
+    }
+    case "play":
+      return `${nameOf(event.by)} started the song.`;
+    case "pause":
+      return `${nameOf(event.by)} paused the song.`;
+    case "stop":
+      return `${nameOf(event.by)} stopped the song.`;
+    case "seek":
+      return `${nameOf(event.by)} moved in the song.`;
+    case "tempo_changed":
+      return event.oldTempoBpm === event.newTempoBpm ? "" : `${nameOf(event.by)} set ${rounded(event.newTempoBpm)} BPM.`;
+    case "leader_denied":
+      return `${event.displayName} keeps the lead for now.`;
+    default:
+      return "";
+  }
+}
+
+/** @param {{code: string, message: string}} error of a command */
+export const refusal = ({ code, message }) => PLAINLY[code] ?? message;
+
+/**
+ * What is not as it should be, and what it means for whoever plays; "" when all is well.
+ *
+ * @param {BandSync} band
+ */
+export function trouble(band) {
+  const plays = band.session !== null;
+  switch (band.status) {
+    case "resuming":
+      return plays
+        ? "Connection lost, coming back by itself. The beat goes on from this device's own clock."
+        : "No connection yet; trying again.";
+    case "draining":
+      return "The server is about to restart; this page comes back by itself.";
+    case "online":
+      return band.storage?.degraded
+        ? "The server lost its storage and keeps the session itself for now. Play on: nothing is lost."
+        : "";
+    default:
+      return "";
+  }
+}
+
+/** The state of the connection in a word or two. */
+export function stateOf(band) {
+  switch (band?.status) {
+    case "online":
+    case "draining":
+      return "connected";
+    case "resuming":
+      return "reconnecting";
+    case "connecting":
+      return "connecting";
+    default:
+      return "not connected";
+  }
+}

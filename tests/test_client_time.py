@@ -1,0 +1,369 @@
+"""What the client does by the clock: backoff, silence, probing, deadlines. On virtual time."""
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from bandsync import client
+from bandsync.client import Band, ConnectionLost, StatusChanged, Unreachable
+from bandsync.client.backoff import delay_s
+from tests.scripted_server import START, Message, ScriptedServer
+
+GRACE_S = 10.0
+
+
+@pytest.fixture
+async def script(nursery: trio.Nursery) -> ScriptedServer:
+    return ScriptedServer(nursery)
+
+
+def joined(script: ScriptedServer, **options: Any) -> Any:
+    return client.connect("ws://script", "song", open_stream=script.open_stream, **options)
+
+
+def gaps(times: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]
+
+
+async def test_attempts_grow_rarer_but_never_end(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        script.refuse = 1000
+        await script.streams[-1].aclose()
+        await trio.sleep(3600)
+        assert band.status == "resuming"
+        first, *others = gaps(script.attempts[1:])
+        assert 0.3 <= script.attempts[1] - script.connected[0] <= 0.7
+        assert 0.5 <= first <= 1.3
+        assert max(others) <= 8.1
+        assert min(others[4:]) >= 4
+        # No two clients wait alike.
+        assert len({round(gap, 3) for gap in others}) > len(others) / 2
+        script.refuse = 0
+        await band.until_online()
+        assert band.you.resumed
+        # From the bottom again.
+        back = trio.current_time()
+        await script.streams[-1].aclose()
+        await trio.sleep(0.01)
+        await band.until_online()
+        assert trio.current_time() - back <= 0.7
+
+
+@pytest.mark.parametrize("failures", [0, 1, 5, 10_000])
+@pytest.mark.parametrize("slow", [False, True])
+def test_delays_are_bounded(failures: int, slow: bool) -> None:
+    least, most = delay_s(failures, 0, slow=slow), delay_s(failures, 1, slow=slow)
+    assert most == 2 * least
+    assert (2 if slow else 0.3) <= least
+    assert most <= (30 if slow else 8)
+
+
+async def test_a_server_that_has_had_enough_is_left_alone_for_longer(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        closed = trio.current_time()
+        await script.close(1013)
+        await trio.sleep(1)
+        await band.until_online()
+        # Within the grace all the same.
+        assert 2 <= script.connected[1] - closed <= 4.1
+
+
+async def test_who_drains_says_when_to_come_back(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        told = trio.current_time()
+        await script.send("server_draining", reconnectInMs=5000)
+        await trio.sleep(1)
+        assert band.status == "draining"
+        assert await band.chat("still works") is None
+        await script.close(1012)
+        await trio.sleep(3.9)
+        assert len(script.connected) == 1
+        await trio.sleep(0.2)
+        assert script.connected[1] - told == pytest.approx(5, abs=0.01)
+        assert band.status == "online"
+
+
+async def test_silence_is_noticed_well_before_the_grace_is_over(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        await trio.sleep(60)
+        assert len(script.connected) == 1
+        events = band.events()
+        script.mute = True
+        silent = trio.current_time()
+        async for event in events:
+            if isinstance(event, StatusChanged):
+                assert event.status == "resuming"
+                break
+        assert 5 <= trio.current_time() - silent <= 6.5
+        script.mute = False
+        await band.until_online()
+        assert trio.current_time() - silent < GRACE_S - 2
+        join = [message for _, message in script.heard if message["type"] == "join_session"][-1]
+        assert join["resumeToken"] == "token-1"
+        assert band.resume_token == "token-2"
+
+
+async def test_our_own_stall_is_no_silence_of_the_server(
+    script: ScriptedServer, mock_clock: MockClock
+) -> None:
+    mock_clock.autojump_threshold = 0
+    async with joined(script) as band:
+        await trio.sleep(5)
+        # The server answers; the client's process stands still for a minute.
+        mock_clock.jump(60)
+        await trio.sleep(5)
+        assert len(script.connected) == 1
+        assert band.status == "online"
+
+
+async def test_leaving_takes_no_longer_than_it_says(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script):
+        script.mute = True
+        script.answers["leave_session"] = nothing
+        left = trio.current_time()
+    assert script.times("leave_session") == [pytest.approx(left, abs=0.01)]
+    assert trio.current_time() - left <= 4
+    assert len(script.connected) == 1
+
+
+async def test_neither_joining_nor_leaving_waits_for_a_version_that_will_not_come(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def let_in(message: Message) -> None:
+        script.answers["join_session"] = nothing
+        await script.snapshot(you=YOU)
+        await script.ack(message, script.version + 5)
+
+    async def let_go(message: Message) -> None:
+        # Who has left hears nothing of its own `user_left`.
+        await script.ack(message, script.version + 1)
+
+    script.answers |= {"join_session": let_in, "leave_session": let_go}
+    async with joined(script):
+        pass
+    assert trio.current_time() < 0.1
+    assert len(script.connected) == 1
+
+
+YOU = {"memberId": "ann", "role": "leader", "resumeToken": "token", "resumed": False}
+
+
+async def nothing(message: Message) -> None:
+    pass
+
+
+async def test_a_command_is_not_waited_for_for_ever(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        script.answers["chat_message"] = nothing
+        asked = trio.current_time()
+        with pytest.raises(ConnectionLost):
+            await band.chat("hello?")
+        assert trio.current_time() - asked == pytest.approx(30)
+        assert band.status == "online"
+
+
+async def test_a_command_returns_when_the_session_shows_it(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def ack_first(message: Message) -> None:
+        await script.ack(message, script.version + 1)
+        await trio.sleep(3)
+        await script.event("message_updated", message=message["message"], by="ann")
+
+    async with joined(script) as band:
+        script.answers["update_message"] = ack_first
+        assert await band.update_message("Hi") == 2
+        assert band.session.message == "Hi"
+
+
+async def test_an_acknowledged_change_is_not_lost_with_its_event(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def ack_only(message: Message) -> None:
+        await script.ack(message, script.version + 1)
+
+    async def ack_and_die(message: Message) -> None:
+        await script.ack(message, script.version + 1)
+        await trio.sleep(0.1)
+        await script.streams[-1].aclose()
+
+    async with joined(script) as band:
+        script.answers["chat_message"] = ack_only
+        script.answers["pause"] = ack_and_die
+        assert await band.chat("x") == 2
+        assert await band.pause() == 2
+
+
+@pytest.mark.parametrize("what", ["welcome", "join"])
+async def test_who_lets_nobody_in_is_tried_again(
+    script: ScriptedServer, autojump_clock: MockClock, what: str
+) -> None:
+    if what == "welcome":
+        script.mute = True
+    else:
+        script.answers["join_session"] = nothing
+    with pytest.raises(Unreachable):
+        async with joined(script, join_within=60):
+            raise AssertionError("nobody is in")
+    # It does not wait for an attempt that would come too late.
+    assert 50 <= trio.current_time() <= 61
+    # Muted, it is silent; otherwise it only does not answer.
+    assert 4 <= len(script.connected) <= 10
+
+
+@pytest.mark.parametrize("jitter_ms", [0, 40, 250])
+async def test_probing_follows_the_jitter_and_keeps_within_the_limits(
+    script: ScriptedServer, autojump_clock: MockClock, jitter_ms: float
+) -> None:
+    draw = random.Random(1)
+    script.delay = lambda: draw.uniform(0, jitter_ms / 1000)
+    async with joined(script) as band:
+        await trio.sleep(2)
+        times = script.times("clock_sync")
+        assert gaps(times[:20]) == [pytest.approx(0.08, abs=1e-6)] * 19
+        await trio.sleep(60)
+        steady = [time for time in script.times("clock_sync") if time > times[0] + 20]
+        # 30 s / 15, 30 s / 20 or so, 30 s / 100.
+        expected = {0: (1.99, 2.01), 40: (1.2, 2.01), 250: (0.29, 0.31)}[jitter_ms]
+        for gap in gaps(steady):
+            assert expected[0] <= gap <= expected[1]
+        reports = [message for _, message in script.heard if message["type"] == "sync_report"]
+        assert all(0 <= report["errorMs"] <= jitter_ms + 40 for report in reports)
+        told = script.times("sync_report")
+        assert gaps(told) == [pytest.approx(5, abs=0.001)] * 12
+        # The truth is known here.
+        assert band.clock.error_ms is not None
+        off = band.clock.now() - (START + trio.current_time() * 1000)
+        assert abs(off) <= band.clock.error_ms
+        assert band.clock.to_local(band.clock.now()) == pytest.approx(trio.current_time())
+    assert script.limited == []
+
+
+async def test_a_reconnect_learns_the_clock_anew_without_a_leap(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        await trio.sleep(10)
+        samples = band.clock.samples
+        assert samples > 20
+        await script.streams[-1].aclose()
+        seen: list[tuple[float, float]] = []
+        for _ in range(500):
+            seen.append((trio.current_time() * 1000, band.clock.now()))
+            await trio.sleep(0.01)
+        assert band.clock.samples <= samples + 2
+        for (before, earlier), (after, later) in pairwise(seen):
+            assert later - earlier == pytest.approx(after - before, rel=0.03)
+    assert script.limited == []
+
+
+async def test_who_takes_nothing_is_given_up(
+    script: ScriptedServer, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    streams: list[Clogged] = []
+
+    async def open_stream() -> trio.abc.Stream:
+        streams.append(Clogged(await script.open_stream()))
+        return streams[-1]
+
+    async with client.connect("ws://script", "song", open_stream=open_stream) as band:
+        streams[-1].clogged = True
+        clogged = trio.current_time()
+
+        async def chatter() -> None:
+            while len(script.connected) == 1:
+                await script.send("heartbeat", serverTime=START)
+                await trio.sleep(0.5)
+
+        nursery.start_soon(chatter)
+        with pytest.raises(ConnectionLost):
+            await band.chat("anybody?")
+        assert 10 <= trio.current_time() - clogged <= 12
+        await band.until_online()
+        assert band.you.resumed
+
+
+class Clogged(trio.abc.Stream):
+    """Takes bytes until it does not."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.clogged = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self.stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self.clogged:
+            await trio.sleep_forever()
+        await self.stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+async def test_commands_wait_their_turn_when_very_many_are_given(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def one(band: Band, number: int) -> None:
+        await band.chat(str(number))
+
+    async with joined(script) as band, trio.open_nursery() as nursery:
+        for number in range(500):
+            nursery.start_soon(one, band, number)
+    said = [message["text"] for _, message in script.heard if message["type"] == "chat_message"]
+    assert sorted(said, key=int) == [str(number) for number in range(500)]
+
+
+async def test_a_ping_between_our_goodbye_and_the_answer_harms_nobody(
+    script: ScriptedServer, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    streams: list[Slow] = []
+
+    async def open_stream() -> trio.abc.Stream:
+        streams.append(Slow(await script.open_stream()))
+        return streams[-1]
+
+    async def ping() -> None:
+        await trio.sleep(0.1)
+        assert script.socket is not None
+        nursery.start_soon(script.socket.ping)
+
+    async def slow_down(message: Message) -> None:
+        streams[-1].delay_s = 0.2
+        nursery.start_soon(ping)
+        await script.ack(message)
+
+    async with client.connect("ws://script", "song", open_stream=open_stream):
+        script.answers["leave_session"] = slow_down
+        left = trio.current_time()
+    assert trio.current_time() - left < 2
+
+
+class Slow(Clogged):
+    """Takes its time."""
+
+    delay_s = 0.0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.sleep(self.delay_s)
+        await self.stream.send_all(data)
