@@ -220,6 +220,7 @@ class Mirror:
         house = self._house
         if self.uncertain:
             await self.catch_up()
+        patient = True
         for _ in range(MAX_ATTEMPTS):
             era = self.era
             here = house.isolated if era is None else house.connected
@@ -237,7 +238,11 @@ class Mirror:
                     return Outcome(decision, b"".join([text_frame(event) for event in events]))
                 case Conflict(stored=stored):
                     house.counters.conflicts += 1
-                    if era is not None and not await self._heard(era, stored):
+                    if era is None:
+                        continue
+                    # Waiting in vain each time, we would lose every race to who need not wait.
+                    patient = patient and await self._heard(era, stored)
+                    if not patient:
                         await self._reconcile(era, stored)
                 case unusable:
                     # Decided again, on the mirror, in memory.

@@ -5,6 +5,7 @@ The names are those of environment variables: protocol.md section 9.
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -75,14 +76,25 @@ class Settings(Struct, frozen=True, kw_only=True):
         bool, Meta(description="Whether to refuse to start without Redis.")
     ] = False
     redis_sentinels: Annotated[
-        Text | None, Meta(description="Redis Sentinels, host:port, by comma; not supported yet.")
+        Text | None,
+        Meta(
+            description="Redis Sentinels, host:port, by comma; the master they name is used, with "
+            "the credentials, database and TLS of the settings above, whose host counts no more."
+        ),
     ] = None
     redis_sentinel_master: Annotated[
         Text | None,
-        Meta(description="The name of the master that the Sentinels watch; not supported yet."),
+        Meta(description="The name under which the Sentinels watch the master, such as mymaster."),
+    ] = None
+    redis_sentinel_password: Annotated[
+        Text | None, Meta(description="Password of the Sentinels themselves, if they want one.")
     ] = None
     redis_cluster: Annotated[
-        bool, Meta(description="Whether Redis is a Cluster; not supported yet.")
+        bool,
+        Meta(
+            description="Whether Redis is a Cluster; the settings above name one node, and the "
+            "credentials and TLS of all."
+        ),
     ] = False
     server_id: Annotated[
         Text | None,
@@ -212,7 +224,11 @@ class SettingsError(Exception):
 
 
 # Values that must not stand in an error message or a log.
-SECRETS = frozenset({"redis_password", "redis_url", "join_secret", "admin_token"})
+SECRETS = frozenset(
+    {"redis_password", "redis_sentinel_password", "redis_url", "join_secret", "admin_token"}
+)
+
+SENTINEL_PORT = 26379
 
 
 def parse(texts: Mapping[str, str]) -> Settings:
@@ -250,14 +266,15 @@ def _contradictions(settings: Settings) -> list[str]:
             f"CONNECTION_TIMEOUT_MS={settings.connection_timeout_ms}: must be more than "
             f"PING_INTERVAL_MS={settings.ping_interval_ms}, or clients that only listen are cut off"
         )
-    # Ignored, they would send the sessions of a band to some other Redis.
-    for name, given in (
-        ("REDIS_SENTINELS", settings.redis_sentinels),
-        ("REDIS_SENTINEL_MASTER", settings.redis_sentinel_master),
-        ("REDIS_CLUSTER", settings.redis_cluster),
-    ):
-        if given:
-            problems.append(f"{name}={_text(given)!r}: must not be set, this version cannot use it")
+    problems += _sentinel_contradictions(settings)
+    if settings.redis_cluster:
+        if settings.redis_db:
+            problems.append(f"REDIS_DB={settings.redis_db}: must be 0 when REDIS_CLUSTER is true")
+        if "{" in settings.redis_key_prefix:
+            problems.append(
+                f"REDIS_KEY_PREFIX={settings.redis_key_prefix!r}: must have no '{{' when "
+                "REDIS_CLUSTER is true, or all sessions are on one node"
+            )
     if settings.redis_required and not settings.redis_enabled:
         problems.append("REDIS_REQUIRED='true': must be false when REDIS_ENABLED is")
     return problems + _worker_contradictions(settings)
@@ -278,6 +295,40 @@ def _worker_contradictions(settings: Settings) -> list[str]:
                 f"{settings.workers} ports up to 65535, PORT={settings.port} not among them"
             )
     return problems
+
+
+def _sentinel_contradictions(settings: Settings) -> list[str]:
+    sentinels, master = settings.redis_sentinels, settings.redis_sentinel_master
+    problems = []
+    if (sentinels is None) != (master is None):
+        missing = "REDIS_SENTINELS" if sentinels is None else "REDIS_SENTINEL_MASTER"
+        problems.append(f"{missing}='': must be set when the other of the pair is")
+    if settings.redis_sentinel_password is not None and sentinels is None:
+        problems.append("REDIS_SENTINEL_PASSWORD=(not shown): needs REDIS_SENTINELS")
+    if sentinels is not None:
+        if settings.redis_cluster:
+            problems.append("REDIS_CLUSTER='true': must be false when REDIS_SENTINELS is set")
+        try:
+            sentinel_hosts(sentinels)
+        except ValueError:
+            problems.append(f"REDIS_SENTINELS={sentinels!r}: must be host:port, by comma")
+    return problems
+
+
+def sentinel_hosts(text: str) -> list[tuple[str, int]]:
+    """The hosts and ports in ``REDIS_SENTINELS``.
+
+    Raises:
+        ValueError: it names none, or not so.
+    """
+    hosts = []
+    for part in text.split(","):
+        parts = urlsplit(f"//{part.strip()}")
+        if not parts.hostname or parts.netloc != part.strip() or "@" in parts.netloc:
+            raise ValueError(part)
+        port = SENTINEL_PORT if parts.port is None else parts.port
+        hosts.append((parts.hostname, port))
+    return hosts
 
 
 def _allowed(kind: types.Type) -> str:

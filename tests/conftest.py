@@ -11,6 +11,7 @@ import trio
 from tests.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
 from tests.fake_redis import fake_redis_server
 from tests.network import Network
+from tests.redis_clusters import RedisCluster
 from tests.redis_servers import INSTALL, RedisError, RedisServer, find_redis_server
 from tests.server_processes import ServerProcess
 from tests.servers import Server, start_server
@@ -54,6 +55,19 @@ def shared_redis(_session_redis: RedisServer) -> RedisServer:
     """An empty Redis that other tests use too: leave it running, and its configuration alone."""
     _session_redis.cli("FLUSHALL")
     return _session_redis
+
+
+@pytest.fixture(scope="session")
+def _session_cluster(redis_binary: None) -> Iterator[RedisCluster]:
+    with RedisCluster() as started:
+        yield started
+
+
+@pytest.fixture
+def shared_cluster(_session_cluster: RedisCluster) -> RedisCluster:
+    """An empty Cluster that other tests use too: leave its nodes and its slots as they are."""
+    _session_cluster.flush()
+    return _session_cluster
 
 
 @pytest.fixture

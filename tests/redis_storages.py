@@ -3,12 +3,18 @@
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
+from msgspec.structs import replace
 from redis.exceptions import RedisError
 
 from bandsync.redis_link.address import parse_address
+from bandsync.redis_link.cluster import ClusterLink
+from bandsync.redis_link.executor import Executor
 from bandsync.redis_link.link import Link
+from bandsync.settings import Settings
+from bandsync.storage.access import Access
 from bandsync.storage.redis import Keys, RedisStorage
 from tests.servers import PATIENCE_S
 
@@ -46,11 +52,43 @@ async def redis_storage(
 ) -> AsyncIterator[RedisStorage]:
     """A storage over a link of its own."""
     async with open_link(url) as link:
-        yield RedisStorage(
-            link,
-            KEYS,
-            ttl_s=ttl_s,
-            server_id="stage",
-            event_ids=(f"event-{number}" for number in _event_ids),
-            on_loss=(losses if losses is not None else LossList()).note,
-        )
+        yield storage_over(link, losses=losses, ttl_s=ttl_s)
+
+
+def storage_over(
+    link: Executor, *, losses: LossList | None = None, ttl_s: int = 3600
+) -> RedisStorage:
+    """A storage over this link."""
+    return RedisStorage(
+        link,
+        KEYS,
+        ttl_s=ttl_s,
+        server_id="stage",
+        event_ids=(f"event-{number}" for number in _event_ids),
+        on_loss=(losses if losses is not None else LossList()).note,
+    )
+
+
+@asynccontextmanager
+async def open_cluster(url: str) -> AsyncIterator[ClusterLink]:
+    """A link to a Cluster that is closed at the end."""
+    link = cluster_access(url).link()
+    assert isinstance(link, ClusterLink)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(link.run)
+        yield link
+        nursery.cancel_scope.cancel()
+
+
+def cluster_access(url: str, **changes: Any) -> Access:
+    """How a server reaches a Cluster; it is patient."""
+    patience_ms = round(PATIENCE_S * 1000)
+    patient = Settings(
+        redis_url=url,
+        redis_cluster=True,
+        redis_connect_timeout=patience_ms,
+        redis_command_timeout=patience_ms,
+        redis_health_timeout_ms=patience_ms,
+        redis_health_interval_ms=50,
+    )
+    return Access(replace(patient, **changes), "stage")

@@ -393,3 +393,25 @@ async def test_what_is_on_its_way_is_no_reason_to_read(
     await stage.hub.finished()
     assert stage.reads == 0
     assert chat(stage.ann) == ["hi"]
+
+
+async def test_a_channel_that_is_silent_is_waited_for_once(
+    stage: Band, autojump_clock: MockClock
+) -> None:
+    """Who waits in vain after each race that is lost loses the next one, too."""
+    stage.era.relay = object()  # type: ignore[assignment]
+
+    async def rival() -> None:
+        while True:
+            await stage.hall(ChatMessage(text="faster"))
+            await trio.sleep(0.005)
+
+    async with trio.open_nursery() as rivals:
+        rivals.start_soon(rival)
+        await wait_all_tasks_blocked()
+        await stage.say(stage.room, stage.ann, "at last")
+        rivals.cancel_scope.cancel()
+    stage.era.relay = None
+    assert shown(stage.ann)[0] == "faster"
+    assert stage.room.mirror.session is not None
+    await stage.room.catch_up()

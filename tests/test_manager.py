@@ -66,7 +66,7 @@ class ObedientLink(Link):
         if args[0] == "EVALSHA":
             if self.redis.lacks_scripts:
                 raise ResponseError("ERR unknown command 'EVALSHA'")
-            return [] if args[2] == 2 else self._write_presence(*args[4:])
+            return [] if ":session:" in str(args[3]) else self._write_presence(*args[4:])
         entry = self.redis.entry
         if args[0] == "GET":
             return None if entry is None else write_presence(entry)

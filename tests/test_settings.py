@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandsync.settings import OPTIONS, Settings, SettingsError, parse
+from bandsync.settings import (
+    OPTIONS,
+    SENTINEL_PORT,
+    Settings,
+    SettingsError,
+    parse,
+    sentinel_hosts,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,7 +24,8 @@ REDIS_ENABLED=true REDIS_URL= REDIS_HOST=localhost REDIS_PORT=6379 REDIS_PASSWOR
 REDIS_KEY_PREFIX=bandsync: REDIS_TTL=3600 REDIS_MAX_RETRIES=5 REDIS_RETRY_DELAY_ON_FAILURE=100
 REDIS_CONNECT_TIMEOUT=10000 REDIS_COMMAND_TIMEOUT=5000 SERVER_ID= HOST=127.0.0.1 PORT=3001
 REDIS_USERNAME= REDIS_HEALTH_INTERVAL_MS=500 REDIS_HEALTH_TIMEOUT_MS=1000 REDIS_AUTO_RECOVER=true
-REDIS_REQUIRED=false REDIS_SENTINELS= REDIS_SENTINEL_MASTER= REDIS_CLUSTER=false
+REDIS_REQUIRED=false REDIS_SENTINELS= REDIS_SENTINEL_MASTER= REDIS_SENTINEL_PASSWORD=
+REDIS_CLUSTER=false
 MAX_CONNECTIONS=10000 MAX_MEMBERS=8 MAX_MESSAGE_BYTES=16384 TICK_INTERVAL_MS=100
 PING_INTERVAL_MS=5000 CONNECTION_TIMEOUT_MS=30000 RESUME_GRACE_MS=10000 LEADERSHIP=claim
 OUTBOX_LIMIT_BYTES=262144 DRAIN_TIMEOUT_MS=10000 ALLOWED_ORIGINS= JOIN_SECRET= ADMIN_TOKEN=
@@ -65,7 +73,7 @@ def test_all_problems_are_told_at_once() -> None:
         "LEADERSHIP='anarchy': must be claim or open",
         "RATE_LIMIT_FACTOR='nan': must be a number, 0 or more",
         "TLS_KEY='': must name a file when the other of the pair does",
-        "REDIS_SENTINELS='a:1': must not be set, this version cannot use it",
+        "REDIS_SENTINEL_MASTER='': must be set when the other of the pair is",
     ]
 
 
@@ -76,11 +84,25 @@ def test_all_problems_are_told_at_once() -> None:
         {"REDIS_REQUIRED": "true", "REDIS_ENABLED": "false"},
         {"TLS_KEY": "key.pem"},
         {"REDIS_SENTINEL_MASTER": "m"},
+        {"REDIS_SENTINEL_PASSWORD": "p"},
+        {"REDIS_SENTINELS": "a:1", "REDIS_SENTINEL_MASTER": "m", "REDIS_CLUSTER": "true"},
+        {"REDIS_SENTINELS": "a:1,", "REDIS_SENTINEL_MASTER": "m"},
+        {"REDIS_SENTINELS": "a:x", "REDIS_SENTINEL_MASTER": "m"},
+        {"REDIS_SENTINELS": "u:p@a:1", "REDIS_SENTINEL_MASTER": "m"},
+        {"REDIS_SENTINELS": "redis://a:1", "REDIS_SENTINEL_MASTER": "m"},
+        {"REDIS_CLUSTER": "true", "REDIS_DB": "1"},
+        {"REDIS_CLUSTER": "true", "REDIS_KEY_PREFIX": "{app}:"},
     ],
 )
 def test_contradictions(texts: dict[str, str]) -> None:
     with pytest.raises(SettingsError):
         parse(texts)
+
+
+def test_sentinels() -> None:
+    assert sentinel_hosts("a:1, b ,[::1]:3") == [("a", 1), ("b", SENTINEL_PORT), ("::1", 3)]
+    settings = parse({"REDIS_SENTINELS": "a:1,b:2", "REDIS_SENTINEL_MASTER": "m"})
+    assert settings.redis_sentinels == "a:1,b:2"
 
 
 def test_values() -> None:

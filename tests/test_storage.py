@@ -20,14 +20,18 @@ from bandsync.messages import Snapshot
 from bandsync.session import Session, find, present, tip
 from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
 from bandsync.storage.memory import MemoryStorage
-from tests.redis_storages import redis_storage
+from tests.redis_storages import open_cluster, redis_storage, storage_over
 from tests.states import HERE, NOW, Stage
 
 
-@pytest.fixture(params=["memory", "fakeredis", "redis"])
+@pytest.fixture(params=["memory", "fakeredis", "redis", "cluster"])
 async def storage(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[Storage]:
     if request.param == "memory":
         yield MemoryStorage("boot-1", "for a test")
+        return
+    if request.param == "cluster":
+        async with open_cluster(request.getfixturevalue("shared_cluster").url()) as link:
+            yield storage_over(link)
         return
     if request.param == "fakeredis":
         url = request.getfixturevalue("fake_redis")

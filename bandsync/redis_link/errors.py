@@ -12,21 +12,29 @@ redis-py's public exceptions, and two of our own where those do not tell enough:
     └─ ResponseError
        ├─ UnusableError     misconf, readonly, overloaded
        ├─ ReadOnlyError, OutOfMemoryError, MasterDownError, NoPermissionError
+       ├─ ClusterDownError, TryAgainError
+       ├─ AskError
+       │  └─ MovedError
        └─ NoScriptError
 """
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
+    ClusterDownError,
     ConnectionError,  # noqa: A004
     InvalidResponse,
     MasterDownError,
+    MovedError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -34,6 +42,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004
+    TryAgainError,
 )
 
 LossReason = Literal[
@@ -46,6 +55,9 @@ LossReason = Literal[
     "readonly",
     "loading",
     "masterdown",
+    "clusterdown",
+    "no_master",
+    "demoted",
     "oom",
     "misconf",
     "overloaded",
@@ -78,6 +90,7 @@ _REASONS: tuple[tuple[type[RedisError], LossReason], ...] = (
     (NoPermissionError, "auth"),
     (BusyLoadingError, "loading"),
     (MasterDownError, "masterdown"),
+    (ClusterDownError, "clusterdown"),
     (ReadOnlyError, "readonly"),
     (OutOfMemoryError, "oom"),
     (TimeoutError, "timed_out"),
@@ -99,11 +112,32 @@ def _busy(message: str) -> RedisError:
     return UnusableError(message, "overloaded")
 
 
+class _NotHereError(MovedError):
+    """Seen by whoever does not follow it: whoever takes a Cluster for a single Redis."""
+
+    def __str__(self) -> str:
+        return f"MOVED {self.message}: this Redis is a node of a Cluster; is REDIS_CLUSTER not set?"
+
+
+def _redirect(kind: type[AskError], message: str) -> RedisError:
+    try:
+        error = kind(message.partition(" ")[2])
+    except ValueError:
+        # It names no slot and no node.
+        return ResponseError(message)
+    known = 0 <= error.slot_id < REDIS_CLUSTER_HASH_SLOTS and 0 < error.port < 65_536
+    return error if known else ResponseError(message)
+
+
 _BY_CODE: dict[str, Callable[[str], RedisError]] = {
     "NOSCRIPT": NoScriptError,
     "READONLY": ReadOnlyError,
     "LOADING": BusyLoadingError,
     "MASTERDOWN": MasterDownError,
+    "CLUSTERDOWN": ClusterDownError,
+    "TRYAGAIN": TryAgainError,
+    "MOVED": functools.partial(_redirect, _NotHereError),
+    "ASK": functools.partial(_redirect, AskError),
     "OOM": OutOfMemoryError,
     "MISCONF": _misconf,
     # Set min-replicas-to-write, and this is how an isolated primary refuses.

@@ -96,6 +96,11 @@ class Line(ABC):
         self._awaited: anyio.Event | None = None
 
     @property
+    def address(self) -> Address:
+        """Where it leads."""
+        return self._address
+
+    @property
     def outstanding(self) -> int:
         """How many calls wait for their reply."""
         return len(self._pending)
@@ -104,6 +109,11 @@ class Line(ABC):
     def usable(self) -> bool:
         """Whether it is connected."""
         return self._usable
+
+    @property
+    def loss(self) -> RedisError | None:
+        """Why it is lost, or was closed; None if it is not."""
+        return self._lost
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Connect, report that as started, and serve until cancelled.

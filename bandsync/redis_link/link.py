@@ -1,11 +1,13 @@
 """One connection that carries the commands of all who have any."""
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from redis.exceptions import InvalidResponse, RedisError
 
 from bandsync.redis_link.connecting import Argument, Reply, pack
 from bandsync.redis_link.errors import again
+from bandsync.redis_link.executor import Executor, PublishVerb
 from bandsync.redis_link.line import Line
 
 
@@ -15,6 +17,16 @@ class Link(Line):
     Error replies are for their caller, also those that mean that Redis is of no use now: whether
     the link is given up then is for its supervisor to say.
     """
+
+    publish_verb: Final[PublishVerb] = "PUBLISH"
+
+    def handed_over(self, key: str) -> bool:
+        """Never: there is no other node."""
+        return False
+
+    def parts(self) -> Sequence[Executor]:
+        """Itself: one server has all keys."""
+        return (self,)
 
     async def execute(self, *args: Argument) -> Reply:
         """The reply to one command. May be cancelled; Redis may carry it out all the same.

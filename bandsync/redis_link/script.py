@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from redis.exceptions import NoScriptError
 
 from bandsync.redis_link.connecting import Argument, Reply
-from bandsync.redis_link.link import Link
+from bandsync.redis_link.executor import Executor
 
 
 class Script:
@@ -22,7 +22,7 @@ class Script:
         self._sha1 = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     async def execute(
-        self, link: Link, keys: Sequence[Argument], args: Sequence[Argument]
+        self, link: Executor, keys: Sequence[Argument], args: Sequence[Argument]
     ) -> Reply:
         """What the script returns.
 

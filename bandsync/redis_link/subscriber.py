@@ -7,12 +7,18 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 from anyio.abc import TaskStatus
-from redis.exceptions import InvalidResponse, RedisError, TimeoutError  # noqa: A004
+from redis.exceptions import (
+    InvalidResponse,
+    MovedError,
+    RedisError,
+    TimeoutError,  # noqa: A004
+)
 
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Reply, pack
-from bandsync.redis_link.errors import again
+from bandsync.redis_link.errors import LinkLostError, again
 from bandsync.redis_link.line import Line
+from bandsync.redis_link.slots import slot_of
 
 
 class Subscriber(Line):
@@ -30,6 +36,8 @@ class Subscriber(Line):
         probe: publishes its argument there, by another link.
         probe_interval_s: how often, and how long each may take.
         probes_missed: how many unheard in a row are a loss.
+        gone: for the sharded channels of one node of a Cluster: called with each channel that the
+            node takes away, because its slot moves to another one. Must not block.
         name, connect_timeout_s, command_timeout_s, silence_s, max_queued: as for a `Line`.
     """
 
@@ -47,6 +55,7 @@ class Subscriber(Line):
         probe_interval_s: float = 1.0,
         probes_missed: int = 3,
         max_queued: int = 10_000,
+        gone: Callable[[bytes], None] | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -64,6 +73,9 @@ class Subscriber(Line):
         # So that nobody else's message is taken for ours.
         self._probe_prefix = secrets.token_hex(8).encode() + b":"
         self._heard = False
+        self._gone = gone
+        self._subscribe = b"subscribe" if gone is None else b"ssubscribe"
+        self._unsubscribe = b"unsubscribe" if gone is None else b"sunsubscribe"
         # What each call waits to have confirmed.
         self._expected: deque[tuple[bytes, bytes]] = deque()
 
@@ -82,9 +94,10 @@ class Subscriber(Line):
         May be cancelled; the channel may be subscribed all the same.
 
         Raises:
-            RedisError: Redis refuses, or the subscriber is lost.
+            RedisError: Redis refuses, or the subscriber is lost. It refuses a sharded channel
+                with `MovedError` when the slot is another node's.
         """
-        await self._confirmed(b"subscribe", channel)
+        await self._confirmed(self._subscribe, channel)
 
     async def unsubscribe(self, channel: bytes) -> None:
         """Return when no more messages will come; for a channel that is not subscribed too.
@@ -92,7 +105,7 @@ class Subscriber(Line):
         Raises:
             RedisError: the subscriber is lost.
         """
-        await self._confirmed(b"unsubscribe", channel)
+        await self._confirmed(self._unsubscribe, channel)
 
     async def _confirmed(self, verb: bytes, channel: bytes) -> None:
         event = anyio.Event()
@@ -126,12 +139,20 @@ class Subscriber(Line):
     def _take(self, replies: list[Reply | RedisError]) -> None:
         for reply in replies:
             match reply:
-                case [b"message", bytes(channel), bytes(payload)]:
+                case [b"message" | b"smessage", bytes(channel), bytes(payload)]:
                     self._message(channel, payload)
                 case [bytes(verb), bytes(channel), int()] if self._pending and self._expected[
                     0
                 ] == (verb, channel):
                     self._answer(reply)
+                case [b"sunsubscribe", bytes(channel), int()] if self._gone is not None:
+                    if channel == self._probe_channel:
+                        raise LinkLostError(f"{self._address}: the slot of the probe has moved")
+                    self._gone(channel)
+                case MovedError(slot_id=slot) if not self._awaits(slot):
+                    # Of an unsubscription, after the node has taken the channel away: that was
+                    # taken for the answer.
+                    pass
                 case RedisError() if self._pending:
                     self._answer(reply)
                 case _:
@@ -142,6 +163,10 @@ class Subscriber(Line):
             self._on_message(channel, payload)
         elif payload.startswith(self._probe_prefix):
             self._heard = True
+
+    def _awaits(self, slot: int) -> bool:
+        """Whether the next answer is about a channel of this slot."""
+        return bool(self._pending) and slot_of(self._expected[0][1]) == slot
 
     def _answer(self, reply: Reply | RedisError) -> None:
         self._expected.popleft()

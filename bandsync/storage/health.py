@@ -8,7 +8,8 @@ import trio
 from redis.exceptions import RedisError
 
 from bandsync.clock import SessionClock
-from bandsync.redis_link.link import Link
+from bandsync.redis_link.address import Address
+from bandsync.redis_link.executor import Executor
 from bandsync.redis_link.script import Script
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.records import read_presence, write_presence
@@ -63,8 +64,9 @@ class HealthCheck:
         self._serving = serving
         self._written = -PRESENCE_PERIOD_S
         self._owned = False
+        self._reference: Address | None = None
 
-    async def claim(self, link: Link) -> None:
+    async def claim(self, link: Executor) -> None:
         """Make sure that no other live server has our name.
 
         An entry that an earlier life of ours left behind is not refreshed, and if that was on this
@@ -93,12 +95,12 @@ class HealthCheck:
                 return
             await trio.sleep(_CLAIM_POLL_S)
 
-    async def give_up(self, link: Link) -> None:
+    async def give_up(self, link: Executor) -> None:
         """Take our presence back: we are about to end."""
         self._written = math.inf
         await link.execute("DEL", self._presence_key)
 
-    async def prove(self, link: Link, checks: int, hurry: trio.Event) -> None:
+    async def prove(self, link: Executor, checks: int, hurry: trio.Event) -> None:
         """Return after so many checks in a row, each with a write: a full Redis answers PING.
 
         Args:
@@ -117,7 +119,7 @@ class HealthCheck:
                     return
             await self._check(link, write=True)
 
-    async def watch(self, link: Link) -> None:
+    async def watch(self, link: Executor) -> None:
         """Check for ever.
 
         Raises:
@@ -128,7 +130,11 @@ class HealthCheck:
             due = trio.current_time() - self._written >= PRESENCE_PERIOD_S
             await self._check(link, write=due)
 
-    async def _check(self, link: Link, *, write: bool) -> None:
+    async def _check(self, link: Executor, *, write: bool) -> None:
+        if link.address != self._reference:
+            # Of a Cluster another node answers by now, with a clock of its own.
+            self._reference = link.address
+            self._clock.reset_filter()
         sent = trio.current_time()
         # The link has the deadline: it knows our own stalls from the silence of Redis.
         replies = await link.execute_all([("PING",), ("TIME",)])
@@ -147,7 +153,7 @@ class HealthCheck:
                 reference_ms = int(seconds) * 1000 + int(microseconds) / 1000
                 self._clock.observe(sent, received, reference_ms, serving=self._serving())
 
-    async def _write(self, link: Link) -> None:
+    async def _write(self, link: Executor) -> None:
         """Refresh our presence.
 
         Raises:

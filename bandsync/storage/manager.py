@@ -18,8 +18,7 @@ from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
 from bandsync.redis_link.errors import LossReason, loss_reason
-from bandsync.redis_link.link import Link
-from bandsync.redis_link.subscriber import Subscriber
+from bandsync.redis_link.executor import Executor, Listener
 from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.base import Lost, RedisStatus, StorageType
@@ -46,10 +45,10 @@ class Redis(Protocol):
     def keys(self) -> Keys:
         """The names of everything there."""
 
-    def link(self) -> Link:
+    def link(self) -> Executor:
         """A link for one attempt."""
 
-    def subscriber(self, link: Link, heard: Callable[[bytes, bytes], None]) -> Subscriber:
+    def subscriber(self, link: Executor, heard: Callable[[bytes, bytes], None]) -> Listener:
         """A subscriber beside ``link``, that calls ``heard`` with each channel and message."""
 
 
@@ -119,7 +118,7 @@ class StorageManager:
         self._backoff = EqualJitterBackoff(
             MAX_RETRY_DELAY_S, settings.redis_retry_delay_on_failure / 1000
         )
-        self._link: Link | None = None
+        self._link: Executor | None = None
         self._era: Era | None = None
         self._loss: Loss | None = None
         self._lost_at: float | None = None
@@ -285,7 +284,7 @@ class StorageManager:
         tell()
         return True
 
-    async def _watch(self, link: Link, era: Era) -> None:
+    async def _watch(self, link: Executor, era: Era) -> None:
         """Watch its health, for ever.
 
         Raises:
@@ -298,7 +297,7 @@ class StorageManager:
             era.end(_loss([error]))
             raise
 
-    async def _claim(self, link: Link) -> None:
+    async def _claim(self, link: Executor) -> None:
         """Be the only live server of our name, or do not use Redis."""
         self.claiming = True
         try:
@@ -318,7 +317,9 @@ class StorageManager:
         interval_s = self._settings.redis_health_interval_ms / 1000
         return max(STABLE_CHECKS, min(checks, round(MAX_STABLE_S / interval_s)))
 
-    async def _begin(self, redis: Redis, link: Link, host: Host, cancel: Callable[[], None]) -> Era:
+    async def _begin(
+        self, redis: Redis, link: Executor, host: Host, cancel: Callable[[], None]
+    ) -> Era:
         """From now on sessions are opened in Redis."""
 
         def on_loss(reason: LossReason, error: RedisError) -> None:

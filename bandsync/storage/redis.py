@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LossReason, loss_reason
-from bandsync.redis_link.link import Link
+from bandsync.redis_link.executor import Executor
 from bandsync.redis_link.script import Script
 from bandsync.session import Session, Tip, tip
 from bandsync.storage.base import (
@@ -65,6 +65,10 @@ class Keys(Struct, frozen=True):
         """The channel by which a server hears itself."""
         return f"{self.prefix}probe:{server_id}"
 
+    def proof(self, server_id: str, number: int) -> str:
+        """The same at one master of a Cluster, and a key there; the number makes the slot."""
+        return f"{self.prefix}probe:{{{number}}}:{server_id}"
+
 
 class RedisStorage(Storage):
     """Keeps sessions in Redis, over one link and as long as that lives.
@@ -78,7 +82,7 @@ class RedisStorage(Storage):
 
     def __init__(
         self,
-        link: Link,
+        link: Executor,
         keys: Keys,
         *,
         ttl_s: int,
@@ -119,6 +123,8 @@ class RedisStorage(Storage):
             new.version,
             new.event_id,
             self._ttl_s,
+            self._link.publish_verb,
+            self._keys.events(session_id),
             message,
             len(gone),
             *gone,
@@ -126,14 +132,16 @@ class RedisStorage(Storage):
         for name, value in fields.items():
             arguments.append(name)
             arguments.append(value)
-        keys = (self._keys.session(session_id), self._keys.events(session_id))
+        key = self._keys.session(session_id)
         try:
-            reply = await _COMMIT.execute(self._link, keys, arguments)
-            if reply == 1:
-                return Committed(committed)
-            return Conflict(_read(session_id, reply))
+            reply = await _COMMIT.execute(self._link, (key,), arguments)
+            if reply != 1:
+                return Conflict(_read(session_id, reply))
         except (RedisError, UnreadableError) as error:
             return self._unusable(error)
+        if self._link.publish_verb == "SPUBLISH" and self._link.handed_over(key):
+            await self.tell(session_id, message)
+        return Committed(committed)
 
     async def rehearse(self) -> None:
         """Run the script for a commit that must be refused: whether this Redis can do what we need.
@@ -141,8 +149,7 @@ class RedisStorage(Storage):
         Raises:
             RedisError: it cannot.
         """
-        keys = (self._keys.session(_NOBODY), self._keys.events(_NOBODY))
-        await _COMMIT.execute(self._link, keys, ("-", "-", "-"))
+        await _COMMIT.execute(self._link, (self._keys.session(_NOBODY),), ("-", "-", "-"))
 
     async def delete_session(self, session_id: str) -> bool | Lost:
         try:
@@ -200,7 +207,9 @@ class RedisStorage(Storage):
 
     async def tell(self, session_id: str, message: bytes) -> None:
         try:
-            await self._link.execute("PUBLISH", self._keys.events(session_id), message)
+            await self._link.execute(
+                self._link.publish_verb, self._keys.events(session_id), message
+            )
         except RedisError as error:
             self._unusable(error)
 
@@ -220,23 +229,19 @@ class RedisStorage(Storage):
         return dict(zip(server_ids, entries, strict=True))
 
     async def _scan(self) -> list[str]:
-        """The ids of all sessions."""
+        """The ids of all sessions; one that is handed from node to node may be missed."""
         start, end = self._keys.session("\0").split("\0")
         pattern = f"{_literally(start)}*{_literally(end)}"
         found: dict[str, None] = {}
-        cursor: bytes | int = 0
-        while True:
-            reply = await self._link.execute("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT)
-            assert isinstance(reply, list)
-            following, keys = reply
-            assert isinstance(following, bytes)
-            assert isinstance(keys, list)
-            for key in keys:
-                assert isinstance(key, bytes)
-                found[key.decode(errors="replace")[len(start) : -len(end)]] = None
-            cursor = following
-            if cursor == b"0":
-                return list(found)
+        for part in self._link.parts():
+            cursor: bytes | int = 0
+            while cursor != b"0":
+                reply = await part.execute("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT)
+                assert isinstance(reply, list)
+                cursor, keys = _page(reply)
+                for key in keys:
+                    found[key.decode(errors="replace")[len(start) : -len(end)]] = None
+        return list(found)
 
     def _unusable(self, error: RedisError | UnreadableError) -> Unusable:
         if isinstance(error, UnreadableError) or _WRONG_TYPE in str(error):
@@ -250,6 +255,14 @@ class RedisStorage(Storage):
     def _lost(self, error: RedisError) -> Lost:
         unusable = self._unusable(error)
         return unusable if isinstance(unusable, Lost) else Lost(unusable.detail)
+
+
+def _page(reply: list[Reply | RedisError]) -> tuple[bytes, list[bytes]]:
+    """The next cursor, and keys, in the answer of SCAN."""
+    cursor, keys = reply
+    assert isinstance(cursor, bytes)
+    assert isinstance(keys, list)
+    return cursor, [key for key in keys if isinstance(key, bytes)]
 
 
 def _read(session_id: str, reply: Reply) -> Session | None:

@@ -9,7 +9,7 @@ from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
 from bandsync.redis_link.errors import loss_reason
-from bandsync.redis_link.subscriber import Subscriber
+from bandsync.redis_link.executor import Listener
 from bandsync.storage.redis import Keys
 
 _RETRY_BASE_S = 0.05
@@ -35,7 +35,7 @@ class Relay:
 
     def __init__(
         self,
-        make_subscriber: Callable[[Callable[[bytes, bytes], None]], Subscriber],
+        make_subscriber: Callable[[Callable[[bytes, bytes], None]], Listener],
         keys: Keys,
         *,
         hosted: Callable[[], Collection[str]],
@@ -52,7 +52,7 @@ class Relay:
         self._catch_up = catch_up
         self._counters = counters
         self._log = log
-        self._subscriber: Subscriber | None = None
+        self._subscriber: Listener | None = None
         # What stands around the session id in the name of a channel.
         start, end = keys.events("\0").encode().split(b"\0")
         self._around = start, end
