@@ -16,10 +16,10 @@ import msgspec
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
-from redis.backoff import EqualJitterBackoff
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.app import StartError, listen, server_name, url_of
+from bandsync.redis_link.backoff import Backoff
 from bandsync.settings import Settings
 from bandsync.worker import LEAVE, Orders, Report, first_of, read_line
 
@@ -32,7 +32,6 @@ LEAVING_S = 0.5
 SILENCE_S = 30.0
 # The claim of a name that an earlier life left behind.
 _CLAIM_S = 10.0
-_MAX_DOUBLINGS = 16
 
 
 class Supervising(Struct, frozen=True):
@@ -247,7 +246,7 @@ class _Worker:
         Raises:
             StartError: the first one did not come to listen.
         """
-        backoff = EqualJitterBackoff(self._pace.longest, self._pace.first)
+        backoff = Backoff(self._pace.longest, self._pace.first)
         started = False
         failures = 0
         while not self._stopping.is_set():
@@ -268,7 +267,7 @@ class _Worker:
                 continue
             stable = ending.listened_s is not None and ending.listened_s >= self._pace.stable
             failures = 0 if stable else failures + 1
-            wait_s = backoff.compute(min(failures, _MAX_DOUBLINGS))
+            wait_s = backoff.compute(failures)
             self._log.warning(
                 "worker.exited",
                 pid=ending.pid,

@@ -196,6 +196,16 @@ async def test_whoever_cannot_be_reached_is_asked_less_and_less_often(
     assert channel.attempts[-1] - lost_at <= 0.1
 
 
+async def test_whoever_is_refused_for_hours_is_still_asked(
+    channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """As by an ACL: two to the power of all those failures is no float any more."""
+    channel.refusals.extend(NoPermissionError("NOPERM") for _ in range(1100))
+    nursery.start_soon(channel.relay.run)
+    await trio.sleep(1100 * RETRY_CAP_S)
+    assert channel.relay.listening
+
+
 async def test_a_subscription_that_dies_again_and_again_does_not_spin(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Protocol
 
 import trio
-from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
+from bandsync.redis_link.backoff import Backoff
 from bandsync.redis_link.errors import LossReason, loss_reason
 from bandsync.redis_link.executor import Executor, Listener
 from bandsync.session import Session
@@ -115,9 +115,7 @@ class StorageManager:
         self._counters = counters
         self._recovery_seconds = recovery_seconds
         self._log = log
-        self._backoff = EqualJitterBackoff(
-            MAX_RETRY_DELAY_S, settings.redis_retry_delay_on_failure / 1000
-        )
+        self._backoff = Backoff(MAX_RETRY_DELAY_S, settings.redis_retry_delay_on_failure / 1000)
         self._link: Executor | None = None
         self._era: Era | None = None
         self._loss: Loss | None = None

@@ -3,11 +3,11 @@
 from collections.abc import Awaitable, Callable, Collection
 
 import trio
-from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
+from bandsync.redis_link.backoff import Backoff
 from bandsync.redis_link.errors import loss_reason
 from bandsync.redis_link.executor import Listener
 from bandsync.storage.redis import Keys
@@ -64,7 +64,7 @@ class Relay:
 
     async def run(self) -> None:
         """Listen, for ever: a subscription that dies alone makes changes late, no more."""
-        backoff = EqualJitterBackoff(_RETRY_CAP_S, _RETRY_BASE_S)
+        backoff = Backoff(_RETRY_CAP_S, _RETRY_BASE_S)
         failures = 0
         while True:
             if await self._listen():
