@@ -90,6 +90,7 @@ class Player:
         self._foreign = foreign
         self._notice = notice
         self._requests = count(1)
+        self._asked_snapshot = False
         self._connection: Connection | None = None
 
     @property
@@ -145,6 +146,7 @@ class Player:
     async def fresh_snapshot(self) -> Message:
         """The state of the session, asked for."""
         self.snapshot = {}
+        self._asked_snapshot = True
         asked = await self.ask("sync_request")
         if not asked.acked:
             raise ChaosError(f"{self.session}/{self.name}: no snapshot: {asked.answer}")
@@ -225,7 +227,8 @@ class Player:
         def tap(at: float, text: str) -> None:
             message = json.loads(text)
             if bands and message["type"] == "snapshot":
-                _compare(record, at, bands[0].session, message)
+                _compare(record, at, bands[0].session, message, answer=self._asked_snapshot)
+                self._asked_snapshot = False
             self._hear(connection, at, message)
 
         connection = Connection(record, send)
@@ -248,11 +251,11 @@ class Player:
                 task_status.started(connection)
                 await connection.close.wait()
                 await band.close()
-        except client.Unreachable as lost:
+        except client.Ended as lost:
             if not bands:
                 raise
             if not connection.ending:
-                record.closed = (trio.current_time(), lost.close_code)
+                record.closed = (trio.current_time(), close_code(lost))
         connection.ended.set()
 
     def _hear(self, connection: Connection, at: float, message: Message) -> None:
@@ -277,9 +280,33 @@ class Player:
         connection.news = trio.Event()
 
 
-def _compare(record: Record, at: float, view: client.SessionView, snapshot: Message) -> None:
-    """What our client knew must be what the server shows, if it is of the same version."""
-    if (view.epoch, view.version) != (snapshot["epoch"], snapshot["version"]):
+def close_code(ended: client.Ended) -> int:
+    """What a client was closed with, as far as it tells."""
+    match ended:
+        case client.Superseded():
+            return 4001
+        case client.JoinRefused(code="policy"):
+            return 1008
+        case client.Unreachable():
+            return ended.close_code
+    return 1006
+
+
+def _compare(
+    record: Record, at: float, view: client.SessionView, snapshot: Message, *, answer: bool
+) -> None:
+    """What our client knew must be what the server shows, if it is of the same version.
+
+    Args:
+        answer: it was asked for, so nothing that it shows may still be on its way: a view that is
+            behind it has stopped.
+    """
+    if view.epoch != snapshot["epoch"]:
+        return
+    if view.version != snapshot["version"]:
+        if answer and view.version < snapshot["version"]:
+            text = f"known is version {view.version}, shown is {snapshot['version']}"
+            record.wrong.append((at, text))
         return
     known = {
         **msgspec.to_builtins(view),

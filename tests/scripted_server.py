@@ -188,3 +188,35 @@ class ScriptedServer:
             await self.send("clock_sync", t0=message["t0"], t1=received, t2=received)
         elif kind != "sync_report":
             await self.ack(message)
+
+
+class Clogged(trio.abc.Stream):
+    """Takes bytes until it does not."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.clogged = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self.stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self.clogged:
+            await trio.sleep_forever()
+        await self.stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+class Slow(Clogged):
+    """Takes its time."""
+
+    delay_s = 0.0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.sleep(self.delay_s)
+        await self.stream.send_all(data)

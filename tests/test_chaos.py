@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+
+from bandsync import client
+from bandsync.client.membership import Membership
+from tests.servers import Server, musician
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 120
@@ -26,6 +31,7 @@ from chaosjudge import (  # noqa: E402
     essence,
     judge,
 )
+from chaosplayer import Player, close_code  # noqa: E402
 from chaosreport import table, too_much  # noqa: E402
 
 sys.path.remove(str(SCRIPTS))
@@ -208,6 +214,52 @@ def test_a_lost_connection(history: History) -> None:
 def test_a_client_that_knows_something_else(history: History) -> None:
     history.record.wrong = [(10.2, "known / shown at version 4: message: a / b")]
     assert history.found() == [("reset", "state")]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_our_client_s_view_must_keep_up(
+    server: Server, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    player = Player(nursery, server.port, "song", "ann", foreign=False)
+    await player.join()
+    if frozen:
+        monkeypatch.setattr(Membership, "hear", lambda self, message: False)
+    async with musician(server) as bob:
+        await bob.join()
+        await player.until(
+            lambda: any(m["type"] == "user_joined" for _, m in player.records[0].heard)
+        )
+        await player.fresh_snapshot()
+    assert [text for _, text in player.records[0].wrong] == (
+        ["known is version 1, shown is 2"] if frozen else []
+    )
+    await player.disconnect()
+
+
+async def test_our_client_s_place_that_is_taken_is_a_lost_connection(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    player = Player(nursery, server.port, "song", "ann", foreign=False)
+    await player.join()
+    async with musician(server) as thief:
+        await thief.join(resumeToken=player.snapshot["you"]["resumeToken"])
+        await player.ended()
+    closed = player.records[0].closed
+    assert closed is not None
+    assert closed[1] == 4001
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [
+        (client.Superseded(), 4001),
+        (client.JoinRefused("policy", "Go."), 1008),
+        (client.JoinRefused("unauthorized", "No."), 1006),
+        (client.Unreachable("gone", 1012), 1012),
+    ],
+)
+def test_the_code_that_ended_our_client(ended: client.Ended, code: int) -> None:
+    assert close_code(ended) == code
 
 
 def test_a_jump_of_the_position_in_a_snapshot(history: History) -> None:

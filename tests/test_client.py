@@ -9,6 +9,7 @@ import trustme
 
 from bandsync import client
 from bandsync.client import Band, CommandRefused, JoinRefused, NotConnected, Superseded, Unreachable
+from bandsync.client.address import address_of
 from bandsync.commands import Heartbeat, Play
 from bandsync.messages import (
     ChatSent,
@@ -317,17 +318,55 @@ async def test_join_tokens(nursery: trio.Nursery) -> None:
         ("ws://localhost?x=1", "song"),
         ("localhost:3001", "song"),
         ("ws://localhost:99999", "song"),
+        ("ws://localhost:0", "song"),
+        ("ws://ann:secret@localhost", "song"),
+        ("ws://local host", "song"),
+        ("ws://local..host", "song"),
+        ("ws://" + 64 * "a", "song"),
         ("ws://localhost", "no good"),
         ("ws://localhost", ""),
     ],
 )
 async def test_what_can_never_be_right_is_said_at_once(address: str, session: str) -> None:
-    with pytest.raises(ValueError, match=r"address|session id|[Pp]ort"):
+    with pytest.raises(ValueError, match=r"address|session id|[Pp]ort") as wrong:
         async with client.connect(address, session):
             raise AssertionError("nobody is in")
+    assert "secret" not in str(wrong.value)
     with pytest.raises(ValueError, match="wss"):
         async with client.connect("ws://x", "song", ssl_context=ssl.create_default_context()):
             raise AssertionError("nobody is in")
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "path"),
+    [
+        ("ws://Localhost:80/", "localhost", "/ws/song"),
+        ("wss://localhost:80/band/", "localhost:80", "/band/ws/song"),
+        ("ws://[::1]:3001", "[::1]:3001", "/ws/song"),
+        (
+            "ws://b\xfccher.example:81/p\xe4 th/%20",
+            "xn--bcher-kva.example:81",
+            "/p%C3%A4%20th/%20/ws/song",
+        ),
+    ],
+)
+async def test_what_a_request_cannot_carry_is_encoded(address: str, host: str, path: str) -> None:
+    found = address_of(address, "song")
+    assert (found.host, found.path) == (host, path)
+
+
+async def test_what_the_system_trusts_is_read_once(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    create = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda: made.append(1) or create())
+    port = free_port()
+    with pytest.raises(Unreachable):
+        # Several attempts.
+        async with client.connect(f"wss://127.0.0.1:{port}", "song", join_within=2):
+            raise AssertionError("nobody is in")
+    assert made == [1]
 
 
 async def test_nobody_there() -> None:

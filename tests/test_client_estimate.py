@@ -44,20 +44,29 @@ def check_bound(estimate: ClockEstimate, world: World) -> None:
     assert abs(used - world.offset) <= error
 
 
+def instant(estimate: ClockEstimate, world: World) -> tuple[float, float]:
+    """Our clock and the session clock, as it is shown."""
+    used = estimate.offset_at(world.now)
+    assert used is not None
+    return world.now, world.now + used
+
+
 delays = st.floats(0, 300)
 rates = st.floats(-DRIFT, DRIFT)
 exchanges = st.lists(st.tuples(delays, st.floats(0, 20), delays, st.floats(0, 5000), rates))
 
 
-@given(exchanges, st.floats(-1e12, 1e12), st.floats(0, 60_000))
+@given(exchanges, st.floats(-1e12, 1e12), st.floats(0, 60_000), st.floats(0, 500))
 def test_the_error_bound_is_honest(
-    plan: list[tuple[float, float, float, float, float]], offset: float, later: float
+    plan: list[tuple[float, float, float, float, float]], offset: float, later: float, late: float
 ) -> None:
     world, estimate = World(offset), ClockEstimate()
     estimate.guess(world.now + world.offset + 123, world.now)
     for number, (there, held, back, pause, rate) in enumerate(plan):
         world.rate = rate
-        estimate.observe(world.exchange(there, held, back), burst=number < BURST)
+        exchange = world.exchange(there, held, back)
+        world.wait(late)
+        estimate.observe(exchange, world.now, burst=number < BURST)
         check_bound(estimate, world)
         world.wait(pause)
         check_bound(estimate, world)
@@ -66,22 +75,26 @@ def test_the_error_bound_is_honest(
         check_bound(estimate, world)
 
 
-@given(exchanges, st.lists(st.floats(0, 3000), max_size=5))
+@given(exchanges, st.lists(st.floats(0, 3000), max_size=5), st.lists(st.floats(0, 500)))
 def test_instants_never_run_backwards_after_the_first_burst(
-    plan: list[tuple[float, float, float, float, float]], looks: list[float]
+    plan: list[tuple[float, float, float, float, float]], looks: list[float], late: list[float]
 ) -> None:
     world, estimate = World(), ClockEstimate()
-    estimate.observe(world.exchange(300, 0, 0), burst=False)
+    estimate.observe(world.exchange(300, 0, 0), world.now, burst=False)
     shown = []
     for there, held, back, pause, rate in plan:
         world.rate = rate
+        exchange = world.exchange(there, held, back)
+        # The answer has arrived, and the process has other things to do first: instants are read
+        # off meanwhile.
+        for wait in late:
+            world.wait(wait)
+            shown.append(instant(estimate, world))
         # A whole burst of worse ones, as after a reconnect, changes nothing in that.
-        estimate.observe(world.exchange(there, held, back), burst=there > 150)
+        estimate.observe(exchange, world.now, burst=there > 150)
         for wait in (0.0, *looks, pause):
             world.wait(wait)
-            used = estimate.offset_at(world.now)
-            assert used is not None
-            shown.append((world.now, world.now + used))
+            shown.append(instant(estimate, world))
     for (before, earlier), (after, later) in pairwise(shown):
         # Nor does it leap: it runs at most 2 % off its rate.
         assert 0.98 * (after - before) - 0.001 <= later - earlier <= 1.02 * (after - before) + 0.001
@@ -101,14 +114,14 @@ def test_before_the_first_exchange_nothing_is_known_of_the_error() -> None:
 
 def test_the_first_exchange_is_taken_at_once_and_later_differences_are_slewed() -> None:
     world, estimate = World(), ClockEstimate()
-    estimate.observe(world.exchange(100, 0, 0), burst=True)
+    estimate.observe(world.exchange(100, 0, 0), world.now, burst=True)
     assert estimate.offset_at(world.now) == pytest.approx(world.offset + 50, abs=0.01)
-    estimate.observe(world.exchange(10, 0, 0), burst=True)
+    estimate.observe(world.exchange(10, 0, 0), world.now, burst=True)
     assert estimate.offset_at(world.now) == pytest.approx(world.offset + 5, abs=0.01)
     # Ten milliseconds better known: half a second at 2 %.
     world, estimate = World(), ClockEstimate()
-    estimate.observe(world.exchange(20, 0, 0), burst=False)
-    estimate.observe(world.exchange(0, 0, 0), burst=False)
+    estimate.observe(world.exchange(20, 0, 0), world.now, burst=False)
+    estimate.observe(world.exchange(0, 0, 0), world.now, burst=False)
     assert estimate.offset_at(world.now) == pytest.approx(world.offset + 10, abs=0.1)
     world.wait(250)
     assert estimate.offset_at(world.now) == pytest.approx(world.offset + 5, abs=0.1)
@@ -119,11 +132,11 @@ def test_the_first_exchange_is_taken_at_once_and_later_differences_are_slewed() 
 def test_a_clock_that_stepped_is_followed_at_once_and_what_was_before_forgotten() -> None:
     world, estimate = World(), ClockEstimate()
     for _ in range(30):
-        estimate.observe(world.exchange(5, 0, 5), burst=False)
+        estimate.observe(world.exchange(5, 0, 5), world.now, burst=False)
         world.wait(100)
     assert estimate.samples == 30
     world.offset += 3_600_000
-    estimate.observe(world.exchange(5, 0, 5), burst=False)
+    estimate.observe(world.exchange(5, 0, 5), world.now, burst=False)
     assert estimate.samples == 1
     check_bound(estimate, world)
     assert estimate.offset_at(world.now) == pytest.approx(world.offset, abs=0.1)
@@ -132,7 +145,7 @@ def test_a_clock_that_stepped_is_followed_at_once_and_what_was_before_forgotten(
 def test_another_server_is_another_clock_but_a_good_offset_stays_in_use() -> None:
     world, estimate = World(), ClockEstimate()
     for _ in range(30):
-        estimate.observe(world.exchange(2, 0, 2), burst=False)
+        estimate.observe(world.exchange(2, 0, 2), world.now, burst=False)
     estimate.forget_exchanges()
     assert estimate.error_at(world.now) is None
     # Its clock is 1.5 ms off the first one's: exchanges with the first would rule that out.
@@ -140,7 +153,7 @@ def test_another_server_is_another_clock_but_a_good_offset_stays_in_use() -> Non
     for number in range(BURST):
         # The first answers are slow one way; following them would be a detour of 60 ms.
         back = 120 if number < 5 else 1
-        estimate.observe(world.exchange(1, 0, back), burst=True)
+        estimate.observe(world.exchange(1, 0, back), world.now, burst=True)
         check_bound(estimate, world)
         used = estimate.offset_at(world.now)
         assert used == pytest.approx(world.offset, abs=2)
@@ -150,10 +163,10 @@ def test_another_server_is_another_clock_but_a_good_offset_stays_in_use() -> Non
 def test_what_is_kept_is_bounded() -> None:
     world, estimate = World(), ClockEstimate()
     for _ in range(3 * MAX_SAMPLES):
-        estimate.observe(world.exchange(1, 0, 1), burst=False)
+        estimate.observe(world.exchange(1, 0, 1), world.now, burst=False)
     assert estimate.samples == MAX_SAMPLES
     world.wait(MAX_AGE_MS)
-    estimate.observe(world.exchange(1, 0, 1), burst=False)
+    estimate.observe(world.exchange(1, 0, 1), world.now, burst=False)
     assert estimate.samples == 1
 
 
@@ -166,7 +179,7 @@ def errors(seed: int, delay: float, jitter: float) -> tuple[float, float]:
     for number in range(60):
         there, back = (delay / 2 + draw.uniform(0, jitter) for _ in range(2))
         seen.append(world.exchange(there, 0, back))
-        estimate.observe(seen[-1], burst=number < BURST)
+        estimate.observe(seen[-1], world.now, burst=number < BURST)
         world.wait(80 if number < BURST else 200)
     used = estimate.offset_at(world.now)
     assert used is not None

@@ -1,16 +1,19 @@
 """What the client makes of what a server says, the strange things included. On virtual time."""
 
 import gc
+import signal
 from typing import Any
 
 import msgspec
 import pytest
 import trio
+import trio.lowlevel
 from trio.testing import MockClock
 
 from bandsync import client
 from bandsync.client import EventsDropped, EventStream, JoinRefused, UnknownMessage
 from bandsync.client.events import MAX_WAITING, EventHub
+from bandsync.commands import Heartbeat, JoinSession, LeaveSession
 from bandsync.messages import (
     ChatSent,
     LeaderRequested,
@@ -20,7 +23,7 @@ from bandsync.messages import (
     Snapshot,
     StorageStatus,
 )
-from tests.scripted_server import ANN, START, Message, ScriptedServer
+from tests.scripted_server import ANN, START, Message, ScriptedServer, Slow
 
 
 @pytest.fixture
@@ -75,6 +78,46 @@ async def test_what_is_asked_for_at_the_join(
     assert len(script.times("leave_session")) == 2
 
 
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_join_token_is_asked_for_at_every_join(
+    script: ScriptedServer, autojump_clock: MockClock, waits: bool
+) -> None:
+    tokens = iter(["one", "two", "three"])
+
+    async def later() -> str:
+        await trio.sleep(1)
+        return next(tokens)
+
+    async with joined(script, token=later if waits else lambda: next(tokens)) as band:
+        await script.streams[-1].aclose()
+        await trio.sleep(3)
+        assert band.status == "online"
+    asked = [message for _, message in script.heard if message["type"] == "join_session"]
+    assert [join["token"] for join in asked] == ["one", "two"]
+
+
+async def test_without_a_join_token_there_is_another_attempt(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    answers: list[Exception | str] = [OSError("no network"), "good"]
+
+    def token() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async with joined(script, token=token) as band:
+        assert band.status == "online"
+    (join,) = [message for _, message in script.heard if message["type"] == "join_session"]
+    assert join["token"] == "good"
+    answers = [OSError("still no network")] * 100
+    with pytest.raises(client.Unreachable, match="still no network") as unreachable:
+        async with joined(script, token=token):
+            raise AssertionError("nobody is in")
+    assert unreachable.value.__cause__ is answers[0]
+
+
 async def test_a_missing_version_is_asked_for(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
@@ -115,6 +158,36 @@ async def test_it_is_asked_for_again_when_nobody_answers(
         assert band.session.version == script.version
 
 
+@pytest.mark.parametrize("before", ["snapshot", "sync_response", "another gap"])
+async def test_what_came_before_a_gap_does_not_hide_it(
+    script: ScriptedServer, autojump_clock: MockClock, before: str
+) -> None:
+    async with joined(script) as band:
+        await trio.sleep(3)
+        script.answers["sync_request"] = lambda message: script.snapshot(message="healed")
+        script.version += 1
+        if before == "snapshot":
+            # Unsolicited, as after a merge.
+            await script.snapshot()
+        elif before == "sync_response":
+            await say_there_is_no_more(script, band)
+        else:
+            await script.event("message_updated", message="late", by="ann")
+        await trio.sleep(5)
+        asked = len(script.times("sync_request"))
+        script.version += 1
+        await script.event("message_updated", message="late", by="ann")
+        await trio.sleep(1)
+        assert len(script.times("sync_request")) == asked + 1
+        assert (band.session.version, band.session.message) == (script.version, "healed")
+
+
+async def say_there_is_no_more(script: ScriptedServer, band: client.Band) -> None:
+    fields = {"epoch": "one", "positionMs": 0.0, "tempoBpm": 120.0, "isPlaying": False}
+    transport = msgspec.to_builtins(band.session.transport)
+    await script.send("sync_response", **script.head(), **fields, transport=transport)
+
+
 async def test_a_server_that_says_there_is_no_more(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
@@ -122,9 +195,7 @@ async def test_a_server_that_says_there_is_no_more(
         script.version = 3
         await script.event("message_updated", message="?", by="ann")
         await settle()
-        fields = {"epoch": "one", "positionMs": 0.0, "tempoBpm": 120.0, "isPlaying": False}
-        transport = msgspec.to_builtins(band.session.transport)
-        await script.send("sync_response", **script.head(), **fields, transport=transport)
+        await say_there_is_no_more(script, band)
         await trio.sleep(10)
         assert len(script.times("sync_request")) == 1
 
@@ -279,6 +350,42 @@ async def test_a_command_after_the_end_does_not_hide_the_reason(
     assert superseded.value.__cause__ is None
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"), [(4001, client.Superseded), (1008, client.JoinRefused)]
+)
+async def test_a_command_given_during_the_close_does_not_hide_the_reason(
+    script: ScriptedServer,
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    code: int,
+    reason: type[Exception],
+) -> None:
+    streams: list[Slow] = []
+
+    async def open_stream() -> trio.abc.Stream:
+        streams.append(Slow(await script.open_stream()))
+        return streams[-1]
+
+    async def chatter(band: client.Band, start: float) -> None:
+        await trio.sleep(start)
+        while True:
+            await band.chat("x")
+            await trio.sleep(0.01)
+
+    with pytest.raises(reason):
+        async with (
+            client.connect("ws://script", "song", open_stream=open_stream) as band,
+            trio.open_nursery() as commands,
+        ):
+            await trio.sleep(2.5)
+            # Our answer to the close takes its time; commands fail meanwhile.
+            streams[-1].delay_s = 0.05
+            script.answers["chat_message"] = nothing
+            nursery.start_soon(script.close, code)
+            for number in range(30):
+                commands.start_soon(chatter, band, number / 100)
+
+
 async def test_an_interrupt_that_strikes_our_own_task_is_an_interrupt(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
@@ -288,6 +395,37 @@ async def test_an_interrupt_that_strikes_our_own_task_is_an_interrupt(
     with pytest.raises(KeyboardInterrupt):
         async with joined(script, tap=interrupted):
             raise AssertionError("nobody is in")
+
+
+def test_an_interrupt_while_the_block_is_left_ends_it() -> None:
+    ended: list[float] = []
+
+    # Only the main task of a run of Trio gets it.
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            script = ScriptedServer(nursery)
+
+            async def open_stream() -> trio.abc.Stream:
+                # Nothing else would end it then.
+                assert not script.mute
+                return await script.open_stream()
+
+            nursery.start_soon(interrupt_at, 0.5)
+            try:
+                async with client.connect("ws://script", "song", open_stream=open_stream):
+                    script.mute = True
+            finally:
+                ended.append(trio.current_time())
+
+    with pytest.RaisesGroup(KeyboardInterrupt, flatten_subgroups=True):
+        trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert ended[0] <= 4
+
+
+@trio.lowlevel.enable_ki_protection
+async def interrupt_at(seconds: float) -> None:
+    await trio.sleep_until(seconds)
+    signal.raise_signal(signal.SIGINT)
 
 
 async def test_what_fails_together_is_told_together(
@@ -390,6 +528,88 @@ async def test_members_who_are_not_there(script: ScriptedServer, autojump_clock:
         await script.event("member_connection", memberId="nobody", connected=True)
         await settle()
         assert list(band.session.members) == ["bob"]
+
+
+async def test_who_tries_again_at_once_stops_nobody(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        await script.streams[-1].aclose()
+        tries = 0
+        with trio.move_on_after(5):
+            while True:
+                try:
+                    await band.chat("now?")
+                    break
+                except (client.NotConnected, client.ConnectionLost):
+                    tries += 1
+                    assert tries < 1000
+                    if band.status == "resuming":
+                        await trio.sleep(0.1)
+        assert band.status == "online"
+        await band.close()
+        # Nor does it go on when it is cancelled.
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            with pytest.raises(trio.Cancelled):
+                await band.chat("now?")
+            await trio.lowlevel.checkpoint()
+
+
+async def test_what_is_no_command_of_a_member_is_said_at_once(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        for message in (JoinSession(session_id="other"), LeaveSession()):
+            with pytest.raises(ValueError, match="connect, leaving"):
+                await band.command(message)
+        with pytest.raises(ValueError, match="16384"):
+            await band.update_message("\N{EIGHTH NOTE}" * 6000)
+        assert await band.chat("still here") is None
+        assert {message["type"] for _, message in script.heard} == {
+            "join_session",
+            "clock_sync",
+            "chat_message",
+        }
+
+
+async def test_a_request_id_names_one_command_at_a_time(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def later(message: Message) -> None:
+        await trio.sleep(1)
+        await script.ack(message)
+
+    async with joined(script) as band, trio.open_nursery() as nursery:
+        script.answers["heartbeat"] = later
+        used = int(next(m for _, m in script.heard if m["type"] == "join_session")["requestId"])
+        # The one that the client itself would take next.
+        mine = Heartbeat(request_id=str(used + 1))
+        nursery.start_soon(band.command, mine)
+        await settle()
+        with pytest.raises(ValueError, match="under way"):
+            await band.command(mine)
+        await band.chat("with another")
+        await trio.sleep(2)
+        await band.command(mine)
+    ids = [message["requestId"] for _, message in script.heard if "requestId" in message]
+    assert ids == [str(used), str(used + 1), str(used + 2), str(used + 1), str(used + 3)]
+
+
+async def test_a_stream_is_for_one_task(script: ScriptedServer, autojump_clock: MockClock) -> None:
+    async with joined(script) as band:
+        events = band.events()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(anext, events)
+            await settle()
+            with pytest.raises(trio.BusyResourceError), trio.fail_after(1):
+                await anext(events)
+            # The first is none the worse for it.
+            await script.event("message_updated", message="two", by="ann")
+        await script.event("message_updated", message="three", by="ann")
+        event = await anext(events)
+        assert isinstance(event, MessageUpdated)
+        assert event.message == "three"
 
 
 async def test_each_stream_has_its_own_pace(

@@ -1,17 +1,18 @@
 """What the client does by the clock: backoff, silence, probing, deadlines. On virtual time."""
 
 import random
+import ssl
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, memory_stream_pair
 
 from bandsync import client
 from bandsync.client import Band, ConnectionLost, StatusChanged, Unreachable
 from bandsync.client.backoff import delay_s
-from tests.scripted_server import START, Message, ScriptedServer
+from tests.scripted_server import START, Clogged, Message, ScriptedServer, Slow
 
 GRACE_S = 10.0
 
@@ -47,7 +48,8 @@ async def test_attempts_grow_rarer_but_never_end(
         script.refuse = 0
         await band.until_online()
         assert band.you.resumed
-        # From the bottom again.
+        # From the bottom again, if that was a good connection.
+        await trio.sleep(6)
         back = trio.current_time()
         await script.streams[-1].aclose()
         await trio.sleep(0.01)
@@ -74,6 +76,49 @@ async def test_a_server_that_has_had_enough_is_left_alone_for_longer(
         await band.until_online()
         # Within the grace all the same.
         assert 2 <= script.connected[1] - closed <= 4.1
+
+
+async def test_who_is_let_in_and_thrown_out_at_once_comes_back_ever_more_rarely(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def let_in_and_throw_out(message: Message) -> None:
+        await script.let_in(message)
+        await trio.sleep(0.1)
+        await script.close(1011)
+
+    script.answers["join_session"] = let_in_and_throw_out
+    async with joined(script):
+        await trio.sleep(600)
+        assert gaps(script.connected)[0] <= 0.8
+        assert min(gaps(script.connected)[5:]) >= 4
+
+
+async def test_a_network_that_wants_a_login_first_is_waited_out(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    wanted: list[bytes | Exception] = []
+
+    async def open_stream() -> trio.abc.Stream:
+        if not wanted:
+            return await script.open_stream()
+        script.attempts.append(trio.current_time())
+        answer = wanted.pop(0)
+        if isinstance(answer, Exception):
+            raise trio.BrokenResourceError from answer
+        ours, theirs = memory_stream_pair()
+        await ours.send_all(answer)
+        return theirs
+
+    async with client.connect("ws://script", "song", open_stream=open_stream) as band:
+        forbidden = b"HTTP/1.1 403 Log in\r\nContent-Length: 0\r\n\r\n"
+        wanted += [ssl.SSLCertVerificationError("not trusted"), forbidden, forbidden]
+        await script.streams[-1].aclose()
+        await trio.sleep(1)
+        assert band.status == "resuming"
+        await band.until_online()
+        assert band.you.resumed
+        # Not so often.
+        assert min(gaps(script.attempts[1:])) >= 4
 
 
 async def test_who_drains_says_when_to_come_back(
@@ -183,13 +228,102 @@ async def test_a_command_returns_when_the_session_shows_it(
 ) -> None:
     async def ack_first(message: Message) -> None:
         await script.ack(message, script.version + 1)
-        await trio.sleep(3)
+        await trio.sleep(1)
         await script.event("message_updated", message=message["message"], by="ann")
 
     async with joined(script) as band:
         script.answers["update_message"] = ack_first
         assert await band.update_message("Hi") == 2
         assert band.session.message == "Hi"
+        assert script.times("sync_request") == []
+
+
+async def test_an_event_that_does_not_come_is_asked_for(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def ack_only(message: Message) -> None:
+        script.version += 1
+        await script.ack(message, script.version)
+
+    async with joined(script) as band:
+        script.answers["update_message"] = ack_only
+        script.answers["sync_request"] = lambda message: script.snapshot(message="Hi")
+        asked = trio.current_time()
+        assert await band.update_message("Hi") == 2
+        assert band.session.message == "Hi"
+        assert 1 <= trio.current_time() - asked <= 5
+        assert len(script.times("sync_request")) == 1
+
+
+@pytest.mark.parametrize("resuming", [False, True])
+async def test_a_join_that_is_given_up_leaves_no_ghost(
+    script: ScriptedServer, autojump_clock: MockClock, resuming: bool
+) -> None:
+    script.answers["join_session"] = nothing
+    with trio.move_on_after(1 if not resuming else 60):
+        if resuming:
+            del script.answers["join_session"]
+        async with joined(script):
+            await cut_and_asked_again(script)
+    assert len(script.times("join_session")) == (2 if resuming else 1)
+    (left,) = script.times("leave_session")
+    assert left >= script.times("join_session")[-1]
+
+
+async def test_a_resume_that_is_given_up_by_a_close_keeps_the_place(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async with joined(script) as band:
+        await cut_and_asked_again(script)
+        await band.close()
+    assert script.times("leave_session") == []
+
+
+async def cut_and_asked_again(script: ScriptedServer) -> None:
+    asked = trio.Event()
+
+    async def ask(message: Message) -> None:
+        asked.set()
+
+    script.answers["join_session"] = ask
+    await script.streams[-1].aclose()
+    await asked.wait()
+
+
+async def test_a_join_without_an_answer_is_taken_back_before_the_next(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
+    async def no_answer(message: Message) -> None:
+        del script.answers["join_session"]
+        # It is not silent otherwise.
+        for _ in range(5):
+            await trio.sleep(2)
+            await script.send("heartbeat", serverTime=START)
+
+    script.answers["join_session"] = no_answer
+    async with joined(script):
+        assert len(script.times("leave_session")) == 1
+        kinds = [message["type"] for _, message in script.heard]
+        assert [kind for kind in kinds if kind != "clock_sync"] == [
+            "join_session",
+            "leave_session",
+            "join_session",
+        ]
+
+
+@pytest.mark.parametrize("where", ["connecting", "handshake"])
+async def test_cancelling_the_attempt_is_at_once(autojump_clock: MockClock, where: str) -> None:
+    async def open_stream() -> trio.abc.Stream:
+        if where == "connecting":
+            await trio.sleep_forever()
+        return streams[1]
+
+    streams = memory_stream_pair()
+    with trio.move_on_after(0.2) as scope:
+        async with client.connect("ws://script", "song", open_stream=open_stream):
+            raise AssertionError("nobody is in")
+    assert scope.cancelled_caught
+    assert trio.current_time() == pytest.approx(0.2, abs=0.01)
 
 
 async def test_an_acknowledged_change_is_not_lost_with_its_event(
@@ -299,28 +433,6 @@ async def test_who_takes_nothing_is_given_up(
         assert band.you.resumed
 
 
-class Clogged(trio.abc.Stream):
-    """Takes bytes until it does not."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream = stream
-        self.clogged = False
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self.stream.receive_some(max_bytes)
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if self.clogged:
-            await trio.sleep_forever()
-        await self.stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
-
-
 async def test_commands_wait_their_turn_when_very_many_are_given(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
@@ -357,13 +469,3 @@ async def test_a_ping_between_our_goodbye_and_the_answer_harms_nobody(
         script.answers["leave_session"] = slow_down
         left = trio.current_time()
     assert trio.current_time() - left < 2
-
-
-class Slow(Clogged):
-    """Takes its time."""
-
-    delay_s = 0.0
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await trio.sleep(self.delay_s)
-        await self.stream.send_all(data)

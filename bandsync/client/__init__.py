@@ -23,8 +23,10 @@ what it missed. `Band` has the commands and what is known; the events are the st
 `bandsync.messages`, and a few of our own. `bandsync.client.errors` draws the tree of exceptions.
 """
 
+from bandsync.client.address import OpenStream
 from bandsync.client.band import Band, connect
 from bandsync.client.clock import SessionClock
+from bandsync.client.conversation import Tap
 from bandsync.client.errors import (
     ClientError,
     CommandRefused,
@@ -37,6 +39,7 @@ from bandsync.client.errors import (
 )
 from bandsync.client.events import BandEvent, EventsDropped, EventStream, Status, StatusChanged
 from bandsync.client.inbound import UnknownMessage
+from bandsync.client.membership import Token
 from bandsync.client.view import SessionView
 
 __all__ = [
@@ -50,11 +53,14 @@ __all__ = [
     "EventsDropped",
     "JoinRefused",
     "NotConnected",
+    "OpenStream",
     "SessionClock",
     "SessionView",
     "Status",
     "StatusChanged",
     "Superseded",
+    "Tap",
+    "Token",
     "UnknownMessage",
     "Unreachable",
     "connect",

@@ -1,8 +1,9 @@
 """Where a session is: the address of a server and the way there."""
 
+import re
 import ssl
 from collections.abc import Awaitable, Callable
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import trio
 from msgspec import Struct
@@ -10,6 +11,10 @@ from msgspec import Struct
 from bandsync.commands import is_session_id
 
 _PORTS = {"ws": 80, "wss": 443}
+# RFC 3986 section 3.3, and what is encoded already.
+_IN_PATHS = "/%:@!$&'()*+,;=~"
+# No spaces and no signs of ASCII but these; % is for the zones of IPv6.
+_HOST = re.compile(r"[-\w.:%]+")
 
 OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
 
@@ -38,6 +43,7 @@ def address_of(
 
     Args:
         url: ``ws://host:port`` or ``wss://…``, with the path of a proxy if there is one.
+            What a request cannot carry as it is, is encoded.
         ssl_context: for ``wss``; None for one that trusts what the system trusts.
         open_stream: used instead of TCP.
 
@@ -45,8 +51,12 @@ def address_of(
         ValueError: the URL or the session id cannot be right.
     """
     parts = urlsplit(url)
-    host = parts.hostname
-    if parts.scheme not in _PORTS or not host or parts.query or parts.fragment:
+    host = _ascii(parts.hostname or "")
+    if "@" in parts.netloc:
+        # Not repeated: it may be a password.
+        raise ValueError("an address of a server has neither user nor password")
+    is_server = parts.scheme in _PORTS and bool(host) and parts.port != 0
+    if not is_server or parts.query or parts.fragment:
         raise ValueError(f"{url!r} is no address of a server: ws://host:port or wss://host:port")
     if not is_session_id(session_id):
         raise ValueError(f"{session_id!r} is no session id: 1 to 64 of A-Z a-z 0-9 . _ -")
@@ -55,14 +65,16 @@ def address_of(
         raise ValueError("an ssl_context is for wss:// addresses")
     default = _PORTS[parts.scheme]
     port = default if parts.port is None else parts.port
+    if secure and ssl_context is None and open_stream is None:
+        # Once: to read all that the system trusts takes long enough to be heard.
+        ssl_context = ssl.create_default_context()
     bracketed = f"[{host}]" if ":" in host else host
 
     async def tcp() -> trio.abc.Stream:
         if not secure:
             return await trio.open_tcp_stream(host, port)
-        context = ssl_context or ssl.create_default_context()
         stream = await trio.open_ssl_over_tcp_stream(
-            host, port, ssl_context=context, https_compatible=True
+            host, port, ssl_context=ssl_context, https_compatible=True
         )
         try:
             # Left to the first message, a certificate that is not trusted would be one more
@@ -75,6 +87,17 @@ def address_of(
 
     return Address(
         host=bracketed if port == default else f"{bracketed}:{port}",
-        path=f"{parts.path.rstrip('/')}/ws/{session_id}",
+        path=f"{quote(parts.path.rstrip('/'), safe=_IN_PATHS)}/ws/{session_id}",
         open_stream=open_stream or tcp,
     )
+
+
+def _ascii(host: str) -> str:
+    """A host as DNS and TLS know it; nothing if it can be none."""
+    if not _HOST.fullmatch(host):
+        return ""
+    try:
+        # An address of IPv6 is no name.
+        return host if ":" in host else host.encode("idna").decode()
+    except UnicodeError:
+        return ""

@@ -13,11 +13,12 @@ from bandsync import transport as arithmetic
 from bandsync.client.address import OpenStream, address_of
 from bandsync.client.clock import SessionClock
 from bandsync.client.conversation import Tap
-from bandsync.client.errors import ClientError, ConnectionLost, NotConnected, first_of
+from bandsync.client.errors import ClientError, NotConnected
 from bandsync.client.events import EventStream, Status
 from bandsync.client.keeper import Keeper, Patience
 from bandsync.client.line import CLOSE_TIMEOUT_S
-from bandsync.client.membership import Membership
+from bandsync.client.meaning import meant
+from bandsync.client.membership import Membership, Token
 from bandsync.client.view import SessionView, instant_of_beat
 from bandsync.commands import (
     ChatMessage,
@@ -178,7 +179,19 @@ class Band:
     # Commands.
 
     async def command(self, message: ClientMessage) -> int | None:
-        """Give any command of `bandsync.commands`; the others are made of this one."""
+        """Give any command of `bandsync.commands`; the others are made of this one.
+
+        Raises:
+            ValueError: it is longer than the server allows, or its request id is that of another
+                that is under way, or it joins or leaves, which is for `connect` and `leave`.
+        """
+        if isinstance(message, JoinSession | LeaveSession):
+            raise ValueError("joining is done by connect, leaving by Band.leave")
+        return await self._command(message)
+
+    async def _command(self, message: ClientMessage) -> int | None:
+        # Whoever tries again at once must not keep the connection from coming back.
+        await trio.lowlevel.checkpoint()
         conversation = self._keeper.conversation
         if conversation is None:
             raise NotConnected
@@ -272,7 +285,8 @@ class Band:
         with trio.move_on_after(_LEAVE_TIMEOUT_S):
             # Refused or cut off, there is no place to leave.
             with suppress(ClientError):
-                await self.command(LeaveSession())
+                await self._command(LeaveSession())
+        self._keeper.withdraw()
         await self.close()
 
     async def close(self) -> None:
@@ -294,7 +308,7 @@ async def connect(
     *,
     display_name: str | None = None,
     role: Role | None = None,
-    token: str | None = None,
+    token: Token | None = None,
     resume_token: str | None = None,
     ticks: bool = False,
     join_within: float = 20.0,
@@ -318,7 +332,8 @@ async def connect(
         session_id: 1 to 64 of ``A-Z a-z 0-9 . _ -``; created if there is none.
         display_name: 1 to 64 characters; None for the server's default.
         role: ask for the lead, or not to be told.
-        token: the join token, where the server wants one.
+        token: the join token, where the server wants one; or a function, async or not, that gets
+            a fresh one at every join. If it raises, the attempt has failed and another follows.
         resume_token: of an earlier connection, to take its place.
         ticks: also receive a `ScrollTick` ten times a second. Nobody needs them who can ask
             `Band.position_at`.
@@ -340,10 +355,9 @@ async def connect(
         session_id=session_id,
         display_name=_given(display_name),
         role=_given(role),
-        token=_given(token),
         ticks=ticks,
     )
-    membership = Membership(join, resume_token)
+    membership = Membership(join, token, resume_token)
     block = trio.CancelScope()
     keeper = Keeper(address, membership, Patience(join_within, give_up_after), block.cancel, tap)
     failure: BaseException | None = None
@@ -356,39 +370,21 @@ async def connect(
                     await keeper.joined.wait()
                     yield band
             finally:
-                # Its waits have deadlines of their own.
-                with trio.CancelScope(shield=True):
-                    await (band.leave() if keeper.conversation is not None else band.close())
+                try:
+                    # Its waits have deadlines of their own.
+                    with trio.CancelScope(shield=True):
+                        await band.leave()
+                finally:
+                    # Ctrl-C, which no shield keeps out: the keeper has one, too, and would stay.
+                    keeper.abandon()
             if block.cancelled_caught and keeper.error is not None:
                 raise keeper.error
     except BaseExceptionGroup as group:
-        failure = _meant(group, keeper.error)
+        failure = meant(group, keeper.error)
         if failure is group:
             raise
     if failure is not None:
         raise failure
-
-
-def _meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -> BaseException:
-    """The one exception that the user of the block is to see."""
-    interrupt = group.subgroup(KeyboardInterrupt)
-    if interrupt is not None:
-        # It may strike a task of ours, deep in groups that nobody looks into for it.
-        return first_of(interrupt)
-    others = [each for each in group.exceptions if not isinstance(each, trio.Cancelled)]
-    if len(others) > 1:
-        return group
-    found = others[0] if others else group.exceptions[0]
-    if error is not None and _is_only(found, ConnectionLost | NotConnected):
-        # A command failed because the client had ended.
-        return error
-    return found
-
-
-def _is_only(error: BaseException, kinds: type | object) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return all(_is_only(each, kinds) for each in error.exceptions)
-    return isinstance(error, kinds)  # type: ignore[arg-type]
 
 
 def _given(value: _T | None) -> _T | UnsetType:

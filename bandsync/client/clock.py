@@ -68,4 +68,4 @@ class SessionClock:
 
     def observe(self, t0: float, t1: float, t2: float, t3: float, *, burst: bool) -> None:
         """Learn from a `clock_sync` exchange; see `Exchange`."""
-        self._estimate.observe(Exchange(t0, t1, t2, t3), burst=burst)
+        self._estimate.observe(Exchange(t0, t1, t2, t3), local_ms(), burst=burst)

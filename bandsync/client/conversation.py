@@ -55,8 +55,9 @@ class Conversation:
         tap: called with every text that arrives, and when it did (Trio's clock).
 
     Attributes:
-        joined: whether we are in.
+        joined_s: when we were let in, on Trio's clock; None while we are not.
         refusal: why we are not let in.
+        failure: what the caller's function for tokens raised.
         drained_s: when the server asked us to come back, on Trio's clock.
     """
 
@@ -76,15 +77,32 @@ class Conversation:
         self._answered = 0
         self._welcomed = trio.Event()
         self._seated = trio.Event()
+        # Only `_mend_gaps`, who waits for it, replaces it.
         self._gap = trio.Event()
+        self._missing = False
+        self._asked = False
         self._leaving = False
         self._scope = trio.CancelScope()
-        self.joined = False
+        self.joined_s: float | None = None
         self.refusal: CommandRefused | None = None
+        self.failure: Exception | None = None
         self.drained_s: float | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether we are in."""
+        return self.joined_s is not None
 
     async def run(self) -> None:
         """Talk until the connection ends, it is silent for too long, or `hang_up`."""
+        try:
+            await self._run()
+        finally:
+            if self._membership.resume_token is None:
+                # Let in after all, we could not come back to that place.
+                self.withdraw()
+
+    async def _run(self) -> None:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch)
@@ -102,6 +120,12 @@ class Conversation:
         """Close the connection, with a close frame."""
         self._scope.cancel()
 
+    def withdraw(self) -> None:
+        """Take the join back, if it was asked for and not answered, so that no ghost stays."""
+        if self._asked and not self.joined and self.refusal is None:
+            self._asked = False
+            self._line.send_nowait(_encode(LeaveSession()))
+
     def lose(self) -> None:
         """Tell whoever still waits for an answer that none will come."""
         self._requests.lose()
@@ -116,16 +140,27 @@ class Conversation:
             CommandRefused: the server said no.
             NotConnected: the connection is over; nothing was sent.
             ConnectionLost: no answer came.
+            ValueError: the server would not take it: it is too long, or its request id in use.
         """
-        self._leaving = self._leaving or isinstance(message, LeaveSession)
         given = message.request_id if isinstance(message.request_id, str) else None
         request_id, request = self._requests.open(given)
         try:
+            text = _encode(replace(message, request_id=request_id))
+            self._check_length(text)
+            self._leaving = self._leaving or isinstance(message, LeaveSession)
             with trio.move_on_after(ANSWER_TIMEOUT_S):
                 try:
-                    await self._line.send(_encode(replace(message, request_id=request_id)))
+                    await self._line.send(text)
                 except trio.BrokenResourceError:
+                    # Until the reason is known: it is set before the requests are lost.
+                    await request.done.wait()
                     raise NotConnected from None
+                await request.answered.wait()
+                with trio.move_on_after(_SYNC_RETRY_S):
+                    await request.done.wait()
+                if not request.done.is_set():
+                    # Acknowledged, but its event does not come.
+                    self._miss()
                 await request.done.wait()
             if request.answer is None and not request.done.is_set():
                 raise ConnectionLost(f"no answer within {ANSWER_TIMEOUT_S:.0f} s")
@@ -133,31 +168,60 @@ class Conversation:
         finally:
             self._requests.forget(request_id)
 
+    def _check_length(self, text: str) -> None:
+        server = self._membership.server
+        size = len(text.encode())
+        if server is not None and size > server.limits.max_message_bytes:
+            raise ValueError(
+                f"a message of {size} bytes: the server takes {server.limits.max_message_bytes}"
+            )
+
     async def _begin(self, nursery: trio.Nursery) -> None:
         """Join, then keep the clock."""
-        membership = self._membership
         with trio.move_on_after(JOIN_TIMEOUT_S):
             await self._welcomed.wait()
             # Before the join, so that the clock is known when the session is.
             self._probe()
-            token = membership.resume_token
-            join = replace(membership.join, resume_token=UNSET if token is None else token)
-            try:
-                await self.command(join)
-            except CommandRefused as refusal:
-                self.refusal = refusal
-            except (ConnectionLost, NotConnected):
-                pass
-            else:
-                # The snapshot comes before the ack or right after it.
-                await self._seated.wait()
-                self.joined = True
+            await self._join()
         if not self.joined:
             self.hang_up()
             return
         self._on_joined()
         nursery.start_soon(self._keep_time, nursery)
         nursery.start_soon(self._mend_gaps)
+
+    async def _join(self) -> None:
+        try:
+            token = await self._ask_token()
+        except Exception as failure:  # theirs, and most likely the network's
+            self.failure = failure
+            return
+        resume_token = self._membership.resume_token
+        join = replace(
+            self._membership.join,
+            token=UNSET if token is None else token,
+            resume_token=UNSET if resume_token is None else resume_token,
+        )
+        self._asked = True
+        try:
+            await self.command(join)
+        except CommandRefused as refusal:
+            self.refusal = refusal
+        except ValueError as too_long:
+            self.refusal = CommandRefused("invalid_field", str(too_long))
+        except (ConnectionLost, NotConnected):
+            pass
+        else:
+            # The snapshot comes before the ack or right after it.
+            await self._seated.wait()
+            self.joined_s = trio.current_time()
+
+    async def _ask_token(self) -> str | None:
+        token = self._membership.token
+        if not callable(token):
+            return token
+        found = token()
+        return found if isinstance(found, str) else await found
 
     async def _keep_time(self, nursery: trio.Nursery) -> None:
         for _ in range(BURST - 1):
@@ -189,10 +253,16 @@ class Conversation:
         """Ask for a snapshot when a version is missing, again if that gets lost or refused."""
         while True:
             await self._gap.wait()
-            view = self._membership.view
-            assert view is not None
-            self._line.send_nowait(_encode(SyncRequest(version=view.version, epoch=view.epoch)))
-            await trio.sleep(_SYNC_RETRY_S)
+            self._gap = trio.Event()
+            while self._missing:
+                view = self._membership.view
+                assert view is not None
+                self._line.send_nowait(_encode(SyncRequest(version=view.version, epoch=view.epoch)))
+                await trio.sleep(_SYNC_RETRY_S)
+
+    def _miss(self) -> None:
+        self._missing = True
+        self._gap.set()
 
     async def _watch(self) -> None:
         """Give the connection up when nothing has been heard for too long."""
@@ -217,12 +287,13 @@ class Conversation:
                 self._requests.answer(message, membership.version if here else _ANY_VERSION)
             case Snapshot(you=You() as you):
                 membership.joined(message, you)
+                self._missing = False
                 self._seated.set()
             case Welcome():
                 self._welcome(message)
             case SyncResponse():
                 # We have all there is.
-                self._gap = trio.Event()
+                self._missing = False
             case HeartbeatReply() | LatencyResponse():
                 pass
             case _:
@@ -232,7 +303,7 @@ class Conversation:
         membership = self._membership
         before = membership.view
         if membership.hear(message):
-            self._gap.set()
+            self._miss()
         if isinstance(message, ServerDraining):
             self.drained_s = trio.current_time() + message.reconnect_in_ms / 1000
             membership.become("draining")
@@ -240,7 +311,7 @@ class Conversation:
         if after is before or after is None:
             return
         if isinstance(message, Snapshot):
-            self._gap = trio.Event()
+            self._missing = False
         other_epoch = before is not None and before.epoch != after.epoch
         self._requests.reached(_ANY_VERSION if other_epoch else after.version)
 

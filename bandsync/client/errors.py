@@ -64,8 +64,9 @@ class JoinRefused(Ended):
 
     Attributes:
         code: ``unauthorized``, ``session_full``, ``invalid_field``, … (protocol.md section 6);
-            ``policy`` when the connection was closed with 1008 or the handshake answered with 401
-            or 403; ``unsupported_protocol`` when the server speaks a version that we do not.
+            ``policy`` when the connection was closed with 1008 or the first handshake answered
+            with 401 or 403; ``unsupported_protocol`` when the server speaks a version that we do
+            not.
         message: a sentence that says what to do about it.
         context: more about it; often empty.
     """

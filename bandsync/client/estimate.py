@@ -99,13 +99,14 @@ class ClockEstimate:
         if self._used is None:
             self._set(now, server_time - now)
 
-    def observe(self, exchange: Exchange, *, burst: bool) -> None:
+    def observe(self, exchange: Exchange, now: float, *, burst: bool) -> None:
         """Learn from an exchange.
 
         Args:
+            now: when that is, which may be long after its answer arrived: instants were read off
+                meanwhile, and those that follow must not be earlier.
             burst: the first exchanges of a connection are still under way.
         """
-        now = exchange.t3
         while self._exchanges and now - self._exchanges[0].t3 > MAX_AGE_MS:
             self._exchanges.popleft()
         self._exchanges.append(exchange)

@@ -47,7 +47,8 @@ class EventStream:
 
     Holds at most `MAX_WAITING` events. One more, and all that wait are thrown away for one
     `EventsDropped`: whoever is that late is better served by the session as it is. Ticks and
-    statistics are left out as soon as 64 events wait. For one task at a time.
+    statistics are left out as soon as 64 events wait. For one task at a time: a second one gets a
+    `trio.BusyResourceError`.
     """
 
     def __init__(self) -> None:
@@ -55,17 +56,24 @@ class EventStream:
         self._dropped = 0
         self._ended = False
         self._news = trio.Event()
+        self._waited_for = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> BandEvent:
-        await trio.lowlevel.checkpoint()
-        while not self._dropped and not self._waiting:
-            if self._ended:
-                raise StopAsyncIteration
-            self._news = trio.Event()
-            await self._news.wait()
+        if self._waited_for:
+            raise trio.BusyResourceError("another task waits for these events: take two streams")
+        self._waited_for = True
+        try:
+            await trio.lowlevel.checkpoint()
+            while not self._dropped and not self._waiting:
+                if self._ended:
+                    raise StopAsyncIteration
+                self._news = trio.Event()
+                await self._news.wait()
+        finally:
+            self._waited_for = False
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             return EventsDropped(dropped)

@@ -17,6 +17,9 @@ from bandsync.client.membership import Membership
 
 # A refusal that passes; every other one would be repeated for ever.
 _PASSING = frozenset({"rate_limited", "conflict", "internal"})
+# A connection that lasts so long was a good one. A server that lets everybody in and throws them
+# out at once is not to be asked as often as that.
+_GOOD_S = 5.0
 
 
 class Patience(Struct, frozen=True):
@@ -63,6 +66,7 @@ class Keeper:
         self._talk: Conversation | None = None
         self._stopping = False
         self._failures = 0
+        self._waits = 0
         self._offline_since = 0.0
         self.joined = trio.Event()
         self._next_join = trio.Event()
@@ -104,6 +108,11 @@ class Keeper:
         else:
             self._scope.cancel()
 
+    def withdraw(self) -> None:
+        """Take back the join that is under way, if there is one, before a `stop`."""
+        if self._talk is not None:
+            self._talk.withdraw()
+
     def abandon(self) -> None:
         """The same at once, without a word."""
         self._stopping = True
@@ -115,6 +124,8 @@ class Keeper:
         try:
             with trio.move_on_at(self._deadline()) as limit:
                 end = await converse(self._address, lambda line: self._converse(line, limit))
+                if self._talk is not None and self._talk.failure is not None:
+                    end = LineEnd(reason="there is no join token", error=self._talk.failure)
         finally:
             talk, self._talk = self._talk, None
             if talk is not None:
@@ -124,15 +135,18 @@ class Keeper:
         error = self._verdict(talk, end)
         if error is not None:
             return error
-        if talk is not None and talk.joined:
+        if talk is not None and talk.joined_s is not None:
             self._offline_since = trio.current_time()
+            if self._offline_since - talk.joined_s >= _GOOD_S:
+                self._waits = 0
         else:
             self._failures += 1
         wait_s = delay_s(
-            self._failures,
+            self._waits,
             random.random(),  # noqa: S311
-            slow=end.code == 1013 or end.http_status == 503,
+            slow=end.code == 1013 or end.http_status == 503 or _is_unwelcome(end),
         )
+        self._waits += 1
         if talk is not None and talk.drained_s is not None:
             asked_s = talk.drained_s - trio.current_time()
             wait_s = asked_s if asked_s > 0 else wait_s
@@ -173,11 +187,11 @@ class Keeper:
             return Superseded()
         if end.code == 1008:
             return JoinRefused("policy", end.reason or "The server does not want this client.")
-        if end.http_status in {401, 403}:
+        if _is_unwelcome(end) and not self.joined.is_set():
+            # Later it is more likely a network that wants us to log in first, and passes.
+            if end.http_status is None:
+                return self._unreachable(end)
             return JoinRefused("policy", f"The handshake was answered with {end.http_status}.")
-        cause = end.error.__cause__ if end.error is not None else None
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return self._unreachable(end)
         if trio.current_time() >= self._deadline() and not (talk is not None and talk.joined):
             return self._unreachable(end)
         return None
@@ -189,6 +203,12 @@ class Keeper:
         error = Unreachable(because, end.code)
         error.__cause__ = end.error
         return error
+
+
+def _is_unwelcome(end: LineEnd) -> bool:
+    """Whether they want to see papers, or have shown none that we trust."""
+    cause = end.error.__cause__ if end.error is not None else None
+    return end.http_status in {401, 403} or isinstance(cause, ssl.SSLCertVerificationError)
 
 
 def _root(error: BaseException) -> BaseException:

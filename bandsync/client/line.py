@@ -1,5 +1,6 @@
 """One WebSocket connection, from TCP to its end: moves text, knows nothing of sessions."""
 
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import cast
@@ -30,6 +31,9 @@ _RECEIVE_BYTES = 65_536
 # A snapshot has up to fifty chat messages of a thousand characters, each of which JSON may write
 # as six.
 _MAX_MESSAGE = 4 * 1024 * 1024
+
+_STATUS = re.compile(rb"HTTP/1\.[01] ([2-5]\d\d)[ \r\n]")
+_STATUS_BYTES = len(b"HTTP/1.1 403 ")
 
 # A message, or what makes it at the moment when it is sent.
 Text = str | Callable[[], str]
@@ -62,6 +66,7 @@ class Line:
         self._websocket = websocket
         self._stream = stream
         self._to_send, self._sending = trio.open_memory_channel[Text](_MAX_TO_SEND)
+        self._written = trio.Event()
         self.end = LineEnd()
 
     @property
@@ -77,13 +82,16 @@ class Line:
         Raises:
             trio.BrokenResourceError: the connection is over; it was not sent.
         """
-        await self._to_send.send(text)
+        try:
+            await self._to_send.send(text)
+        except trio.ClosedResourceError:
+            raise trio.BrokenResourceError from None
 
     def send_nowait(self, text: Text) -> bool:
         """The same for a message that can as well be left out: False if it was."""
         try:
             self._to_send.send_nowait(text)
-        except (trio.WouldBlock, trio.BrokenResourceError):
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             return False
         return True
 
@@ -111,6 +119,12 @@ class Line:
 
     async def write(self) -> None:
         """Send what is queued, until cancelled or the connection is over."""
+        try:
+            await self._write()
+        finally:
+            self._written.set()
+
+    async def _write(self) -> None:
         with self._sending:
             async for text in self._sending:
                 with trio.move_on_after(SEND_TIMEOUT_S) as patience:
@@ -128,9 +142,11 @@ class Line:
                     return
 
     async def close(self) -> None:
-        """Say goodbye, but do not wait long for an answer."""
+        """Send what is queued and say goodbye, but do not wait long for an answer."""
+        self._to_send.close()
         if not self._stream.abandoned:
             with trio.move_on_after(CLOSE_TIMEOUT_S):
+                await self._written.wait()
                 await self._websocket.aclose()
 
 
@@ -150,6 +166,8 @@ async def converse(address: Address, talk: Callable[[Line], Awaitable[None]]) ->
     try:
         async with trio.open_nursery() as nursery:
             line = await _shake_hands(nursery, address, stream)
+            if line is None and stream.status is not None:
+                end = _refused(stream.status)
             if line is not None:
                 nursery.start_soon(line.write)
                 try:
@@ -162,8 +180,7 @@ async def converse(address: Address, talk: Callable[[Line], Awaitable[None]]) ->
                         await line.close()
             nursery.cancel_scope.cancel()
     except* ConnectionRejected as refused:
-        status = cast("ConnectionRejected", first_of(refused)).status_code
-        end = LineEnd(reason=f"the handshake was answered with {status}", http_status=status)
+        end = _refused(cast("ConnectionRejected", first_of(refused)).status_code)
     except* (LocalProtocolError, h11.ProtocolError):
         # What trio-websocket lets escape: an answer to the handshake that is no HTTP; later, a
         # ping that arrives between our close and its answer.
@@ -171,6 +188,10 @@ async def converse(address: Address, talk: Callable[[Line], Awaitable[None]]) ->
     finally:
         await trio.aclose_forcefully(stream)
     return end
+
+
+def _refused(status: int) -> LineEnd:
+    return LineEnd(reason=f"the handshake was answered with {status}", http_status=status)
 
 
 async def _shake_hands(
@@ -195,13 +216,24 @@ async def _shake_hands(
 
 
 class _WatchedStream(trio.abc.Stream):
-    """A stream that knows when bytes last arrived, and tells when it ends."""
+    """A stream that knows when bytes last arrived and how HTTP began, and tells when it ends."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self.heard_s = trio.current_time()
         self.abandoned = False
         self.on_end: Callable[[], None] | None = None
+        self._beginning = b""
+
+    @property
+    def status(self) -> int | None:
+        """What the handshake was answered with.
+
+        trio-websocket tells only if the answer has an end of its own, and waits in vain for one
+        that ends with the connection.
+        """
+        found = _STATUS.match(self._beginning)
+        return None if found is None else int(found[1])
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         try:
@@ -211,6 +243,8 @@ class _WatchedStream(trio.abc.Stream):
             raise
         if data:
             self.heard_s = trio.current_time()
+            if len(self._beginning) < _STATUS_BYTES:
+                self._beginning += data[:_STATUS_BYTES]
         else:
             self._ended()
         return data

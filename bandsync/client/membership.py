@@ -1,6 +1,6 @@
 """What a client knows and keeps across its connections."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from bandsync.client.clock import SessionClock
 from bandsync.client.events import EventHub, Status, StatusChanged
@@ -9,12 +9,16 @@ from bandsync.client.view import SessionView, advance, view_of
 from bandsync.commands import JoinSession
 from bandsync.messages import MemberStats, RoomStats, Snapshot, StorageStatus, Welcome, You
 
+# A join token, or what gets a fresh one.
+Token = str | Callable[[], str | Awaitable[str]]
+
 
 class Membership:
     """A place in a session.
 
     Attributes:
-        join: what is asked for at every join, the resume token left out.
+        join: what is asked for at every join, the tokens left out.
+        token: the join token; a function is called at every join.
         resume_token: the latest, a secret; None before the first join.
         you: what the latest join was answered with.
         view: the session as it is known; None before the first join.
@@ -23,8 +27,9 @@ class Membership:
         storage: where the server keeps sessions; None until it says so.
     """
 
-    def __init__(self, join: JoinSession, resume_token: str | None) -> None:
+    def __init__(self, join: JoinSession, token: Token | None, resume_token: str | None) -> None:
         self.join = join
+        self.token = token
         self.resume_token = resume_token
         self.clock = SessionClock()
         self.events = EventHub()

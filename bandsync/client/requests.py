@@ -12,13 +12,15 @@ class Request:
     """A command under way.
 
     Attributes:
+        answered: set when there is an answer, or there will be none.
         done: set when there is nothing more to wait for.
         answer: None while there is none.
     """
 
-    __slots__ = ("answer", "done")
+    __slots__ = ("answer", "answered", "done")
 
     def __init__(self) -> None:
+        self.answered = trio.Event()
         self.done = trio.Event()
         self.answer: Ack | Error | None = None
 
@@ -51,8 +53,13 @@ class Requests:
 
         Args:
             request_id: use this one.
+
+        Raises:
+            ValueError: it is in use.
         """
-        chosen = request_id or str(next(self._numbers))
+        if request_id in self._waiting:
+            raise ValueError(f"a command with the request id {request_id!r} is under way")
+        chosen = request_id or next(n for n in map(str, self._numbers) if n not in self._waiting)
         request = Request()
         self._waiting[chosen] = request
         return chosen, request
@@ -73,6 +80,7 @@ class Requests:
         if request is None:
             return
         request.answer = answer
+        request.answered.set()
         if isinstance(answer, Error) or (made(answer) or 0) <= version:
             request.done.set()
 
@@ -86,6 +94,7 @@ class Requests:
     def lose(self) -> None:
         """The connection is over. What was acknowledged is not lost."""
         for request in self._waiting.values():
+            request.answered.set()
             request.done.set()
 
 
