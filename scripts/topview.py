@@ -120,7 +120,7 @@ def panel(server: Watched, details: RenderableType | None = None) -> Panel:
             subtitle += f", up {duration(server.latest['uptimeMs'])}"
             parts.append(Text(verdict["meaning"], style="dim"))
             parts += [
-                Text(f"{each['text']} {each['meaning']}", style=_STYLES[each["level"]])
+                Text(f"{each['text']} {each['meaning']}", style=_STYLES[_known(each["level"])])
                 for each in verdict["others"]
             ]
         parts.append(timeline(server.samples))
@@ -150,7 +150,12 @@ def level(server: Watched) -> str:
     """How well it is: ``good``, ``warn`` or ``bad``."""
     if server.trouble is not None or server.latest is None:
         return "bad"
-    return str(server.latest["verdict"]["level"])
+    return _known(server.latest["verdict"]["level"])
+
+
+def _known(level: str) -> str:
+    """The level, or, if only a newer server knows it, one that is no good news."""
+    return level if level in _STYLES else "warn"
 
 
 def sentence(server: Watched) -> Text:
@@ -160,8 +165,8 @@ def sentence(server: Watched) -> Text:
     if server.latest is None:
         return Text("… not asked yet", style="dim")
     verdict = server.latest["verdict"]
-    line = Text(f"{_SIGNS[verdict['level']]} {verdict['text']}")
-    line.stylize(f"bold {_STYLES[verdict['level']]}")
+    line = Text(f"{_SIGNS[level(server)]} {verdict['text']}")
+    line.stylize(f"bold {_STYLES[level(server)]}")
     if verdict["since"] is not None:
         lasted = duration(server.latest["now"] - verdict["since"])
         line.append(f"  since {time_of(verdict['since'])}, {lasted}", style="dim not bold")

@@ -111,7 +111,20 @@ async def test_since_gives_what_is_new(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["since=", "since=now", "since=nan", "since=-inf", "since=1&since=2", "since=1%202"]
+    "query",
+    [
+        "since=",
+        "since=now",
+        "since=nan",
+        "since=-inf",
+        "since=1&since=2",
+        "since=1%202",
+        "since=1_0",
+        "since=%201",
+        "since=%D9%A1%D9%A2",  # 12 in Arabic digits.
+        "since=1.",
+        "since=1e999",
+    ],
 )
 async def test_a_since_that_is_none(server: Server, query: str) -> None:
     answer = await get(server, f"/api/ops?{query}")

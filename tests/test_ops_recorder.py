@@ -9,10 +9,14 @@ from trio.testing import MockClock
 
 from bandsync.clock import SessionClock
 from bandsync.counters import Counters
+from bandsync.decide import Drop
+from bandsync.draft import Here
 from bandsync.ops.recorder import KEPT, Recorder
 from bandsync.ops.samples import Durations, Latency, State, Totals, sample
+from bandsync.session import Session
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.status import HISTORY, Change, Failover, History, Mode, Recovery
+from tests.states import Stage
 
 NOTHING = Totals(
     at_s=10.0, deliveries=0, received=0, dropped=0, closed_1013=0, internal_errors=0, cpu_s=0.0
@@ -23,6 +27,7 @@ QUIET = State(
     members=0,
     rooms=0,
     sessions=0,
+    spread=0,
     mode="redis",
     degraded=False,
     listening=True,
@@ -47,8 +52,11 @@ class Storage:
 class Observed:
     """A server whose numbers are given."""
 
+    boot_id = "ours"
+
     def __init__(self) -> None:
         self.storage = Storage()
+        self.hosting: list[Session] = []
         self.clock = SessionClock(1_000_000.0, trio.current_time())
         self.offset_ms = 0.0
 
@@ -66,6 +74,21 @@ class Observed:
 
     def sessions(self) -> int:
         return 5
+
+    def hosted(self) -> list[Session]:
+        return self.hosting
+
+
+def spread_over(*boot_ids: str, drop: str | None = None) -> Session:
+    """A session with a member on each of these servers, one of whom may have dropped."""
+    stage = Stage()
+    for boot_id in boot_ids:
+        stage.here = Here(server_id=boot_id, boot_id=boot_id, max_members=8)
+        stage.join(boot_id)
+    if drop is not None:
+        stage.do(drop, Drop())
+    assert stage.session is not None
+    return stage.session
 
 
 def test_counts_are_per_second_whatever_the_second_lasted() -> None:
@@ -145,6 +168,20 @@ async def test_a_sample_every_second(recorder: Start, autojump_clock: MockClock)
     assert (first.connections, first.members, first.rooms, first.sessions) == (4, 3, 2, 5)
     assert (first.mode, first.round_trip_ms, first.link_queue) == ("redis", 0.25, 7)
     assert first.memory_bytes is None or first.memory_bytes > 1_000_000
+
+
+async def test_sessions_that_reach_other_servers(
+    recorder: Start, autojump_clock: MockClock
+) -> None:
+    recording, observed, _ = recorder()
+    observed.hosting = [
+        spread_over("ours"),
+        spread_over("ours", "theirs"),
+        spread_over("ours", "theirs", drop="theirs"),
+        spread_over("ours", "theirs", "others", drop="theirs"),
+    ]
+    await trio.sleep(1.5)
+    assert [each.spread for each in recording.since()] == [2]
 
 
 async def test_ten_minutes_are_kept_and_no_more(recorder: Start, autojump_clock: MockClock) -> None:

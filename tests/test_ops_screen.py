@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages, violations
-from tests.redis_servers import RedisServer
+from tests.redis_servers import RedisServer, free_port
 from tests.server_processes import ServerProcess
+from tests.test_stage import shows, stage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Route
@@ -19,6 +20,7 @@ Start = Callable[..., ServerProcess]
 WELL = "All is well."
 LOST = "Redis is lost: the bands play on from memory."
 AWAY = "The server does not answer."
+FAILS = "This screen cannot show what the server tells."
 NONE = "\N{EN DASH}"
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
 UNAUTHORIZED = re.compile("401")
@@ -31,6 +33,24 @@ LISTEN = """() => {
   note();
   new MutationObserver(note).observe(region, {childList: true, characterData: true, subtree: true});
 }"""
+# Lets a test say that the tab is in the background.
+MAY_HIDE = """Object.defineProperty(document, "hidden", { get: () => window.away === true });"""
+HIDE = """(hidden) => {
+  window.away = hidden;
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+# In the background all timers stand still, as after five minutes on a phone, but the time goes on.
+SLEEPS_HIDDEN = """(() => {
+  const { setTimeout } = window;
+  window.asleep = 0;
+  window.setTimeout = (act, ms) => setTimeout(() => {
+    if (document.hidden) window.asleep += 1;
+    else act();
+  }, document.hidden ? 0 : ms);
+  const now = performance.now.bind(performance);
+  window.slept = 0;
+  performance.now = () => now() + window.slept;
+})();"""
 # Every place where a script or a style could stand that the policy does not allow.
 INLINE = """() => [...document.querySelectorAll("*")].filter((each) =>
   each.hasAttribute("style") || each.localName === "style" ||
@@ -184,6 +204,169 @@ def test_behind_a_load_balancer_it_stays_with_its_server(
     # The other has taken its place, name and all: the screen has seen enough.
     until(page, "() => document.getElementById('serverId').textContent === 'right'")
     says(page, WELL)
+
+
+def hide(page: "Page", *, hidden: bool) -> None:
+    """Put the tab in the background, or to the front: as far as the page can tell."""
+    page.evaluate(
+        HIDE,
+        hidden,
+    )
+
+
+def altered(page: "Page", alter: Callable[[Any], None]) -> None:
+    """Let the page hear something else than the server says."""
+
+    def answer(route: "Route") -> None:
+        answered = route.fetch()
+        overview = answered.json()
+        alter(overview)
+        route.fulfill(response=answered, json=overview)
+
+    page.route("**/api/ops*", answer)
+
+
+def test_a_tab_in_the_background_claims_no_more_than_it_knows(
+    open_page: Pages, start_process: Start
+) -> None:
+    server = start_process(SERVER_ID="stage-left")
+    page = open_page(tolerate=LOST_CONNECTIONS)
+    page.add_init_script(MAY_HIDE)
+    page.goto(f"{server.url}/ops")
+    says(page, WELL)
+    assert page.title() == "All is well · stage-left"
+    hide(page, hidden=True)
+    assert re.fullmatch(r"All is well \(\d\d:\d\d\) · stage-left", page.title())
+    server.kill()
+    until(page, "() => document.title.startsWith('The server does not answer')")
+    server.start()
+    until(page, "() => document.title.startsWith('All is well (')")
+    hide(page, hidden=False)
+    until(page, "() => document.title === 'All is well · stage-left'")
+
+
+def test_a_tab_that_slept_asks_before_it_says_anything(
+    open_page: Pages, start_process: Start
+) -> None:
+    server = start_process()
+    page = open_page(tolerate=LOST_CONNECTIONS)
+    page.add_init_script(MAY_HIDE)
+    page.add_init_script(SLEEPS_HIDDEN)
+    page.goto(f"{server.url}/ops")
+    says(page, WELL)
+    hide(page, hidden=True)
+    until(page, "() => window.asleep > 0")
+    page.evaluate("() => { window.slept = 60_000; }")
+    # It hangs: whether all is well is not known yet.
+    server.freeze()
+    hide(page, hidden=False)
+    assert page.locator("#sentence").inner_text() == "Asking the server …"
+    assert page.title().startswith("Asking the server")
+    says(page, AWAY)
+    server.thaw()
+    says(page, WELL)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda overview: overview.pop("events"),
+        lambda overview: overview.pop("verdict"),
+        lambda overview: overview.pop("samples"),
+        lambda overview: overview.update(storage=None),
+        lambda overview: overview["verdict"].update(since="yesterday"),
+        lambda overview: overview["verdict"].update(others=[None]),
+    ],
+    ids=["events", "verdict", "samples", "storage", "since", "others"],
+)
+def test_a_screen_that_fails_says_so_and_goes_on(
+    open_page: Pages, start_process: Start, alter: Callable[[Any], None]
+) -> None:
+    server = start_process()
+    page = open_page(f"{server.url}/ops", tolerate=re.compile("TypeError|RangeError"))
+    says(page, WELL)
+    altered(page, alter)
+    says(page, FAILS)
+    assert page.title().startswith("This screen cannot show")
+    assert page.locator("#state").get_attribute("data-level") == "bad"
+    # Not for a moment between two failures either: this is read out.
+    page.evaluate(LISTEN)
+    with page.expect_request("**/api/ops*"):
+        pass
+    with page.expect_response("**/api/ops*"):
+        pass
+    assert set(page.evaluate("() => window.said")) == {FAILS}
+    page.unroute("**/api/ops*")
+    says(page, WELL)
+
+
+def test_what_only_a_newer_server_knows_is_shown_as_it_is(
+    open_page: Pages, start_process: Start
+) -> None:
+    server = start_process()
+    page = open_page()
+
+    def newer(overview: Any) -> None:
+        now = overview["now"]
+        overview["events"] += [
+            {"at": now - 20, "kind": "promotion", "mode": "two places", "why": "unheard of"},
+            {"at": now - 10, "kind": "failover", "mode": "elsewhere", "reason": "new"},
+        ]
+        overview["storage"] |= {"mode": "elsewhere", "migration": None}
+        overview["verdict"] |= {"level": "grave", "text": "Something new.", "others": None}
+        del overview["verdict"]["others"]
+        for each in overview["samples"]:
+            for name in ("clockErrorMs", "memoryBytes", "commit", "cpu"):
+                del each[name]
+            each["mode"] = "elsewhere"
+
+    altered(page, newer)
+    page.goto(f"{server.url}/ops")
+    says(page, "Something new.")
+    assert page.locator("#state").get_attribute("data-level") == "warn"
+    until(page, "() => document.querySelectorAll('#events tr').length === 2")
+    assert [row[1] for row in rows(page)] == ["Redis lost", "promotion"]
+    until(page, "() => document.querySelectorAll('#timeline .stretch.unknown').length === 2")
+    assert page.locator("#mode").inner_text() == "Elsewhere"
+    assert "NaN" not in page.content()
+    assert "undefined" not in page.content()
+
+
+def test_a_redis_that_was_never_there_was_not_lost(open_page: Pages, start_process: Start) -> None:
+    server = start_process(REDIS_ENABLED="true", REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    page = open_page(f"{server.url}/ops")
+    says(page, "Redis is not there")
+    assert page.locator("#noEvents").inner_text() == "Redis has not been in use yet."
+    label = page.locator("#timeline svg").get_attribute("aria-label") or ""
+    assert "Redis was not in use" in label
+    assert "lost" not in label
+
+
+def test_bands_that_are_cut_apart(
+    open_page: Pages, redis_server: RedisServer, start_process: Start
+) -> None:
+    left, right = (
+        start_process(
+            REDIS_ENABLED="true",
+            REDIS_URL=redis_server.url(),
+            REDIS_HEALTH_INTERVAL_MS="100",
+            SERVER_ID=name,
+        )
+        for name in ("left", "right")
+    )
+    ann = stage(open_page, left, "Ann")
+    screen = open_page(f"{left.url}/ops")
+    says(screen, WELL)
+    stage(open_page, right, "Bob")
+    shows(ann, "#bandTitle", re.compile("2"))
+    until(screen, "() => document.querySelector('.chart .current').textContent.startsWith('1')")
+    screen.wait_for_timeout(1500)  # A sample comes every second.
+    redis_server.kill()
+    says(screen, "Redis is lost: bands on several servers are cut apart.")
+    assert "1 session has members on other servers too" in screen.locator("#meaning").inner_text()
+    assert "notice nothing" not in screen.locator("#state").inner_text()
+    redis_server.start()
+    says(screen, WELL)
 
 
 def test_it_asks_for_what_is_new_only_and_nobody_else(

@@ -19,6 +19,7 @@ SECOND = Sample(
     members=4,
     rooms=1,
     sessions=1,
+    spread=0,
     mode="redis",
     degraded=False,
     listening=True,
@@ -120,10 +121,59 @@ def test_the_way_back() -> None:
     assert verdict.since == 50
 
 
+def test_before_the_first_session_is_on_its_way() -> None:
+    """The listening to other servers comes first: half a second, if it must."""
+    begun = [*LOST.changes, Change(60, "migrating")]
+    verdict = judge(replace(LOST, connected=True, changes=begun))
+    assert verdict.text == "Redis is back: sessions are on their way to it."
+    assert verdict.meaning.startswith("Members")
+    assert judge(replace(LOST, connected=True, migration=Migration(0))).meaning.startswith(
+        "Members"
+    )
+
+
+def test_a_redis_that_was_never_there_is_not_back() -> None:
+    absent = replace(LOST, changes=[Change(7, "memory")])
+    assert judge(replace(absent, connected=True)).text.startswith("Redis answers, ")
+    moving = replace(absent, connected=True, migration=Migration(9, 4))
+    assert judge(moving).text.startswith("Redis is there")
+    assert judge(replace(absent, gave_up=True)).text.startswith("Redis is not there")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [LOST, replace(LOST, connected=True), replace(LOST, gave_up=True)],
+    ids=["lost", "proving", "gave up"],
+)
+def test_a_band_on_several_servers_notices(facts: Facts) -> None:
+    together = judge(facts)
+    assert "Members notice nothing, unless" in together.meaning
+    for spread, counted in ((1, "1 session has members"), (3, "3 sessions have members")):
+        apart = judge(replace(facts, samples=seconds(replace(SECOND, spread=spread))))
+        assert apart.level == "bad"
+        assert counted in apart.meaning
+        assert "out of reach" in apart.meaning
+        assert "notice nothing" not in apart.meaning
+
+
+def test_a_band_that_was_cut_apart_says_so_in_its_sentence() -> None:
+    apart = replace(LOST, samples=seconds(replace(SECOND, spread=1)))
+    assert judge(apart).text == "Redis is lost: bands on several servers are cut apart."
+    # That is over when Redis is back, which is another state.
+    moving = judge(replace(apart, connected=True, migration=Migration(9, 4)))
+    assert (moving.level, moving.text[:13]) == ("warn", "Redis is back")
+    assert "they meet again" in moving.meaning
+    # While Redis is in use it is as good as one server.
+    assert judge(replace(WELL, samples=apart.samples)).level == "good"
+
+
 def test_nobody_trying_again_is_worse() -> None:
-    verdict = judge(replace(LOST, gave_up=True))
+    verdict = judge(replace(LOST, gave_up=True, kept_in_memory=1))
     assert verdict.level == "bad"
     assert "REDIS_AUTO_RECOVER" in verdict.meaning
+    # Waiting for Redis would be waiting for nothing.
+    assert "a restart loses them" in verdict.meaning
+    assert "do not stop" not in verdict.meaning
 
 
 def test_an_outage_begins_with_its_first_loss() -> None:

@@ -91,14 +91,19 @@ def test_pages_ask_for_nothing_from_elsewhere() -> None:
 
 
 def test_the_kept_page_is_the_whole_page() -> None:
-    """What opens without a network has every module that the page imports."""
-    kept = set(re.findall(r'"/([\w.-]*)"', WEB.joinpath("sw.js").read_text()))
-    needed = {"", "manifest.webmanifest", "icon.svg", "theme.css", "stage.css"}
-    waiting = ["stage.js"]
+    """What opens without a network is what `/` names and those files import: all of it, no more."""
+    written = re.search(r"(?m)^const NAMED = /(.+)/g;$", WEB.joinpath("sw.js").read_text())
+    assert written is not None
+    named = re.compile(written[1].replace(r"\/", "/"))
+    kept: set[str] = set()
+    waiting = ["index.html"]
     while waiting:
         name = waiting.pop()
-        needed.add(name)
-        imports = re.findall(r'from "\./([\w.-]+)"', WEB.joinpath(name).read_text())
-        waiting += [each for each in imports if each not in needed]
-    assert needed <= kept
-    assert kept - {"sw.js"} == needed
+        kept.add(name)
+        if name.endswith(".png"):
+            continue
+        found = {"".join(each)[1:] for each in named.findall(WEB.joinpath(name).read_text())}
+        waiting += found - kept
+    assert all(WEB.joinpath(name).is_file() for name in kept)
+    used = {entry.name for entry in WEB.iterdir()} - {"sw.js", "icon-512.png"}
+    assert kept == {name for name in used if not name.startswith("ops")}

@@ -206,6 +206,21 @@ def test_behind_a_load_balancer_it_stays_with_its_server(start_process: Start) -
     assert watched.latest["serverId"] == "right"
 
 
+def test_a_newer_server_is_no_good_news(start_process: Start) -> None:
+    server = start_process()
+    watched = Watched(server.url)
+    answer = answer_of(server, samples=1)
+    others = [{"code": "new", "level": "odd", "text": "Odd.", "meaning": "Very.", "since": None}]
+    answer["verdict"] |= {"level": "grave", "text": "Something new.", "others": others}
+    answer["events"].append(answer["events"][0] | {"kind": "promotion"})
+    answer["samples"][-1]["mode"] = "elsewhere"
+    watched.take(answer)
+    text = "\n".join(shown(watched))
+    assert "! Something new." in text
+    assert "Odd. Very." in text
+    assert not watched.well
+
+
 def test_nothing_is_wider_than_the_terminal(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left-of-a-very-large-hall-with-a-name")
     watched, silent = Watched(server.url), Watched("http://127.0.0.1:1")

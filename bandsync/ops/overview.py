@@ -1,6 +1,7 @@
 """What `GET /api/ops` tells: the verdict, the storage's history, and the last ten minutes."""
 
 import math
+import re
 from typing import Literal
 from urllib.parse import parse_qs
 
@@ -11,6 +12,9 @@ from bandsync.ops.verdict import Verdict
 from bandsync.ops.words import in_words
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.status import Change, Failover, Migration, Mode, Recovery
+
+# Python's float() reads more than that: 1_0, spaces, and the digits of every script.
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 class BadQueryError(Exception):
@@ -131,12 +135,8 @@ def since_of(query: str) -> float | None:
     values = parse_qs(query, keep_blank_values=True).get("since", [])
     if not values:
         return None
-    try:
-        (text,) = values
-        at = float(text)
-    except ValueError:
-        at = math.nan
-    if not math.isfinite(at):
+    at = float(values[0]) if _NUMBER.fullmatch(values[0]) else math.nan
+    if len(values) > 1 or not math.isfinite(at):
         raise BadQueryError(
             "`since` is one instant on the session clock, in milliseconds, "
             "such as the `at` of the last sample of an earlier answer."

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from itertools import takewhile
 from time import process_time
 from typing import Protocol
@@ -12,6 +13,7 @@ from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.ops.process import resident_bytes
 from bandsync.ops.samples import Durations, Sample, State, Totals, sample
+from bandsync.session import Session
 from bandsync.storage.manager import StorageManager
 
 PERIOD_S = 1.0
@@ -20,6 +22,10 @@ KEPT = 600
 
 class Observed(Protocol):
     """What is sampled."""
+
+    @property
+    def boot_id(self) -> str:
+        """Names this life of the server."""
 
     @property
     def storage(self) -> StorageManager:
@@ -43,6 +49,9 @@ class Observed(Protocol):
 
     def sessions(self) -> int:
         """Sessions that this server hosts or keeps."""
+
+    def hosted(self) -> Iterable[Session]:
+        """The sessions with a room on this server."""
 
 
 class Recorder:
@@ -126,6 +135,7 @@ def _state(server: Observed) -> State:
         members=server.members(),
         rooms=server.rooms(),
         sessions=server.sessions(),
+        spread=_spread(server.hosted(), server.boot_id),
         mode=storage.mode,
         degraded=storage.degraded,
         listening=storage.listening,
@@ -134,4 +144,12 @@ def _state(server: Observed) -> State:
         clock_error_ms=clock.error_ms,
         clock_uncertainty_ms=clock.uncertainty_ms,
         memory_bytes=resident_bytes(),
+    )
+
+
+def _spread(sessions: Iterable[Session], boot_id: str) -> int:
+    """How many of these have members who are connected to another server."""
+    return sum(
+        any(each.connected and each.boot_id != boot_id for each in session.members.values())
+        for session in sessions
     )

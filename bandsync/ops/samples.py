@@ -72,6 +72,7 @@ class State(Struct, frozen=True):
     members: int
     rooms: int
     sessions: int
+    spread: int
     mode: Mode
     degraded: bool
     listening: bool
@@ -92,6 +93,8 @@ class Sample(Struct, frozen=True, rename="camel"):
         members: those that are connected to this server.
         rooms: sessions with a room on this server.
         sessions: all that it hosts or keeps.
+        spread: sessions with a room here that have members on other servers too, as far as this
+            one knows: what comes about while Redis is away, it learns afterwards.
         mode: where sessions are kept, and `degraded` whether that is not what was asked for.
         listening: whether changes of other servers are heard as they happen.
         deliveries_per_s: frames of session events, ticks and statistics handed to connections.
@@ -116,6 +119,7 @@ class Sample(Struct, frozen=True, rename="camel"):
     members: int
     rooms: int
     sessions: int
+    spread: int
     mode: Mode
     degraded: bool
     listening: bool
@@ -163,6 +167,7 @@ def sample(
         members=state.members,
         rooms=state.rooms,
         sessions=state.sessions,
+        spread=state.spread,
         mode=state.mode,
         degraded=state.degraded,
         listening=state.listening,

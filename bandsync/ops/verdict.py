@@ -73,6 +73,7 @@ class Facts(Struct, frozen=True):
         loss: why Redis cannot be used, as last seen; None if it never failed.
         kept_in_memory: sessions that are not in Redis, or not yet.
         listening: whether changes of other servers are heard.
+        migration: the move to Redis that is under way, if one is.
         changes: of the mode, the oldest first.
         full: whether no more connections are taken.
         samples: at least the last minute's, the oldest first.
@@ -139,35 +140,90 @@ def _storage(facts: Facts) -> list[Finding]:
     if not facts.degraded:
         return []
     since = degraded_since(facts.changes)
-    stake = f"{_at_stake(facts.kept_in_memory)} Members notice nothing."
-    if facts.migration is not None:
-        progress = f"{facts.migration.moved} of {facts.migration.total} sessions are there."
-        text = "Redis is back: sessions are on their way to it."
-        return [Finding("migrating", "warn", text, f"{progress} Members notice nothing.", since)]
+    if facts.migration is not None or facts.changes[-1].mode == "migrating":
+        return [_migrating(facts, since)]
+    # Who is cut off from half of the band notices it.
+    apart = _spread(facts)
+    level: Level = "bad" if apart else "warn"
     why = "" if facts.loss is None else f"Redis: {in_words(facts.loss.reason)}. "
+    stake = f"{_at_stake(facts)} {_apart(apart)}"
+    known = _was_there(facts)
     if facts.gave_up:
-        text = "Redis is lost, and is not used again before a restart."
-        meaning = f"{why}{stake} REDIS_AUTO_RECOVER is false."
-        return [Finding("gave_up", "bad", text, meaning, since)]
+        state = "lost, and is not used again" if known else "not there, and is not tried again"
+        text = f"Redis is {state} before a restart."
+        return [
+            Finding("gave_up", "bad", text, f"{why}{stake} REDIS_AUTO_RECOVER is false.", since)
+        ]
     if facts.connected:
-        text = "Redis answers again, and is watched before it is used."
-        return [Finding("proving", "warn", text, stake, since)]
-    if any(change.mode == "redis" for change in facts.changes):
+        state = "answers again" if known else "answers"
+        text = f"Redis {state}, and is watched before it is used."
+        return [Finding("proving", level, text, stake, since)]
+    if apart:
+        text = "Redis is lost: bands on several servers are cut apart."
+        return [Finding("lost", level, text, why + stake, since)]
+    if known:
         text = "Redis is lost: the bands play on from memory."
-        return [Finding("lost", "warn", text, why + stake, since)]
+        return [Finding("lost", level, text, why + stake, since)]
     text = "Redis is not there: the bands play from memory."
-    return [Finding("absent", "warn", text, why + stake, since)]
+    return [Finding("absent", level, text, why + stake, since)]
 
 
-def _at_stake(sessions: int) -> str:
-    match sessions:
-        case 0:
-            return "No session has changed since: nothing is at stake."
-        case 1:
-            subject = "1 session has changes that are"
-        case _:
-            subject = f"{sessions} sessions have changes that are"
-    return f"{subject} only in this server's memory: do not stop it before Redis is back."
+def _migrating(facts: Facts, since: float) -> Finding:
+    state = "back" if _was_there(facts) else "there"
+    text = f"Redis is {state}: sessions are on their way to it."
+    progress = ""
+    if facts.migration is not None and facts.migration.total:
+        progress = f"{facts.migration.moved} of {facts.migration.total} sessions are there. "
+    apart = _spread(facts)
+    meets = (
+        f"The members of {_counted(apart)} were apart on several servers: they meet again, and "
+        "what each side did is merged."
+        if apart
+        else "Members notice nothing, unless others played in their session on another server: "
+        "then both are merged."
+    )
+    return Finding("migrating", "warn", text, progress + meets, since)
+
+
+def _was_there(facts: Facts) -> bool:
+    """Whether Redis was in use before."""
+    return any(change.mode == "redis" for change in facts.changes)
+
+
+def _spread(facts: Facts) -> int:
+    """How many sessions have members on other servers, as far as this one knows."""
+    return facts.samples[-1].spread if facts.samples else 0
+
+
+def _apart(sessions: int) -> str:
+    """What the band notices while servers do not hear of each other."""
+    if not sessions:
+        return (
+            "Members notice nothing, unless others join their session on another server: those "
+            "are out of reach until Redis is used again."
+        )
+    return (
+        f"{_counted(sessions)} {_has(sessions)} members on other servers too: each server's "
+        "members play on among themselves, out of reach of the others, until Redis is used again; "
+        "then what they did is merged."
+    )
+
+
+def _at_stake(facts: Facts) -> str:
+    sessions = facts.kept_in_memory
+    if not sessions:
+        return "No session has changed since: nothing is at stake."
+    advice = "a restart loses them" if facts.gave_up else "do not stop it before Redis is back"
+    who = f"{_counted(sessions)} {_has(sessions)}"
+    return f"{who} changes that are only in this server's memory: {advice}."
+
+
+def _has(sessions: int) -> str:
+    return "has" if sessions == 1 else "have"
+
+
+def _counted(sessions: int) -> str:
+    return "1 session" if sessions == 1 else f"{sessions} sessions"
 
 
 def _listening(facts: Facts) -> list[Finding]:

@@ -1,16 +1,22 @@
 /**
  * The operators' screen: asks `/api/ops` once a second and shows what it tells, without a request to
- * anybody else. When the server does not answer, the past stays and the screen goes on asking.
+ * anybody else. When the server does not answer, the past stays and the screen goes on asking. It
+ * never shows good news that it does not have: not in a tab in the background, whose timers browsers
+ * slow down or stop, and not when the screen itself fails.
  * @module
  */
 
 import { Chart } from "./opschart.js";
-import { clockTime, counted, duration, number } from "./opsformat.js";
+import { axisTime, clockTime, counted, duration, number } from "./opsformat.js";
 import { Past } from "./opspast.js";
-import { MODES, Timeline } from "./opstimeline.js";
+import { modeName, Timeline } from "./opstimeline.js";
 
 const PERIOD_MS = 1000;
+// In a tab that nobody looks at: for its title.
+const HIDDEN_PERIOD_MS = 5000;
 const PATIENCE_MS = 3000;
+// Later than any answer, while we can ask when we want to.
+const STALE_MS = 10_000;
 // One answer that is late is nobody's trouble.
 const SILENT_MS = 2500;
 const MARKS = {
@@ -46,8 +52,8 @@ const PLANS = [
     { name: "round trip", value: (each) => each.roundTripMs }] },
   { title: "Clock error", unit: "ms", least: 0.5, format: number, signed: true,
     bounds: ({ clockErrorMs, clockUncertaintyMs }) =>
-      clockErrorMs === null || clockUncertaintyMs === null
-        ? null : [clockErrorMs - clockUncertaintyMs, clockErrorMs + clockUncertaintyMs],
+      Number.isFinite(clockErrorMs) && Number.isFinite(clockUncertaintyMs)
+        ? [clockErrorMs - clockUncertaintyMs, clockErrorMs + clockUncertaintyMs] : null,
     series: [{ name: "error", value: (each) => each.clockErrorMs }] },
   { title: "Memory", unit: "MiB", least: 64, format: number, series: [
     { name: "resident", value: (each) => (each.memoryBytes === null ? null : each.memoryBytes / MEBIBYTE) }] },
@@ -65,6 +71,8 @@ const now = () => latest.overview.now + performance.now() - latest.heardMs;
 let latest = null;
 /** Why there was none since; null while there are answers. */
 let trouble = null;
+/** What this screen failed at, with the last answer; null if at nothing. @type {Error | null} */
+let failure = null;
 let span = "recent";
 /** Where the pointer is in the charts: a share of their span, or null. */
 let looking = null;
@@ -78,6 +86,7 @@ function say(element, text) {
 
 async function ask() {
   const since = past.since;
+  let overview;
   try {
     const query = since === null ? "" : `?since=${since}`;
     const answer = await fetch(`/api/ops${query}`, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
@@ -86,39 +95,54 @@ async function ask() {
       return;
     }
     if (!answer.ok) throw new Error(`status ${answer.status}`);
-    const overview = await answer.json();
-    if (!past.take(overview)) {
-      trouble = "stranger";
-      return;
-    }
-    latest = { overview, heardMs: performance.now() };
-    trouble = null;
+    overview = await answer.json();
   } catch (error) {
     // Whatever it was: there is no answer, and we go on asking.
     trouble ??= error.name;
+    return;
+  }
+  if (past.take(overview)) {
+    latest = { overview, heardMs: performance.now() };
+    trouble = null;
+  } else {
+    trouble = "stranger";
   }
 }
 
 async function run() {
   for (;;) {
     const started = performance.now();
-    if (!document.hidden) {
+    try {
       await ask();
-      draw();
+      failure = null;
+    } catch (error) {
+      fail(error);
     }
+    draw();
     await new Promise((resolve) => {
       wake = resolve;
-      setTimeout(resolve, Math.max(100, PERIOD_MS - (performance.now() - started)));
+      const period = document.hidden ? HIDDEN_PERIOD_MS : PERIOD_MS;
+      setTimeout(resolve, Math.max(100, period - (performance.now() - started)));
     });
   }
 }
 
+function fail(error) {
+  failure = error;
+  console.error(error);
+}
+
 function draw() {
+  try {
+    if (latest !== null) {
+      drawServer();
+      drawStorage();
+      drawPast();
+    }
+  } catch (error) {
+    fail(error);
+  }
   drawState();
-  if (latest === null) return;
-  drawServer();
-  drawStorage();
-  drawPast();
 }
 
 function isAway() {
@@ -130,33 +154,59 @@ function silentMs() {
   return latest === null ? 0 : performance.now() - latest.heardMs;
 }
 
+/** What is to be said first; null before there is anything to say. */
+function state() {
+  const asOf = latest === null ? "" : `What is shown is as of ${duration(silentMs())} ago.`;
+  const since = latest === null ? null : latest.overview.now;
+  if (failure !== null) {
+    return { level: "bad", text: "This screen cannot show what the server tells.", meaning: `Load it again: the server may be newer than it. (${failure})`, since: null, others: [] };
+  }
+  if (!isAway()) {
+    if (latest === null) return null;
+    if (silentMs() > STALE_MS) return { level: "wait", text: "Asking the server …", meaning: asOf, since: null, others: [] };
+    const { level, text, meaning, since, others = [] } = latest.overview.verdict;
+    return { level: Object.hasOwn(MARKS, level) ? level : "warn", text: `${text}`, meaning: `${meaning}`, since, others };
+  }
+  switch (trouble) {
+    case "token":
+      return { level: "bad", text: "This screen needs the operators' token.", meaning: "Load it again, and give ADMIN_TOKEN as the password, with any name.", since: null, others: [] };
+    case "stranger":
+      return { level: "warn", text: "Another server answers here.", meaning: `This screen shows ${past.serverId}: open /ops at the address of one server, not of a load balancer.`, since, others: [] };
+    default:
+      return { level: "bad", text: "The server does not answer.", meaning: `The screen asks again every second. ${asOf} Members reconnect by themselves, and resume on another server if there is one.`, since, others: [] };
+  }
+}
+
 function drawState() {
-  const away = isAway();
-  let verdict = latest?.overview.verdict;
-  if (away && trouble === "token") {
-    verdict = { level: "bad", text: "This screen needs the operators' token.", meaning: "Load it again, and give ADMIN_TOKEN as the password, with any name.", since: null, others: [] };
-  } else if (away && trouble === "stranger") {
-    verdict = { level: "warn", text: "Another server answers here.", meaning: `This screen shows ${past.serverId}: open /ops at the address of one server, not of a load balancer.`, since: latest.overview.now, others: [] };
-  } else if (away) {
-    const shown = latest === null ? "" : ` What is shown is as of ${duration(silentMs())} ago.`;
-    const meaning = `The screen asks again every second.${shown} Members reconnect by themselves, and resume on another server if there is one.`;
-    const since = latest === null ? null : latest.overview.now;
-    verdict = { level: "bad", text: "The server does not answer.", meaning, since, others: [] };
+  try {
+    show(state());
+  } catch (error) {
+    fail(error);
+    show(state());
   }
-  if (verdict === undefined) return;
-  at("state").dataset.level = verdict.level;
-  at("mark").setAttribute("d", MARKS[verdict.level]);
-  say(at("sentence"), verdict.text);
-  say(at("meaning"), verdict.meaning);
-  say(at("since"), verdict.since === null ? "" : `since ${clockTime(verdict.since, now())} · ${duration(now() - verdict.since)}`);
-  const others = verdict.others.map(({ text, meaning }) => `${text} ${meaning}`);
-  const list = at("others");
-  if (list.childElementCount !== others.length) {
-    list.replaceChildren(...others.map(() => document.createElement("li")));
-  }
-  others.forEach((text, index) => say(list.children[index], text));
+}
+
+function show(verdict) {
+  if (verdict === null) return;
+  const { level, text, meaning, since, others } = verdict;
+  const lasts = since === null ? "" : `since ${clockTime(since, now())} · ${duration(now() - since)}`;
   const where = latest === null ? "BandSync" : latest.overview.serverId;
-  const title = `${verdict.level === "good" ? "All is well" : verdict.text.replace(/\.$/, "")} · ${where}`;
+  const said = level === "good" ? "All is well" : text.replace(/\.$/, "");
+  // In the background we may be stopped at any time: it says when it was true.
+  const when = document.hidden ? ` (${axisTime(Date.now(), 60_000)})` : "";
+  const title = `${said}${when} · ${where}`;
+  const further = others.map((other) => `${other.text} ${other.meaning}`);
+  // Nothing is said before all of it can be.
+  at("state").dataset.level = level;
+  at("mark").setAttribute("d", MARKS[level]);
+  say(at("sentence"), text);
+  say(at("meaning"), meaning);
+  say(at("since"), lasts);
+  const list = at("others");
+  if (list.childElementCount !== further.length) {
+    list.replaceChildren(...further.map(() => document.createElement("li")));
+  }
+  further.forEach((line, index) => say(list.children[index], line));
   if (document.title !== title) document.title = title;
 }
 
@@ -186,12 +236,12 @@ function drawStorage() {
   at("events").replaceChildren(...happenings.map(row));
   at("events").closest("table").hidden = !happenings.length;
   at("noEvents").hidden = happenings.length > 0;
-  say(at("noEvents"), failed ? "Redis has not been lost." : "Redis is not used.");
+  say(at("noEvents"), failed ? "Redis has not been in use yet." : "Redis is not used.");
 }
 
 function mode({ mode, migration }) {
-  const name = MODES[mode][0].toUpperCase() + MODES[mode].slice(1);
-  return migration === null ? name : `${name}: ${migration.moved} of ${migration.total}`;
+  const name = modeName(mode).replace(/^./, (first) => first.toUpperCase());
+  return migration ? `${name}: ${migration.moved} of ${migration.total}` : name;
 }
 
 function link(storage) {
@@ -218,7 +268,9 @@ function row({ event, tookMs, lasts }) {
     ],
     start: () => ["Server started", "it did not answer before", "", duration(Math.max(tookMs, 0))],
   };
-  const [what, why, detail, took] = cells[event.kind]();
+  // Of a kind that only a newer server knows.
+  const other = () => [event.kind, event.inWords ?? "", event.detail ?? "", "–"];
+  const [what, why, detail, took] = (cells[event.kind] ?? other)();
   const line = document.createElement("tr");
   line.className = event.kind;
   const time = document.createElement("td");
@@ -264,7 +316,7 @@ function look(event) {
   const drawing = event.target.closest?.(".chart .drawing");
   const box = drawing?.getBoundingClientRect();
   looking = box === undefined ? null : (event.clientX - box.left) / box.width;
-  if (latest !== null) drawPast();
+  draw();
 }
 
 const measure = new ResizeObserver((entries) => {
@@ -286,5 +338,8 @@ at("spans").addEventListener("click", ({ target }) => {
   for (const button of at("spans").children) button.setAttribute("aria-pressed", String(button === target));
   draw();
 });
-document.addEventListener("visibilitychange", () => wake());
+document.addEventListener("visibilitychange", () => {
+  drawState();
+  wake();
+});
 run();

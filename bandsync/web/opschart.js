@@ -4,6 +4,8 @@ import { duration } from "./opsformat.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const HEIGHT = 104;
+// What lies behind the lines while storage is not where it should be.
+const SHADES = { away: "away", memory: "memory", migrating: "memory" };
 const EDGE = { top: 8, right: 2, bottom: 18, left: 2 };
 
 /**
@@ -125,8 +127,8 @@ export class Chart {
     const parts = [];
     for (const stretch of view.stretches) {
       const [left, right] = [Math.max(x(stretch.from), EDGE.left), x(stretch.to)];
-      if (stretch.mode === "redis" || stretch.mode === "memory (disabled)" || right <= left) continue;
-      const kind = stretch.mode === "away" ? "away" : "memory";
+      const kind = SHADES[stretch.mode];
+      if (kind === undefined || right <= left) continue;
       const size = { x: left.toFixed(1), y: EDGE.top, width: (right - left).toFixed(1), height: floor - EDGE.top };
       parts.push(svg("rect", { class: `shade ${kind}`, ...size }));
     }

@@ -116,7 +116,7 @@ export class Past {
   }
 
   /**
-   * Failovers, recoveries and starts, the latest first.
+   * Failovers, recoveries, starts, and what only a newer server knows; the latest first.
    * @returns {{event: object, tookMs: number | null, lasts: boolean}[]} `tookMs`: how long Redis, or
    *   before a start the server, was away; null if that is not known; `lasts`: it is not back yet
    */
@@ -128,6 +128,10 @@ export class Past {
         if (event.kind === "migration" || (event.kind === "start" && index === 0)) return;
         if (event.kind === "recovery") {
           found.push({ event, tookMs: event.outageMs, lasts: false });
+          return;
+        }
+        if (event.kind !== "failover" && event.kind !== "start") {
+          found.push({ event, tookMs: null, lasts: false });
           return;
         }
         if (event.kind === "start") {

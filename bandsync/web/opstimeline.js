@@ -14,14 +14,20 @@ const STEPS_MS = [10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 6
 // Roughly, of a character of a label.
 const CHARACTER = 6.6;
 
-/** What a stretch is called. */
-export const MODES = {
+const MODES = {
   redis: "Redis",
   memory: "memory",
   migrating: "on the way to Redis",
   "memory (disabled)": "memory, as configured",
   away: "no answer",
 };
+
+/**
+ * What a stretch is called.
+ * @param {string} mode
+ * @returns {string} the mode itself, if only a newer server knows it
+ */
+export const modeName = (mode) => MODES[mode] ?? mode;
 
 /** The timeline of one server. */
 export class Timeline {
@@ -77,6 +83,7 @@ export class Timeline {
     const free = LABELS.map(() => this.width);
     for (const { event, tookMs, lasts } of happenings) {
       const where = x(event.at);
+      if (!Object.hasOwn(SIGNS, event.kind)) continue;
       parts.push(svg("path", { class: `mark ${event.kind}`, d: SIGNS[event.kind](where) }));
       if (event.kind === "recovery") continue;
       const took = lasts ? to - event.at : tookMs;
@@ -103,7 +110,8 @@ const SIGNS = {
 function bar(stretch, x) {
   const [left, right] = [x(stretch.from), x(stretch.to)];
   const lane = stretch.mode.startsWith("memory") ? LANES.memory : LANES.redis;
-  const whole = stretch.mode === "away" || stretch.mode === "migrating";
+  const known = Object.hasOwn(MODES, stretch.mode);
+  const whole = stretch.mode === "away" || stretch.mode === "migrating" || !known;
   const size = {
     x: left.toFixed(1),
     y: whole ? LANES.redis : lane,
@@ -112,8 +120,8 @@ function bar(stretch, x) {
     height: whole ? LANES.memory + BAR - LANES.redis : BAR,
     rx: 2,
   };
-  const name = stretch.mode === "memory (disabled)" ? "disabled" : stretch.mode;
-  const title = `${MODES[stretch.mode]}, ${clockTime(stretch.from, stretch.to)}, ${duration(stretch.to - stretch.from)}`;
+  const name = !known ? "unknown" : stretch.mode === "memory (disabled)" ? "disabled" : stretch.mode;
+  const title = `${modeName(stretch.mode)}, ${clockTime(stretch.from, stretch.to)}, ${duration(stretch.to - stretch.from)}`;
   const parts = [svg("rect", { class: `stretch ${name}`, ...size }, svg("title", {}, title))];
   if (name === "away" && right - left > MODES.away.length * CHARACTER) {
     const middle = { x: ((left + right) / 2).toFixed(1), y: (LANES.redis + LANES.memory + BAR) / 2 + 4 };
@@ -125,7 +133,9 @@ function bar(stretch, x) {
 function spoken(stretches, from, to) {
   const lost = stretches.filter((stretch) => stretch.event?.kind === "failover" && stretch.from >= from);
   const current = stretches.at(-1);
-  const now = current === undefined ? "nothing is known yet" : `now ${MODES[current.mode]}, since ${clockTime(current.from, to)}`;
+  const now = current === undefined ? "nothing is known yet" : `now ${modeName(current.mode)}, since ${clockTime(current.from, to)}`;
   const times = lost.length === 1 ? "once" : `${lost.length} times`;
-  return `Timeline from ${clockTime(from, to)}: ${now}; Redis was lost ${lost.length ? times : "at no time"}. The table has the details.`;
+  const used = stretches.some((stretch) => stretch.mode === "redis");
+  const redis = lost.length ? `was lost ${times}` : used ? "was lost at no time" : "was not in use";
+  return `Timeline from ${clockTime(from, to)}: ${now}; Redis ${redis}. The table has the details.`;
 }
