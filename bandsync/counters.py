@@ -13,6 +13,7 @@ class Counters:
         dropped: volatile frames dropped for slow consumers.
         handshakes_refused: heads and upgrades turned away, by reason.
         closed: WebSocket connections the server closed, by close code.
+        slow_consumers: those of them that were closed because their client was slow.
         errors: ``error`` answers, by code.
         joins: members that joined or resumed, by which of the two.
         conflicts: commits that others were faster than.
@@ -37,6 +38,7 @@ class Counters:
         "reconciled",
         "relay_losses",
         "relayed",
+        "slow_consumers",
         "unreadable",
     )
 
@@ -49,6 +51,7 @@ class Counters:
         self.reconciled = 0
         self.relay_losses = 0
         self.relayed = 0
+        self.slow_consumers = 0
         self.unreadable = 0
         self.failovers: Counter[str] = Counter()
         self.handshakes_refused: Counter[str] = Counter()

@@ -19,9 +19,11 @@ from benchcluster import cluster, remote
 from benchcommands import commands
 from benchcommit import commit
 from benchfleet import Fleet, masked
+from benchgig import load, soak
 from benchload import SETTLE_S, TICK, WARM_UP_S, Chatter, Latencies, after, capture, join, settle
 from benchmigrate import migrate
 from benchresume import resume
+from benchscale import sessions, workers
 from benchserver import (
     BenchError,
     bandsync,
@@ -219,21 +221,26 @@ def main() -> int:
     pin_generator()
     try:
         members = options.get("members", 1)
-        connections = options.get("connections", options.get("sessions", 0) * members)
+        bands = options.get("sessions", options.get("bands", 0))
+        connections = options.get("connections", bands * members)
         raise_file_limit(3 * connections)
         result = bench.run(**options)
     except BenchError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result))
-    return 0
+    findings = result.get("findings", [])
+    assert isinstance(findings, list)
+    for finding in findings:
+        print(f"bench.py: {finding}", file=sys.stderr)
+    return 1 if findings else 0
 
 
 class Bench(NamedTuple):
     """A benchmark, and the arguments it takes with their defaults."""
 
     run: Callable[..., dict[str, object]]
-    defaults: dict[str, float]
+    defaults: dict[str, float | str]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -254,6 +261,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+_LOAD: dict[str, float | str] = {
+    "bands": 100,
+    "minutes": 1.0,
+    "members": 8,
+    "workers": 1,
+    "servers": "",
+    "redis": False,
+    "seed": 1,
+    "pace": 1.0,
+    "json": "",
+    "plot": "",
+}
 _BENCHES = {
     "fanout": Bench(fanout, {"connections": 1000, "members": 8, "seconds": 10.0}),
     "commands": Bench(commands, {"sessions": 25, "members": 8, "seconds": 10.0, "redis": False}),
@@ -266,17 +285,32 @@ _BENCHES = {
     "remote": Bench(remote, {"seconds": 10.0}),
     "resume": Bench(resume, {"connections": 1000, "members": 8, "seconds": 25.0, "alone": False}),
     "migrate": Bench(migrate, {"sessions": 1000, "members": 1, "seconds": 2.0}),
+    "sessions": Bench(sessions, {"few": 125, "many": 1000, "members": 8, "seconds": 10.0}),
+    "workers": Bench(workers, {"sessions": 25, "members": 8, "seconds": 10.0, "processes": 2}),
+    "load": Bench(load, _LOAD),
+    "soak": Bench(soak, _LOAD),
 }
 
 _HELP = {
     "alone": "all members of a session are on the server that dies, not every other one",
+    "bands": "how many (default %(default)s)",
     "callers": "how many commit at the same time (default %(default)s)",
     "chats_per_second": "long messages of each leader (default %(default)s)",
     "connections": "how many, in sessions of --members (default %(default)s)",
+    "few": "sessions of the one server (default %(default)s)",
+    "many": "sessions of the other one (default %(default)s)",
+    "processes": "workers of the server beside the one of a single process (default %(default)s)",
+    "json": "file for the summary and what was measured each second",
     "members": "of each session (default %(default)s)",
-    "redis": "measure a server that keeps its sessions in Redis, too",
+    "minutes": "from the first join to the last command (default %(default)s)",
+    "pace": "how much livelier than usual bands are (default %(default)s)",
+    "plot": "file for a picture of it, SVG",
+    "redis": "a server of our own keeps its sessions in Redis (commands: measured, too)",
+    "seed": "the same one makes the bands wish the same (default %(default)s)",
+    "servers": "addresses, with commas, instead of servers of our own; ADMIN_TOKEN is theirs",
     "seconds": "how long each measurement takes (default %(default)s)",
     "sessions": "how many (default %(default)s)",
+    "workers": "processes of a server of our own; several of them need Redis, and get one",
 }
 
 

@@ -295,7 +295,7 @@ _FIGURES: list[tuple[str, Callable[[float | None], str], Callable[[Document], fl
     ("commit", milliseconds, _part("commit", "meanMs")),
     ("command", milliseconds, _part("command", "meanMs")),
     ("loop lag", milliseconds, _field("loopLagMs")),
-    ("slow, 1013", number, _field("closed1013")),
+    ("slow, let go", number, _field("slowConsumers")),
     ("Redis trip", milliseconds, _field("roundTripMs")),
     ("clock error", milliseconds, _clock_error),
     ("memory, MiB", number, _memory),

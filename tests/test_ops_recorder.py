@@ -19,7 +19,7 @@ from bandsync.storage.status import HISTORY, Change, Failover, History, Mode, Re
 from tests.states import Stage
 
 NOTHING = Totals(
-    at_s=10.0, deliveries=0, received=0, dropped=0, closed_1013=0, internal_errors=0, cpu_s=0.0
+    at_s=10.0, deliveries=0, received=0, dropped=0, slow_consumers=0, internal_errors=0, cpu_s=0.0
 )
 QUIET = State(
     at=1_000.0,
@@ -97,7 +97,7 @@ def test_counts_are_per_second_whatever_the_second_lasted() -> None:
         deliveries=500,
         received=20,
         dropped=3,
-        closed_1013=1,
+        slow_consumers=1,
         internal_errors=2,
         cpu_s=0.5,
     )
@@ -106,14 +106,14 @@ def test_counts_are_per_second_whatever_the_second_lasted() -> None:
     assert (found.deliveries_per_s, found.received_per_s, found.dropped_per_s) == (250, 10, 1.5)
     assert found.cpu == 0.25
     # These are rare enough to be counted one by one.
-    assert (found.closed_1013, found.internal_errors) == (1, 2)
+    assert (found.slow_consumers, found.internal_errors) == (1, 2)
 
 
 def test_what_was_before_the_first_reading_is_not_of_this_second() -> None:
-    before = replace(NOTHING, deliveries=1_000_000, closed_1013=9)
+    before = replace(NOTHING, deliveries=1_000_000, slow_consumers=9)
     after = replace(before, at_s=11.0, deliveries=1_000_010)
     found = sample(before, after, QUIET, command=None, commit=None, loop_lag_s=0)
-    assert (found.deliveries_per_s, found.closed_1013) == (10, 0)
+    assert (found.deliveries_per_s, found.slow_consumers) == (10, 0)
 
 
 def test_what_was_not_measured_is_none_and_not_zero() -> None:

@@ -26,7 +26,7 @@ SECOND = Sample(
     deliveries_per_s=40,
     received_per_s=2,
     dropped_per_s=0,
-    closed_1013=0,
+    slow_consumers=0,
     internal_errors=0,
     command=None,
     commit=None,
@@ -97,7 +97,10 @@ def test_a_lost_redis_says_why_since_when_and_what_is_at_stake() -> None:
     assert verdict.text == "Redis is lost: the bands play on from memory."
     assert verdict.since == 50
     assert in_words("timed_out") in verdict.meaning
-    assert "nothing is at stake" in verdict.meaning
+    # It may come back empty: then what is here is all there is.
+    assert "the only copy" in verdict.meaning
+    nobody = seconds(replace(SECOND, rooms=0, sessions=0))
+    assert "the only copy" not in judge(replace(LOST, samples=nobody)).meaning
     assert "1 session has" in judge(replace(LOST, kept_in_memory=1)).meaning
     at_stake = judge(replace(LOST, kept_in_memory=12))
     assert "12 sessions have" in at_stake.meaning
@@ -200,7 +203,7 @@ def test_a_lag_must_last() -> None:
 @pytest.mark.parametrize(
     ("second", "level", "text"),
     [
-        (replace(SECOND, closed_1013=2), "warn", "Slow clients were let go."),
+        (replace(SECOND, slow_consumers=2), "warn", "Slow clients were let go."),
         (replace(SECOND, internal_errors=2), "bad", "The server fails at commands."),
     ],
 )
@@ -236,10 +239,22 @@ def test_the_worst_is_the_sentence_and_the_others_follow() -> None:
     assert [each.code for each in verdict.others] == ["draining", "lost"]
 
 
-def test_a_full_server_closes_with_1013_too() -> None:
-    verdict = judge(replace(WELL, full=True, samples=seconds(replace(SECOND, closed_1013=5))))
+def test_a_full_server_may_have_slow_clients_too() -> None:
+    assert judge(replace(WELL, full=True)).others == []
+    verdict = judge(replace(WELL, full=True, samples=seconds(replace(SECOND, slow_consumers=5))))
     assert verdict.text == "The server is full."
-    assert verdict.others == []
+    assert [each.code for each in verdict.others] == ["slow"]
+
+
+def test_a_server_that_stops_says_what_ends_with_it() -> None:
+    stops = judge(replace(WELL, draining=True))
+    assert (stops.level, stops.text) == ("warn", "This server is stopping.")
+    chosen = judge(replace(WELL, awaited=False, draining=True, kept_in_memory=2))
+    assert chosen.level == "warn"
+    assert "2 sessions are in its memory only, as configured" in chosen.meaning
+    loses = judge(replace(LOST, draining=True, kept_in_memory=1))
+    assert loses.level == "bad"
+    assert "1 session is in its memory only" in loses.meaning
 
 
 def test_every_reason_has_words() -> None:

@@ -219,6 +219,8 @@ class Connection:
         self._nursery.cancel_scope.cancel()
 
     def _slow(self) -> None:
+        if not self._closing:
+            self._hub.counters.slow_consumers += 1
         self._leave_reason = "slow_consumer"
         self._connections.log.info(
             "connection.slow", connection_id=self.connection_id, member_id=self.member_id

@@ -123,6 +123,11 @@ class _ServerCollector:
             "Ticks and statistics dropped because their client was slow.",
             counters.dropped,
         )
+        yield _counter(
+            "bandsync_slow_consumers",
+            "Connections closed with 1013 because their client was slow.",
+            counters.slow_consumers,
+        )
         yield _labelled("bandsync_joins", "Members that joined or resumed.", "how", counters.joins)
         yield _labelled(
             "bandsync_errors", "Errors sent to clients, by code.", "code", counters.errors

@@ -120,7 +120,7 @@ class Recorder:
             deliveries=counters.deliveries,
             received=counters.received,
             dropped=counters.dropped,
-            closed_1013=counters.closed["1013"],
+            slow_consumers=counters.slow_consumers,
             internal_errors=counters.errors["internal"],
             cpu_s=process_time(),
         )

@@ -51,7 +51,7 @@ class Totals(Struct, frozen=True):
 
     Attributes:
         at_s: the moment, monotonic seconds.
-        closed_1013: connections that were closed with 1013.
+        slow_consumers: connections that were closed because their client was slow.
         cpu_s: time that the process had a processor, seconds.
     """
 
@@ -59,7 +59,7 @@ class Totals(Struct, frozen=True):
     deliveries: int
     received: int
     dropped: int
-    closed_1013: int
+    slow_consumers: int
     internal_errors: int
     cpu_s: float
 
@@ -100,7 +100,7 @@ class Sample(Struct, frozen=True, rename="camel"):
         deliveries_per_s: frames of session events, ticks and statistics handed to connections.
         received_per_s: messages that came from clients.
         dropped_per_s: volatile frames that were dropped because their client was slow.
-        closed_1013: connections closed with 1013: their client was slow, or the server is full.
+        slow_consumers: connections closed with 1013 because their client was slow.
         internal_errors: commands that the server failed at.
         command: from a message's bytes to its answer.
         commit: what the storage took to keep a change.
@@ -126,7 +126,7 @@ class Sample(Struct, frozen=True, rename="camel"):
     deliveries_per_s: float
     received_per_s: float
     dropped_per_s: float
-    closed_1013: int
+    slow_consumers: int
     internal_errors: int
     command: Latency | None
     commit: Latency | None
@@ -174,7 +174,7 @@ def sample(
         deliveries_per_s=per_second(after.deliveries - before.deliveries),
         received_per_s=per_second(after.received - before.received),
         dropped_per_s=per_second(after.dropped - before.dropped),
-        closed_1013=after.closed_1013 - before.closed_1013,
+        slow_consumers=after.slow_consumers - before.slow_consumers,
         internal_errors=after.internal_errors - before.internal_errors,
         command=command,
         commit=commit,

@@ -131,9 +131,17 @@ def degraded_since(changes: Sequence[Change]) -> float:
 def _draining(facts: Facts) -> list[Finding]:
     if not facts.draining:
         return []
-    text = "This server is stopping."
-    meaning = "Clients are told to reconnect, a few at a time; the bands play on elsewhere."
-    return [Finding("draining", "warn", text, meaning)]
+    told = "Clients are told to reconnect, a few at a time"
+    sessions = facts.kept_in_memory
+    if not sessions:
+        meaning = f"{told}; the bands play on elsewhere."
+        return [Finding("draining", "warn", "This server is stopping.", meaning)]
+    text = "This server is stopping, and sessions end with it."
+    only = f"{_counted(sessions)} {_is(sessions)} in its memory only"
+    if not facts.awaited:
+        return [Finding("draining", "warn", text, f"{told}. {only}, as configured.")]
+    meaning = f"{told}. {only}: what Redis does not take before the end is lost."
+    return [Finding("draining", "bad", text, meaning)]
 
 
 def _storage(facts: Facts) -> list[Finding]:
@@ -212,10 +220,20 @@ def _apart(sessions: int) -> str:
 def _at_stake(facts: Facts) -> str:
     sessions = facts.kept_in_memory
     if not sessions:
-        return "No session has changed since: nothing is at stake."
+        if not _was_there(facts) or not facts.samples or not facts.samples[-1].sessions:
+            return "No session is in this server's memory alone."
+        # It may come back empty, or older.
+        return (
+            "No session has changed since; but should Redis come back without its data, this "
+            "server's memory is the only copy: do not stop it before Redis is back."
+        )
     advice = "a restart loses them" if facts.gave_up else "do not stop it before Redis is back"
     who = f"{_counted(sessions)} {_has(sessions)}"
     return f"{who} changes that are only in this server's memory: {advice}."
+
+
+def _is(sessions: int) -> str:
+    return "is" if sessions == 1 else "are"
 
 
 def _has(sessions: int) -> str:
@@ -267,8 +285,8 @@ def _late(facts: Facts) -> list[Finding]:
 
 
 def _slow(facts: Facts) -> list[Finding]:
-    count = sum(each.closed_1013 for each in _recent(facts, RECENT_MS))
-    if not count or facts.full:
+    count = sum(each.slow_consumers for each in _recent(facts, RECENT_MS))
+    if not count:
         return []
     text = "Slow clients were let go."
     meaning = (

@@ -47,7 +47,7 @@ const PLANS = [
   { title: "Loop lag", unit: "ms", least: 1, tenfold: true, format: number, series: [
     { name: "longest", value: (each) => each.loopLagMs }] },
   { title: "Slow consumers", unit: "let go", least: 2, format: rate, series: [
-    { name: "let go", value: (each) => each.closed1013 }, { name: "frames dropped", value: (each) => each.droppedPerS }] },
+    { name: "let go", value: (each) => each.slowConsumers }, { name: "frames dropped", value: (each) => each.droppedPerS }] },
   { title: "Redis round trip", unit: "ms", least: 1, tenfold: true, format: number, series: [
     { name: "round trip", value: (each) => each.roundTripMs }] },
   { title: "Clock error", unit: "ms", least: 0.5, format: number, signed: true,
