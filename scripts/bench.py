@@ -23,6 +23,7 @@ from benchgig import load, soak
 from benchload import SETTLE_S, TICK, WARM_UP_S, Chatter, Latencies, after, capture, join, settle
 from benchmigrate import migrate
 from benchresume import resume
+from benchrolling import rolling
 from benchscale import sessions, workers
 from benchserver import (
     BenchError,
@@ -284,9 +285,10 @@ _BENCHES = {
     "cluster": Bench(cluster, {"sessions": 25, "members": 8, "seconds": 10.0}),
     "remote": Bench(remote, {"seconds": 10.0}),
     "resume": Bench(resume, {"connections": 1000, "members": 8, "seconds": 25.0, "alone": False}),
+    "rolling": Bench(rolling, {"sessions": 10, "members": 4, "seconds": 6.0}),
     "migrate": Bench(migrate, {"sessions": 1000, "members": 1, "seconds": 2.0}),
     "sessions": Bench(sessions, {"few": 125, "many": 1000, "members": 8, "seconds": 10.0}),
-    "workers": Bench(workers, {"sessions": 25, "members": 8, "seconds": 10.0, "processes": 2}),
+    "workers": Bench(workers, {"sessions": 200, "members": 8, "seconds": 20.0, "processes": 2}),
     "load": Bench(load, _LOAD),
     "soak": Bench(soak, _LOAD),
 }

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import trio
 import trustme
@@ -206,6 +207,9 @@ async def test_who_stops_reading_is_closed_and_nobody_waits(
         await stream.aclose()
         await ann.ok("heartbeat")
         assert server.events("connection.slow")
+        async with httpx.AsyncClient(base_url=server.serving.url) as client:
+            metrics = (await client.get("/metrics")).text
+        assert "bandsync_slow_consumers_total 1.0" in metrics
         assert all(player.close_code is None for player in (ann, bob))
         frames = list(server_frames(answer))
         assert len(frames) > 10

@@ -155,7 +155,7 @@ def test_the_lead_is_asked_for_refused_and_handed_over(
     shows(bob, "#news", "You asked for the lead.")
     ann.get_by_role("button", name="Not now").click()
     shows(bob, "#news", "Ann keeps the lead for now.")
-    assert ann.locator("#requests p").count() == 0
+    ann.locator("#requests p").wait_for(state="detached")
 
     bob.get_by_role("button", name="Ask for the lead").click()
     ann.locator("#requests").get_by_role("button", name="Hand over").click()
