@@ -1,5 +1,6 @@
 """Clients that are broken, slow or hostile, and what they cost the others: nothing."""
 
+import gc
 import os
 import random
 import socket
@@ -12,8 +13,10 @@ import httpx
 import pytest
 import trio
 import trustme
+from trio.testing import wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
+from bandsync.net.connection import Connection
 from tests.servers import PATIENCE_S, Musician, Server, band, musician, start_server
 
 UPGRADE = (
@@ -361,3 +364,25 @@ async def test_a_bug_is_told_with_an_id_and_ends_nothing(
         assert "a bug" in logged["exception"]
         await ann.ok("play")
         await bob.next("play")
+
+
+async def test_a_closed_connection_is_free_at_once(server: Server) -> None:
+    """Not when the garbage collector looks at old objects: phones come and go all evening."""
+
+    def alive() -> int:
+        return sum(isinstance(each, Connection) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        async with musician(server) as ann, musician(server) as bob:
+            await ann.join()
+            await bob.join()
+            await ann.ok("leave_session")
+            assert alive() == before + 2
+        with trio.fail_after(PATIENCE_S):
+            while alive() > before:
+                await wait_all_tasks_blocked(0.01)
+    finally:
+        gc.enable()

@@ -177,6 +177,15 @@ class Connection:
                 self._hub.dropped(self._room, self, self._leave_reason)
         self._nursery.cancel_scope.cancel()
 
+    def release(self) -> None:
+        """Hold on to nothing that holds on to this: memory is free at once.
+
+        Otherwise it would be when the garbage collector looks at old objects, minutes later. Call
+        it when all tasks of the connection have ended.
+        """
+        self.outbox.release()
+        self._wire.release()
+
     def close(self, code: int, reason: str) -> None:
         """Close with a close frame, after `CLOSE_TIMEOUT_S` by force; never blocks."""
         if self._closing:

@@ -259,8 +259,13 @@ class Acceptor:
         self, stream: trio.abc.Stream, send_nowait: Callable[[bytes], int] | None, head: Head
     ) -> None:
         path_session = unquote(head.request.path[len("/ws/") :])
-        async with trio.open_nursery() as nursery:
-            connection = Connection(
-                self._connections, nursery, stream, send_nowait, head, path_session
-            )
-            await connection.run()
+        connection: Connection | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                connection = Connection(
+                    self._connections, nursery, stream, send_nowait, head, path_session
+                )
+                await connection.run()
+        finally:
+            if connection is not None:
+                connection.release()

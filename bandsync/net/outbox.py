@@ -126,6 +126,10 @@ class Outbox:
         elif not self._dead:
             self._send(frames)
 
+    def release(self) -> None:
+        """Tell nobody anything any more."""
+        self._on_slow = self._on_broken = _nobody
+
     def stop(self) -> None:
         """Take no more frames but by `push_last`; volatile ones that wait are dropped."""
         self._stopped = True
@@ -249,3 +253,7 @@ class Outbox:
 def _take_nothing(_: bytes) -> int:
     """What a stream does that cannot send without waiting."""
     return 0
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
