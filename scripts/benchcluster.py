@@ -88,7 +88,7 @@ def cluster(sessions: int, members: int, seconds: float) -> dict[str, object]:
         raise BenchError(INSTALL)
     with ExitStack() as stack:
         ours = bandsync_cluster(stack, sessions * members, members)
-        # Ticks, which the demo page does not ask for either, are nothing that the yardstick has.
+        # Ticks, which the page does not ask for either, are nothing that the yardstick has.
         own, event_bytes = bands(stack, ours, ours.ports, sessions, members, ticks=False)
         theirs, other = _yardstick(stack, sessions, members, event_bytes)
         settle()

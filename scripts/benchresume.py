@@ -16,7 +16,7 @@ from benchserver import BenchError, bandsync, now_s, spread
 
 _SURVIVOR = 1
 _SNAPSHOT = b'{"type":"snapshot"'
-# As the demo page does.
+# As the page does.
 _FIRST_RETRY_S = 0.3
 _LONGEST_RETRY_S = 8.0
 _STEP_S = 0.002

@@ -326,3 +326,35 @@ def test_a_click_that_was_silenced_comes_back(open_page: Pages, start_process: S
     shows(page, "#click", "Touch to hear")
     page.locator("#light").click()
     shows(page, "#click", "Click on")
+
+
+def test_the_light_itself_flashes_no_more_than_is_safe(page: "Page") -> None:
+    """Whatever the band does: here somebody seeks eight times a second."""
+    flashes = page.evaluate(
+        """async () => {
+          const { BeatLight } = await import("/beat.js");
+          const names = ["light", "ring", "flash", "pulse", "beatNumber", "barNumber", "position",
+            "state", "tempo"];
+          const part = (name) => [name, document.createElement("p")];
+          const parts = Object.fromEntries(names.map(part));
+          const segment = { isPlaying: true, positionMs: 0, tempoBpm: 60, beat: 0, beatsPerBar: 4 };
+          new BeatLight(parts, () => {
+            const now = performance.now();
+            const anchorTime = now - (now % 125);
+            const transport = { ...segment, anchorTime, next: null };
+            return { transport, countInFrom: null, now, trimMs: 0, heldMs: null };
+          });
+          const flashes = [];
+          let before = 0;
+          const began = performance.now();
+          while (performance.now() < began + 4000) {
+            const at = await new Promise(requestAnimationFrame);
+            const glow = Number(parts.flash.style.opacity);
+            if (glow > before + 0.1) flashes.push(at);
+            before = glow;
+          }
+          return flashes;
+        }"""
+    )
+    assert flashes
+    assert all(later - earlier >= 990 for earlier, later in zip(flashes, flashes[3:], strict=False))
