@@ -20,6 +20,7 @@ from bandsync.messages import StorageStatus
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
+from bandsync.net.neighbours import Neighbours
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.process import is_gone, machine
@@ -62,6 +63,7 @@ async def serve(
     log: FilteringBoundLogger,
     *,
     worker: int = 1,
+    crew: str | None = None,
     announce: Callable[[str], None] = print,
     signals: Collection[int] = (),
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
@@ -70,6 +72,7 @@ async def serve(
 
     Args:
         worker: which of the processes that share the port this is: `WORKERS`, from 1.
+        crew: a name that these processes share with nobody else; None if there are no others.
         announce: told the address, and the storage in use and why, once the listener is open.
         signals: any of these begins the drain, a second one stops at once.
 
@@ -82,7 +85,8 @@ async def serve(
         with contextlib.ExitStack() as stack:
             for listener in shared + own:
                 stack.callback(listener.close)
-            await _serve(settings, log, shared, own, worker, announce, signals, task_status)
+            place = _Place(worker, crew, shared, own)
+            await _serve(settings, log, place, announce, signals, task_status)
     except* StartError as group:
         refused = group
     if refused is not None:
@@ -92,15 +96,13 @@ async def serve(
 async def _serve(
     settings: Settings,
     log: FilteringBoundLogger,
-    shared: list[socket.socket],
-    own: list[socket.socket],
-    worker: int,
+    place: "_Place",
     announce: Callable[[str], None],
     signals: Collection[int],
     task_status: trio.TaskStatus[Serving],
 ) -> None:
     tls = _tls_context(settings)
-    port: int = shared[0].getsockname()[1]
+    port: int = place.shared[0].getsockname()[1]
     server_id = server_name(settings, port)
     boot_id = secrets.token_hex(8)
     started = trio.current_time()
@@ -151,10 +153,13 @@ async def _serve(
         command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
         connections = Connections(hub, settings, log, command_seconds)
         state = _State(hub, connections, manager, clock, stopping, url_of(settings, port))
-        metrics.identify(server_id, worker)
+        metrics.identify(server_id, place.worker)
         metrics.watch(counters, state)
         api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
-        acceptor = Acceptor(connections, api.answer, tls=tls, log=log)
+        neighbours: Neighbours | None = None
+        if place.crew is not None and tls is None:
+            neighbours = Neighbours(place.crew, place.worker, settings.workers, log)
+        acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=neighbours, log=log)
 
         def tell_storage() -> None:
             loss = manager.history.last_failover if manager.degraded else None
@@ -180,11 +185,13 @@ async def _serve(
         if signals:
             nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
         serving.set()
-        await nursery.start(acceptor.run, shared + own)
+        await nursery.start(acceptor.run, place.shared, place.own)
 
         def leave() -> None:
-            for listener in shared:
+            for listener in place.shared:
                 acceptor.leave(listener)
+            if neighbours is not None:
+                neighbours.leave()
 
         url = url_of(settings, port)
         announce(f"BandSync listening on {url}")
@@ -194,11 +201,27 @@ async def _serve(
 
         await stopping.wait()
         log.info("server.draining", connections=len(connections.open))
+        if neighbours is not None:
+            neighbours.leave()
         with trio.move_on_after(settings.drain_timeout_ms / 1000):
             await drain(connections, settings.drain_timeout_ms / 1000)
             await manager.hand_over()
         log.info("server.stopped", connections=len(connections.open))
         nursery.cancel_scope.cancel()
+
+
+class _Place(Struct, frozen=True):
+    """Which of the processes that share a port this is, and where it listens.
+
+    Attributes:
+        shared: where the others listen too.
+        own: where they do not.
+    """
+
+    worker: int
+    crew: str | None
+    shared: list[socket.socket]
+    own: list[socket.socket]
 
 
 class _State:

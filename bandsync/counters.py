@@ -7,7 +7,8 @@ class Counters:
     """Plain numbers, because a delivery must not pay for a metric.
 
     Attributes:
-        accepted: TCP connections taken.
+        accepted: TCP connections taken, from the kernel or another worker.
+        passed_on: those of them that another worker has now.
         received: messages that came from clients.
         deliveries: frames of session events and ticks handed to a connection.
         dropped: volatile frames dropped for slow consumers.
@@ -34,6 +35,7 @@ class Counters:
         "failovers",
         "handshakes_refused",
         "joins",
+        "passed_on",
         "received",
         "reconciled",
         "relay_losses",
@@ -44,6 +46,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.accepted = 0
+        self.passed_on = 0
         self.received = 0
         self.deliveries = 0
         self.dropped = 0

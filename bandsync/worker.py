@@ -26,10 +26,12 @@ class Orders(Struct, frozen=True):
     Attributes:
         settings: with a `server_id` and a port.
         worker: which one it is, from 1.
+        crew: a name that the workers of this supervisor share with nobody else.
     """
 
     settings: Settings
     worker: int
+    crew: str | None = None
 
 
 class Report(Struct, frozen=True):
@@ -71,6 +73,7 @@ async def work(
             orders.settings,
             log,
             worker=orders.worker,
+            crew=orders.crew,
             announce=lines.append,
             signals=signals,
             task_status=task_status,

@@ -1,10 +1,12 @@
 """Several processes on one port: who starts them, watches them, replaces them and ends them.
 
 The supervisor holds no sessions. How it speaks with its workers is in `worker.py`. The kernel
-spreads connections over them (SO_REUSEPORT); it passes over a worker that has ended, but not over
-one that hangs: who is silent is replaced.
+spreads connections over them (SO_REUSEPORT), and they pass them on to each other, so that a band is
+on one (`net/neighbours.py`). The kernel passes over a worker that has ended, but not over one that
+hangs: who is silent is replaced.
 """
 
+import secrets
 import signal
 import socket
 import subprocess
@@ -125,9 +127,10 @@ class _Supervisor:
         self._stopping = trio.Event()
         self._replacing = trio.Event()
         name = server_name(settings, port)
+        crew = secrets.token_hex(16)
         self._workers = [
             _Worker(
-                Orders(replace(settings, port=port, server_id=f"{name}-{number}"), number),
+                Orders(replace(settings, port=port, server_id=f"{name}-{number}"), number, crew),
                 command,
                 pace,
                 self._stopping,

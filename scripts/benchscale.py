@@ -7,7 +7,7 @@ from statistics import median
 
 from benchcommands import NO_EVENTS, acked, command_frames
 from benchfleet import Client, Fleet, masked
-from benchhost import hosted
+from benchhost import Hosted, hosted
 from benchload import ClosedLoop, join, settle
 from benchredis import new_redis
 from benchserver import HOST, BenchError, all_cores, bandsync, cpu_of, raise_file_limit
@@ -18,7 +18,7 @@ MOST_GROWTH = 0.15
 LEAST_SPEED_UP = 1.7
 
 _WHATS = ("ticks", "commands")
-_HOWS = ("one", "spread", "hashed")
+_HOWS = ("apart", "passed", "scattered")
 _ATTEMPTS = 20
 _TICKS_PER_S = 10
 _SHORT = 0.95
@@ -66,13 +66,16 @@ def workers(sessions: int, members: int, seconds: float, processes: int) -> dict
     """Does a server of several processes deliver so many times what one does? Computed from CPU.
 
     All processes share the first core; the driver and the Redis of each server have the others, so
-    that neither is part of a figure. What a delivery costs over all processes, beside one process
-    with the same bands, is how much of a second core is lost to sharing. The speed-up is what
-    follows if each process has a core of its own, the busiest is the limit, and Redis, whose CPU is
-    told, is none.
+    that neither is part of a figure. What a delivery costs over all processes, beside what it costs
+    as many that know nothing of each other, is how much is lost to sharing the sessions: that all
+    share one core, whose caches they take from each other, is the same for both. The speed-up is
+    what follows if each process has a core of its own, the busiest is the limit, and Redis, whose
+    CPU is told, is none.
 
-    ``spread``: the kernel spreads the members of a band over the processes, which tell each other
-    through Redis. ``hashed``: as behind a load balancer that hashes on the path, a band is whole.
+    ``apart``: servers of one process, each with a Redis and a part of the bands of its own.
+    ``passed``: all come to the shared port, and a band is on one process because connections are
+    passed on. ``scattered``: members take turns on the ports of the processes, which tell each
+    other through Redis: what is lost without that, as with TLS.
     ``ticks`` are those of playing bands, ``commands`` are given as fast as they are answered.
     """
     if len(all_cores()) < 2:
@@ -102,15 +105,15 @@ def workers(sessions: int, members: int, seconds: float, processes: int) -> dict
     findings = []
     for what in _WHATS:
         figures: dict[str, object] = {}
-        alone = windows[what, "one"]
+        apart = windows[what, "apart"]
         for how in _HOWS:
             parts, crew = windows[what, how], crews[what, how]
             figures[how] = _figures(what, parts, crew)
-            if how == "one":
+            if how == "apart":
                 continue
-            speed_up = processes / _dearer(what, parts, alone) / crew.imbalance()
+            speed_up = processes / _dearer(what, parts, apart) / crew.imbalance()
             figures[f"{how}SpeedUp"] = round(speed_up, 2)
-            if processes == 2 and speed_up < LEAST_SPEED_UP:
+            if how == "passed" and processes == 2 and speed_up < LEAST_SPEED_UP:
                 findings.append(f"{what}, {how}: two deliver {speed_up:.2f} times what one does")
         result[what] = figures
     return result | {"findings": findings}
@@ -139,9 +142,9 @@ def _cost(what: str, window: Window) -> float:
     return cpu_us(window, _handed(what, window))
 
 
-def _dearer(what: str, parts: Sequence[Window], alone: Sequence[Window]) -> float:
+def _dearer(what: str, parts: Sequence[Window], others: Sequence[Window]) -> float:
     """How many times as much a delivery costs: the median over slices that are neighbours."""
-    pairs = zip(parts, alone, strict=True)
+    pairs = zip(parts, others, strict=True)
     return median(_cost(what, part) / _cost(what, other) for part, other in pairs)
 
 
@@ -159,8 +162,26 @@ class _Whole(Fleet):
         self._servers = len(ports)
 
 
+class _Together:
+    """Servers that are measured as one."""
+
+    def __init__(self, servers: Sequence[Hosted]) -> None:
+        self._servers = servers
+
+    def suspend(self) -> None:
+        for server in self._servers:
+            server.suspend()
+
+    def resume(self) -> None:
+        for server in self._servers:
+            server.resume()
+
+    def cpu_s(self) -> float:
+        return sum(server.cpu_s() for server in self._servers)
+
+
 class _Crew:
-    """A server with a Redis of its own (sessions have the same names everywhere), and its bands.
+    """Servers with a Redis of their own (sessions have the same names everywhere), and the bands.
 
     Attributes:
         contender: to be measured.
@@ -170,24 +191,27 @@ class _Crew:
     def __init__(
         self, stack: ExitStack, sessions: int, members: int, processes: int, how: str, what: str
     ) -> None:
-        redis = stack.enter_context(new_redis())
-        first_port = _free_ports(processes) if how == "hashed" else None
-        server = stack.enter_context(
-            hosted(
-                sessions * members,
-                members,
-                workers=1 if how == "one" else processes,
-                redis_url=redis.url(),
-                only_measured=True,
-                first_port=first_port,
+        first_port = _free_ports(processes) if how == "scattered" else None
+        redises = [stack.enter_context(new_redis()) for _ in range(processes)]
+        servers = [
+            stack.enter_context(
+                hosted(
+                    sessions * members,
+                    members,
+                    workers=1 if how == "apart" else processes,
+                    redis_url=redis.url(),
+                    only_measured=True,
+                    first_port=first_port,
+                )
             )
-        )
-        ports = [server.port]
+            for redis in (redises if how == "apart" else redises[:1])
+        ]
+        ports = [server.port for server in servers]
         if first_port is not None:
             ports = [first_port + number for number in range(processes)]
-        fleet = stack.enter_context(_Whole(*ports))
-        self._serving = server.serving()
-        self._redis = redis.pid
+        fleet = stack.enter_context(_Whole(*ports) if how == "apart" else Fleet(*ports))
+        self._serving = [pid for server in servers for pid in server.serving()]
+        self._redises = [redis.pid for redis in redises]
         self._began: dict[int, float] = {}
         self._used: dict[int, float] = {}
         leaders = join(fleet, sessions, members, ticks=what == "ticks")
@@ -198,7 +222,7 @@ class _Crew:
             else:
                 loop.add(leader)
         self.contender = Contender(
-            server,
+            _Together(servers),
             fleet,
             wake=loop.start,
             start=self._start,
@@ -207,7 +231,7 @@ class _Crew:
 
     @property
     def redis_s(self) -> float:
-        return self._used[self._redis]
+        return sum(self._used[pid] for pid in self._redises)
 
     def imbalance(self) -> float:
         """How much more the busiest process did than it would if all did the same."""
@@ -223,7 +247,7 @@ class _Crew:
         loop.stop(fleet)
 
     def _now(self) -> dict[int, float]:
-        return {pid: cpu_of(pid) for pid in (self._redis, *self._serving)}
+        return {pid: cpu_of(pid) for pid in (*self._redises, *self._serving)}
 
 
 def _free_ports(count: int) -> int:

@@ -3,10 +3,12 @@
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trustme
 
 from tests.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
 from tests.fake_redis import fake_redis_server
@@ -136,3 +138,14 @@ def open_page(
     yield pages
     pages.close()
     assert pages.problems == []
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[trustme.CA, str, str]:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.private_key_pem.write_to_path(key)
+    for index, part in enumerate(issued.cert_chain_pems):
+        part.write_to_path(cert, append=index > 0)
+    return authority, str(cert), str(key)

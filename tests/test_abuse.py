@@ -7,7 +7,6 @@ import socket
 import ssl
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -298,17 +297,6 @@ async def test_what_comes_after_a_close_is_not_done(server: Server) -> None:
         await ann.next("member_connection", connected=False)
         assert ann.all("chat_message") == []
         await stream.aclose()
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[trustme.CA, str, str]:
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    issued.private_key_pem.write_to_path(key)
-    for index, part in enumerate(issued.cert_chain_pems):
-        part.write_to_path(cert, append=index > 0)
-    return authority, str(cert), str(key)
 
 
 async def test_tls(nursery: trio.Nursery, certificate: tuple[trustme.CA, str, str]) -> None:

@@ -32,6 +32,7 @@ PURE = {
     "merge",
     "messages",
     "reconcile",
+    "rendezvous",
     "session",
     "settings",
     "tokens",

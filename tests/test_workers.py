@@ -7,16 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
 import pytest
-import structlog
 import trio
 from msgspec.structs import replace
 from trio.testing import memory_stream_pair
@@ -27,126 +25,15 @@ from bandsync import workers
 from bandsync.app import StartError, serve
 from bandsync.settings import Settings, SettingsError, parse
 from bandsync.worker import LEAVE, Orders, Report, work
-from bandsync.workers import Pace, Supervising, supervise
+from bandsync.workers import Pace, supervise
+from tests.crews import COMMAND, Crew, Diary, crew_settings, upgrade, working
 from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, TEST_SETTINGS, Message, Musician, play_along, start_server
 from tests.test_serve import SCRIPT, environment
 
-COMMAND = [sys.executable, str(SCRIPT), "--worker"]
-QUICK = Pace(first=0.01, longest=0.05)
-UPGRADE = (
-    b"GET /ws HTTP/1.1\r\nHost: stage\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
+UPGRADE = upgrade("/ws")
 # With two workers, the odds that so many connections all miss one of them are one to 10^19.
 MANY = 64
-
-
-class Diary:
-    """A log whose entries can be waited for.
-
-    Attributes:
-        entries: all of them so far.
-    """
-
-    def __init__(self) -> None:
-        self.entries: list[Message] = []
-        self._news = trio.Event()
-        self.logger = structlog.wrap_logger(
-            None,
-            processors=[self._write],
-            wrapper_class=structlog.make_filtering_bound_logger("debug"),
-        )
-
-    def _write(self, logger: object, level: str, entry: Any) -> Any:
-        self.entries.append(dict(entry))
-        self._news.set()
-        self._news = trio.Event()
-        raise structlog.DropEvent
-
-    def all(self, event: str, **fields: object) -> list[Message]:
-        return [
-            entry
-            for entry in self.entries
-            if entry["event"] == event and fields.items() <= entry.items()
-        ]
-
-    async def until(self, event: str, number: int = 1, **fields: object) -> Message:
-        """The ``number``th entry of this kind."""
-        with trio.fail_after(PATIENCE_S):
-            while len(found := self.all(event, **fields)) < number:
-                await self._news.wait()
-        return found[number - 1]
-
-
-class Crew:
-    """Workers that run, under a supervisor in this process.
-
-    Attributes:
-        lines: what was announced.
-        done: set when the supervisor has returned.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.diary = Diary()
-        self.lines: list[str] = []
-        self.done = trio.Event()
-        self.supervising: Supervising
-
-    @property
-    def port(self) -> int:
-        return self.supervising.port
-
-    async def start(
-        self, nursery: trio.Nursery, command: list[str] = COMMAND, pace: Pace = QUICK
-    ) -> None:
-        async def run(*, task_status: trio.TaskStatus[Supervising]) -> None:
-            try:
-                await supervise(
-                    self.settings,
-                    self.diary.logger,
-                    command=command,
-                    announce=self.lines.append,
-                    pace=pace,
-                    task_status=task_status,
-                )
-            finally:
-                self.done.set()
-
-        self.supervising = await nursery.start(run)
-
-    async def stop(self) -> None:
-        self.supervising.stop()
-        with trio.fail_after(PATIENCE_S):
-            await self.done.wait()
-
-    def pid(self, server_id: str) -> int:
-        """Of the process that has this name now."""
-        return self.diary.all("worker.started", server_id=server_id)[-1]["pid"]
-
-
-def crew_settings(redis_url: str, **changes: object) -> Settings:
-    ours = {
-        "redis_enabled": True,
-        "redis_url": redis_url,
-        "redis_max_retries": 0,
-        "redis_health_interval_ms": 50,
-        "redis_retry_delay_on_failure": 20,
-        "workers": 2,
-    }
-    return replace(TEST_SETTINGS, **(ours | changes))
-
-
-@asynccontextmanager
-async def working(redis_url: str, **changes: object) -> AsyncIterator[tuple[Crew, trio.Nursery]]:
-    """Workers that all listen, and are stopped at the end."""
-    crew = Crew(crew_settings(redis_url, **changes))
-    async with trio.open_nursery() as nursery:
-        await crew.start(nursery)
-        yield crew, nursery
-        await crew.stop()
-        nursery.cancel_scope.cancel()
 
 
 async def on(crew: Crew, nursery: trio.Nursery, server_id: str) -> Musician:

@@ -138,7 +138,7 @@ class Connection:
         self._hub = connections.hub
         self._nursery = nursery
         self._stream = stream
-        self._wire = Wire(head.raw, self.outbox, self._peer_closed)
+        self._wire = Wire(head.normal, self.outbox, self._peer_closed)
         self._websocket: WebSocketConnection | None = None
         self._early = head.rest
         self._path_session = path_session

@@ -12,14 +12,29 @@ MAX_HEAD_BYTES = 16_384
 
 
 class Head(Struct, frozen=True):
-    """A request, its head as bytes again, and what came after it.
+    """A request, and the bytes it was read from.
 
-    In ``raw`` headers of one name are one header: not every parser joins them itself.
+    Attributes:
+        received: the head, and what came after it.
+        size: of the head, bytes.
     """
 
     request: HttpRequest
-    raw: bytes
-    rest: bytes
+    target: str
+    received: bytes
+    size: int
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the head."""
+        return self.received[self.size :]
+
+    @property
+    def normal(self) -> bytes:
+        """The head, with one header of each name: not every parser joins them itself."""
+        lines = [f"{self.request.method} {self.target} HTTP/1.1"]
+        lines += [f"{name}: {text}" for name, text in self.request.headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 class BadHeadError(Exception):
@@ -68,11 +83,10 @@ async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Hea
     for name, value in event.headers:
         key, text = name.decode("ascii"), value.decode("latin-1")
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
-    path, _, query = event.target.decode("ascii").partition("?")
+    target = event.target.decode("ascii")
+    path, _, query = target.partition("?")
     request = HttpRequest(event.method.decode("ascii"), path, headers, query)
-    lines = [f"{request.method} {event.target.decode('ascii')} HTTP/1.1"]
-    lines += [f"{name}: {text}" for name, text in headers.items()]
-    return Head(request, "\r\n".join([*lines, "", ""]).encode("latin-1"), rest)
+    return Head(request, target, raw, len(raw) - len(rest))
 
 
 def _bad_head(status: int) -> BadHeadError:

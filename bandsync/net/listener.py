@@ -4,6 +4,7 @@ import errno
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from urllib.parse import unquote
 
 import h11
@@ -15,6 +16,7 @@ from bandsync.http import HttpRequest, HttpResponse, is_upgrade, origin_allowed,
 from bandsync.net.connection import Connection
 from bandsync.net.connections import Connections
 from bandsync.net.head import BadHeadError, Head, next_exchange, read_head, response_bytes
+from bandsync.net.neighbours import Neighbours
 from bandsync.net.stream import SEND_BUFFER_BYTES, TcpStream
 
 HEAD_TIMEOUT_S = 10.0
@@ -33,6 +35,9 @@ _RETRY_S = 0.1
 _HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
 
 Answer = Callable[[HttpRequest], Awaitable[HttpResponse]]
+# What becomes of an accepted socket; and of one whose head may name a session of another worker.
+_Begin = Callable[[socket.socket], None]
+_PassOn = Callable[[Head, socket.socket], Awaitable[bool]]
 
 
 async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
@@ -79,6 +84,8 @@ class Acceptor:
     Args:
         answer: answers plain HTTP requests.
         tls: serve TLS with this context; None for plain TCP.
+        neighbours: to whom connections may be passed on; None if there are none, or TLS, whose
+            state belongs to one process.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Acceptor:
         answer: Answer,
         *,
         tls: ssl.SSLContext | None,
+        neighbours: Neighbours | None,
         log: FilteringBoundLogger,
     ) -> None:
         settings = connections.settings
@@ -94,6 +102,7 @@ class Acceptor:
         self._counters = connections.hub.counters
         self._answer = answer
         self._tls = tls
+        self._neighbours = neighbours
         self._log = log
         self._origins = frozenset(
             origin.strip().rstrip("/").lower() for origin in settings.allowed_origins.split(",")
@@ -104,19 +113,33 @@ class Acceptor:
 
     async def run(
         self,
-        listeners: Sequence[socket.socket],
+        shared: Sequence[socket.socket],
+        own: Sequence[socket.socket],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept for ever; closes the listeners at the end."""
+        """Accept for ever; closes the listeners at the end.
+
+        Args:
+            shared: listeners whose connections may be passed on.
+            own: listeners whose connections are for this process.
+        """
         try:
             async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
-                for listener in listeners:
+                begin = partial(self._begin, handlers)
+                begin_shared = begin
+                if self._neighbours is not None:
+                    await accepting.start(self._neighbours.run, begin)
+                    begin_shared = partial(begin, pass_on=self._pass_on)
+                for listener in [*shared, *own]:
                     listener.listen(BACKLOG)
-                    accepting.start_soon(self._keep_accepting, listener, handlers)
+                for listener in shared:
+                    accepting.start_soon(self._keep_accepting, listener, begin_shared)
+                for listener in own:
+                    accepting.start_soon(self._keep_accepting, listener, begin)
                 task_status.started()
         finally:
-            for listener in listeners:
+            for listener in [*shared, *own]:
                 listener.close()
 
     def leave(self, listener: socket.socket) -> None:
@@ -124,26 +147,26 @@ class Acceptor:
         if (scope := self._accepting.pop(listener, None)) is not None:
             scope.cancel()
 
-    async def _keep_accepting(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+    async def _keep_accepting(self, listener: socket.socket, begin: _Begin) -> None:
         with listener:
             with trio.CancelScope() as scope:
                 self._accepting[listener] = scope
-                await self._accept(listener, handlers)
+                await self._accept(listener, begin)
             # Whom the kernel has given to this process, no other can accept.
-            self._take(listener, handlers)
+            self._take(listener, begin)
 
-    async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+    async def _accept(self, listener: socket.socket, begin: _Begin) -> None:
         short = False  # Of file descriptors or memory: said once, not ten times a second.
         while True:
             await trio.lowlevel.wait_readable(listener)
-            shortage = self._take(listener, handlers)
+            shortage = self._take(listener, begin)
             if shortage is not None:
                 if not short:
                     self._log.error("accept.failed", error=str(shortage))
                 await trio.sleep(_RETRY_S)
             short = shortage is not None
 
-    def _take(self, listener: socket.socket, handlers: trio.Nursery) -> OSError | None:
+    def _take(self, listener: socket.socket, begin: _Begin) -> OSError | None:
         """Accept who waits, but not too many at a time; what stopped it, if the machine did."""
         for _ in range(_BATCH):
             try:
@@ -156,25 +179,41 @@ class Acceptor:
                 if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
                     raise
                 continue  # This one went away before it was accepted: accept(2).
-            if self._sockets >= self._max_connections + _HEADROOM:
-                self._counters.handshakes_refused["full"] += 1
-                sock.close()
-                continue
-            sock.setblocking(False)
-            self._sockets += 1
-            self._counters.accepted += 1
-            handlers.start_soon(self._handle, sock)
+            begin(sock)
         return None
 
-    async def _handle(self, sock: socket.socket) -> None:
+    def _begin(
+        self,
+        handlers: trio.Nursery,
+        sock: socket.socket,
+        received: bytes = b"",
+        *,
+        pass_on: _PassOn | None = None,
+    ) -> None:
+        """Serve one connection soon, of which ``received`` has been read."""
+        if self._sockets >= self._max_connections + _HEADROOM:
+            self._counters.handshakes_refused["full"] += 1
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._sockets += 1
+        self._counters.accepted += 1
+        handlers.start_soon(self._handle, sock, received, pass_on)
+
+    async def _handle(self, sock: socket.socket, received: bytes, pass_on: _PassOn | None) -> None:
         """Serve one connection; nothing but cancellation leaves here."""
         tcp = TcpStream(sock)
         try:
             if self._tls is None:
-                await self._serve(tcp, tcp, tcp.send_nowait)
+                head = await self._converse(tcp, tcp, received)
+                if head is None or (pass_on is not None and await pass_on(head, sock)):
+                    return
+                await self._upgrade(tcp, tcp.send_nowait, head)
             else:
                 stream = trio.SSLStream(tcp, self._tls, server_side=True, https_compatible=True)
-                await self._serve(stream, tcp, None)
+                head = await self._converse(stream, tcp)
+                if head is not None:
+                    await self._upgrade(stream, None, head)
         except* (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed):
             pass  # The peer is gone, in whatever state: nothing is left to be done for it.
         except* trio.TooSlowError:
@@ -186,13 +225,13 @@ class Acceptor:
             tcp.close()
             self._sockets -= 1
 
-    async def _serve(
-        self,
-        stream: trio.abc.Stream,
-        tcp: TcpStream,
-        send_nowait: Callable[[bytes], int] | None,
-    ) -> None:
+    async def _converse(
+        self, stream: trio.abc.Stream, tcp: TcpStream, received: bytes = b""
+    ) -> Head | None:
+        """Answer HTTP requests until one is to become a WebSocket; None if none is."""
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
+        if received:
+            http.receive_data(received)
         head: Head | None = None
         while True:
             try:
@@ -205,14 +244,13 @@ class Acceptor:
             if deadline.cancelled_caught and head is None:
                 self._counters.handshakes_refused["timeout"] += 1
             if deadline.cancelled_caught or head is None:
-                return  # Also a client that keeps its connection for later: it can make another.
+                # Also a client that keeps its connection for later: it can make another.
+                return None
             request = head.request
             if is_upgrade(request):
                 refusal = self._upgrade_refusal(request)
                 if refusal is None:
-                    del http
-                    await self._upgrade(stream, send_nowait, head)
-                    return
+                    return head
                 self._counters.handshakes_refused[str(refusal.status)] += 1
                 response = refusal
             else:
@@ -222,6 +260,7 @@ class Acceptor:
                 break
         with trio.move_on_after(_LINGER_S):
             await tcp.linger(_LINGER_BYTES)
+        return None
 
     async def _answered(self, request: HttpRequest) -> HttpResponse:
         try:
@@ -241,6 +280,16 @@ class Acceptor:
         with trio.fail_after(RESPONSE_TIMEOUT_S):
             await stream.send_all(response_bytes(http, response, with_body=with_body))
 
+    async def _pass_on(self, head: Head, sock: socket.socket) -> bool:
+        """Whether another worker has this connection now."""
+        session_id = _path_session(head)
+        if self._neighbours is None or not session_id:
+            return False
+        if not await self._neighbours.pass_on(session_id, sock, head.received):
+            return False
+        self._counters.passed_on += 1
+        return True
+
     def _upgrade_refusal(self, request: HttpRequest) -> HttpResponse | None:
         if request.path != "/ws" and not request.path.startswith("/ws/"):
             return problem(404, "not_found", "WebSockets are at /ws and /ws/{sessionId}.")
@@ -258,7 +307,7 @@ class Acceptor:
     async def _upgrade(
         self, stream: trio.abc.Stream, send_nowait: Callable[[bytes], int] | None, head: Head
     ) -> None:
-        path_session = unquote(head.request.path[len("/ws/") :])
+        path_session = _path_session(head)
         connection: Connection | None = None
         try:
             async with trio.open_nursery() as nursery:
@@ -269,3 +318,7 @@ class Acceptor:
         finally:
             if connection is not None:
                 connection.release()
+
+
+def _path_session(head: Head) -> str:
+    return unquote(head.request.path[len("/ws/") :])

@@ -111,7 +111,16 @@ class _ServerCollector:
             storage.add_metric([name], float(name == mode))
         yield storage
         yield from self._storage()
-        yield _counter("bandsync_accepted", "TCP connections accepted.", counters.accepted)
+        yield _counter(
+            "bandsync_accepted",
+            "TCP connections taken, from the kernel or another worker.",
+            counters.accepted,
+        )
+        yield _counter(
+            "bandsync_passed_on",
+            "Connections passed on to the worker that their session lives on.",
+            counters.passed_on,
+        )
         yield _counter("bandsync_received", "Messages received from clients.", counters.received)
         yield _counter(
             "bandsync_deliveries",

@@ -1,0 +1,465 @@
+"""Workers pass connections on to each other, so that a band is on one of them."""
+
+import os
+import signal
+import socket
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+
+import httpx
+import pytest
+import trio
+import trustme
+import wsproto
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from bandsync.net import neighbours
+from bandsync.net.neighbours import ANSWER_S, SHUN_S, Neighbours
+from bandsync.rendezvous import preference
+from tests.crews import Crew, Diary, upgrade, working
+from tests.redis_servers import HOST, RedisServer, free_port
+from tests.servers import PATIENCE_S, Musician, musician
+
+SESSIONS = [f"song-{number}" for number in range(8)]
+NAMES = st.text(max_size=64)
+
+
+@given(NAMES, st.integers(1, 20))
+def test_all_are_preferred_in_some_order(session_id: str, workers: int) -> None:
+    assert sorted(preference(session_id, workers)) == list(range(1, workers + 1))
+
+
+@given(NAMES, st.integers(2, 20))
+def test_of_one_more_only_its_own_sessions_move(session_id: str, workers: int) -> None:
+    without = [number for number in preference(session_id, workers) if number != workers]
+    assert preference(session_id, workers - 1) == without
+
+
+def test_sessions_are_spread_evenly() -> None:
+    chosen = Counter(preference(f"song-{number}", 4)[0] for number in range(4000))
+    second = Counter(
+        preference(f"song-{number}", 4)[1]
+        for number in range(4000)
+        if preference(f"song-{number}", 4)[0] == 1
+    )
+    assert all(900 < chosen[number] < 1100 for number in (1, 2, 3, 4))
+    assert all(chosen[1] / 4 < second[number] < chosen[1] / 2 for number in (2, 3, 4))
+
+
+def session_for(worker: int, workers: int = 2) -> str:
+    return next(name for name in SESSIONS if preference(name, workers)[0] == worker)
+
+
+class Taker:
+    """One of a crew in this process, and what was passed on to it."""
+
+    def __init__(self, crew: str, worker: int, workers: int = 2) -> None:
+        self.diary = Diary()
+        self.neighbours = Neighbours(crew, worker, workers, self.diary.logger)
+        self.sockets: list[socket.socket] = []
+        self.taken: list[bytes] = []
+        self._news = trio.Event()
+        self._stack = ExitStack()
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with self._stack, trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.neighbours.run, self._take)
+                task_status.started(scope)
+
+    def _take(self, sock: socket.socket, received: bytes) -> None:
+        self.sockets.append(self._stack.enter_context(sock))
+        self.taken.append(received)
+        self._news.set()
+
+    async def until(self, count: int) -> None:
+        with trio.fail_after(PATIENCE_S):
+            while len(self.taken) < count:
+                self._news = trio.Event()
+                await self._news.wait()
+
+
+@contextmanager
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A client's end, and ours."""
+    client, accepted = socket.socketpair()
+    client.settimeout(PATIENCE_S)
+    accepted.setblocking(False)
+    with client, accepted:
+        yield client, accepted
+
+
+async def passed(taker: Taker, session_id: str, received: bytes = b"head") -> bool:
+    """Whether a new connection was passed on; its end here is closed, as it must be."""
+    with connection() as (_, accepted):
+        return await taker.neighbours.pass_on(session_id, accepted, received)
+
+
+@pytest.fixture
+def crew() -> str:
+    return f"test-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+async def test_a_connection_arrives_with_what_was_read(nursery: trio.Nursery, crew: str) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    # Both small and as large as they come.
+    for number, received in enumerate((b"GET /ws/song", bytes(range(256)) * 64 + b"x"), 1):
+        with connection() as (client, accepted):
+            assert await one.neighbours.pass_on(session_for(2), accepted, received)
+            accepted.close()
+            await two.until(number)
+            assert two.taken[-1] == received
+            two.sockets[-1].sendall(b"hello")
+            assert await trio.to_thread.run_sync(client.recv, 100) == b"hello"
+
+
+async def test_who_is_the_one_keeps_it(nursery: trio.Nursery, crew: str) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    assert not await passed(one, session_for(1))
+    assert two.taken == []
+
+
+async def test_the_next_one_takes_it_when_the_first_is_away(
+    nursery: trio.Nursery, crew: str
+) -> None:
+    one, two, three = (Taker(crew, number, 3) for number in (1, 2, 3))
+    await nursery.start(one.run)
+    order = {tuple(preference(name, 3)): name for name in map(str, range(100))}
+    assert not await passed(one, order[2, 3, 1])
+    gone = await nursery.start(three.run)
+    assert await passed(one, order[2, 3, 1])
+    # Before those whom the session would rather have less, oneself comes.
+    assert not await passed(one, order[2, 1, 3])
+    await nursery.start(two.run)
+    assert await passed(one, order[2, 3, 1])
+    gone.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert await passed(one, order[3, 2, 1])
+    await two.until(2)
+    await three.until(1)
+    assert (len(two.taken), len(three.taken)) == (2, 1)
+
+
+async def test_who_was_replaced_is_found_at_once(nursery: trio.Nursery, crew: str) -> None:
+    one = Taker(crew, 1)
+    await nursery.start(one.run)
+    for _ in range(3):
+        two = Taker(crew, 2)
+        scope = await nursery.start(two.run)
+        assert await passed(one, session_for(2))
+        await two.until(1)
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+    assert not await passed(one, session_for(2))
+
+
+async def test_who_leaves_takes_what_was_passed_on_before(nursery: trio.Nursery, crew: str) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    for number in range(5):
+        assert await passed(one, session_for(2), b"%d" % number)
+    # The last of them is still in the kernel: nobody else has run since.
+    assert len(two.taken) < 5
+    two.neighbours.leave()
+    assert not await passed(one, session_for(2))
+    await two.until(5)
+    assert two.taken == [b"0", b"1", b"2", b"3", b"4"]
+    # Its own connections it can still pass on.
+    assert await passed(two, session_for(1))
+
+
+@asynccontextmanager
+async def hanging(crew: str, worker: int) -> AsyncIterator[socket.socket]:
+    """Listens, as the kernel does for a process that was stopped."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.setblocking(False)
+        listener.bind(neighbours.address_of(crew, worker))
+        listener.listen(16)
+        yield listener
+
+
+async def test_for_a_silent_one_nobody_waits_long(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    async with hanging(crew, 2) as listener:
+        began = trio.current_time()
+        results: list[bool] = []
+
+        async def one_of_many() -> None:
+            results.append(await passed(one, session_for(2)))
+
+        async with trio.open_nursery() as many:
+            for _ in range(100):
+                many.start_soon(one_of_many)
+        assert results == [False] * 100
+        assert trio.current_time() - began == pytest.approx(ANSWER_S)
+        assert len(one.diary.all("neighbour.silent", neighbour=2)) == 1
+        # For a while nobody asks.
+        assert not await passed(one, session_for(2))
+        assert trio.current_time() - began == pytest.approx(ANSWER_S)
+        waiting, _ = listener.accept()
+        waiting.close()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    await nursery.start(two.run)
+    await trio.sleep(SHUN_S)
+    assert await passed(one, session_for(2))
+
+
+async def test_an_answer_is_not_good_for_ever(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one = Taker(crew, 1)
+    await nursery.start(one.run)
+    async with hanging(crew, 2) as listener:
+        asked: list[bytes] = []
+
+        async def answer_once() -> None:
+            await trio.lowlevel.wait_readable(listener)
+            inlet, _ = listener.accept()
+            await trio.lowlevel.wait_readable(inlet)
+            asked.append(inlet.recv(100))
+            inlet.send(b"!")
+            nursery.start_soon(hold, inlet)
+
+        async def hold(inlet: socket.socket) -> None:
+            with inlet:
+                await trio.sleep_forever()
+
+        nursery.start_soon(answer_once)
+        assert await passed(one, session_for(2))
+        assert await passed(one, session_for(2))
+        await trio.sleep(neighbours.FRESH_S)
+        assert not await passed(one, session_for(2))
+        nursery.cancel_scope.cancel()
+
+
+async def test_strangers_are_not_trusted(
+    nursery: trio.Nursery, crew: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    uid = os.geteuid()
+    monkeypatch.setattr(neighbours.os, "geteuid", lambda: uid + 1)
+    # Whoever passes on sees who took the name,
+    assert not await passed(one, session_for(2))
+    # and whoever takes, who comes.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.settimeout(PATIENCE_S)
+        stranger.connect(neighbours.address_of(crew, 2))
+        assert await trio.to_thread.run_sync(stranger.recv, 10) == b""
+    monkeypatch.undo()
+    assert await passed(one, session_for(2))
+    await two.until(1)
+
+
+async def test_junk_ends_the_way_and_nothing_else(nursery: trio.Nursery, crew: str) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.settimeout(PATIENCE_S)
+        other.connect(neighbours.address_of(crew, 2))
+        other.send(b"what?")
+        assert await trio.to_thread.run_sync(other.recv, 10) == b""
+    assert await passed(one, session_for(2))
+
+
+async def test_where_nobody_can_listen_it_does_without(nursery: trio.Nursery, crew: str) -> None:
+    async with hanging(crew, 2):
+        two = Taker(crew, 2)
+        await nursery.start(two.run)
+        assert two.diary.all("neighbours.unreachable")
+        two.neighbours.leave()
+
+
+def path_of(session_id: str) -> str:
+    return f"/ws/{session_id}"
+
+
+async def member(
+    crew: Crew,
+    nursery: trio.Nursery,
+    session_id: str,
+    context: ssl.SSLContext | None = None,
+    **fields: object,
+) -> Musician:
+    """Somebody who joined the session that the path names."""
+
+    async def stay(*, task_status: trio.TaskStatus[Musician]) -> None:
+        options = {"ssl": context} if context else {}
+        async with musician(crew, path_of(session_id), **options) as player:
+            task_status.started(player)
+            await trio.sleep_forever()
+
+    player = await nursery.start(stay)
+    await player.join(None, **fields)
+    return player
+
+
+def server_of(player: Musician) -> str:
+    return player.inbox[0]["serverId"]
+
+
+async def test_a_band_is_on_one_worker(redis_server: RedisServer) -> None:
+    ports = free_port()
+    async with working(redis_server.url(), worker_ports=ports) as (crew, nursery):
+        passed_on = 0
+        for session_id in SESSIONS:
+            home = f"stage-{preference(session_id, 2)[0]}"
+            players = [await member(crew, nursery, session_id) for _ in range(4)]
+            assert {server_of(player) for player in players} == {home}
+            await players[0].ok("chat_message", text="all here?")
+            for player in players:
+                await player.next("chat_message", text="all here?")
+        async with httpx.AsyncClient() as client:
+            for number in (1, 2):
+                text = (await client.get(f"http://{HOST}:{ports + number - 1}/metrics")).text
+                (line,) = [
+                    line for line in text.splitlines() if line.startswith("bandsync_passed_on_t")
+                ]
+                passed_on += float(line.split()[1])
+        # That the kernel hit on the right one 32 times has odds of one to 10^9.
+        assert 0 < passed_on < len(SESSIONS) * 4
+
+
+async def test_who_comes_to_a_port_of_its_own_stays(redis_server: RedisServer) -> None:
+    ports = free_port()
+    async with working(redis_server.url(), worker_ports=ports):
+        for number in (1, 2):
+            with socket.create_connection((HOST, ports + number - 1), PATIENCE_S) as client:
+                client.sendall(upgrade(path_of(session_for(3 - number))))
+                welcome = await trio.to_thread.run_sync(read_until, client, b'"welcome"')
+                assert f'"serverId":"stage-{number}"'.encode() in welcome
+
+
+def read_until(client: socket.socket, wanted: bytes) -> bytes:
+    """What came, up to and with what ends after these bytes."""
+    heard = b""
+    while b"}" not in heard.partition(wanted)[2]:
+        data = client.recv(4096)
+        assert data, heard
+        heard += data
+    return heard
+
+
+async def test_what_comes_with_the_head_comes_along(redis_server: RedisServer) -> None:
+    async with working(redis_server.url()) as (crew, _):
+        for session_id in SESSIONS:
+            client = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
+            head = client.send(wsproto.events.Request("stage", path_of(session_id)))
+            client = wsproto.connection.Connection(wsproto.ConnectionType.CLIENT)
+            join = client.send(wsproto.events.TextMessage('{"type":"join_session"}'))
+            with socket.create_connection((HOST, crew.port), PATIENCE_S) as sock:
+                # Asked before on the same connection, and in pieces.
+                sock.sendall(b"GET /api/health HTTP/1.1\r\nHost: stage\r\n\r\n")
+                await trio.to_thread.run_sync(read_until, sock, b"serverId")
+                sock.sendall(head[:30])
+                sock.sendall(head[30:] + join[:9])
+                sock.sendall(join[9:])
+                heard = await trio.to_thread.run_sync(read_until, sock, b'"resumeToken"')
+                home = f"stage-{preference(session_id, 2)[0]}".encode()
+                assert heard.count(b'"serverId":"' + home) == 2
+                assert b'"sessionId":"' + session_id.encode() in heard
+
+
+async def test_of_a_killed_worker_the_bands_go_on_together(redis_server: RedisServer) -> None:
+    session_id = session_for(1)
+    async with working(redis_server.url()) as (crew, nursery):
+        players = [await member(crew, nursery, session_id) for _ in range(3)]
+        await players[0].ok("play", startInMs=0)
+        os.kill(crew.pid("stage-1"), signal.SIGKILL)
+        for player in players:
+            await player.closed()
+        ended = await crew.diary.until("worker.exited", server_id="stage-1")
+        assert "Killed" in ended["how"]
+        tokens = [player.you["resumeToken"] for player in players]
+        back = [await member(crew, nursery, session_id, resumeToken=token) for token in tokens]
+        assert [player.you["resumed"] for player in back] == [True] * 3
+        assert [player.you["role"] for player in back] == ["leader", "follower", "follower"]
+
+        await crew.diary.until("worker.started", 2, server_id="stage-1")
+        late = await member(crew, nursery, session_id)
+        assert server_of(late) == "stage-1"
+        await back[0].ok("chat_message", text="welcome back")
+        await late.next("chat_message", text="welcome back")
+
+
+async def test_of_a_hanging_worker_the_bands_find_another(redis_server: RedisServer) -> None:
+    session_id = session_for(1)
+    async with working(redis_server.url()) as (crew, nursery):
+        ann = await member(crew, nursery, session_id)
+        os.kill(crew.pid("stage-1"), signal.SIGSTOP)
+        try:
+            # Whom the kernel gives to the one that hangs, it has: clients try again.
+            while True:
+                with trio.move_on_after(5 * ANSWER_S):
+                    back = await member(
+                        crew, nursery, session_id, resumeToken=ann.you["resumeToken"]
+                    )
+                    break
+        finally:
+            os.kill(crew.pid("stage-1"), signal.SIGCONT)
+        assert server_of(back) == "stage-2"
+        assert back.you["resumed"]
+
+
+async def test_while_redis_is_away_a_band_is_whole(redis_server: RedisServer) -> None:
+    async with working(redis_server.url()) as (crew, nursery):
+        bands = {
+            session_id: [await member(crew, nursery, session_id) for _ in range(4)]
+            for session_id in (session_for(1), session_for(2))
+        }
+        redis_server.kill()
+        for session_id, players in bands.items():
+            await players[0].next("storage_status", storageType="memory")
+            # Who comes now is one of them too.
+            players.append(await member(crew, nursery, session_id))
+            await players[0].ok("chat_message", text="still here?")
+            for player in players:
+                await player.next("chat_message", text="still here?")
+        redis_server.start()
+
+
+async def test_nothing_of_what_was_passed_on_stays_behind(redis_server: RedisServer) -> None:
+    async with working(redis_server.url()) as (crew, _):
+        pids = [crew.pid(f"stage-{number}") for number in (1, 2)]
+
+        async def rehearse() -> list[int]:
+            async with trio.open_nursery() as evening:
+                for session_id in SESSIONS * 2:
+                    await member(crew, evening, session_id)
+                evening.cancel_scope.cancel()
+            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+
+        before = await rehearse()
+        with trio.fail_after(PATIENCE_S):
+            while any(now > then for now, then in zip(await rehearse(), before, strict=True)):
+                await trio.lowlevel.checkpoint()
+
+
+async def test_with_tls_the_kernel_deals_them_out(
+    redis_server: RedisServer, certificate: tuple[trustme.CA, str, str]
+) -> None:
+    authority, cert, key = certificate
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with working(redis_server.url(), tls_cert=cert, tls_key=key) as (crew, nursery):
+        players = [await member(crew, nursery, "song", context) for _ in range(4)]
+        await players[0].ok("chat_message", text="hello")
+        for player in players:
+            await player.next("chat_message", text="hello")
