@@ -201,7 +201,7 @@ class Fleet:
         for fd, event in self._epoll.poll(timeout_s, _POLL_EVENTS):
             client = self._by_fd[fd]
             if event & select.EPOLLOUT and not event & select.EPOLLERR:
-                client.send(_upgrade(self.target.format(client.session)))
+                client.send(upgrade(self.target.format(client.session)))
                 self._epoll.modify(fd, select.EPOLLIN)
             elif client.upgraded:
                 self._receive(client)
@@ -288,10 +288,11 @@ def _client_frame(first: int, payload: bytes) -> bytes:
     return header + mask + body.to_bytes(length, "little")
 
 
-def _upgrade(target: str) -> bytes:
+def upgrade(target: str, host: str = HOST) -> bytes:
+    """The head of a handshake: RFC 6455, section 4.1."""
     key = base64.b64encode(secrets.token_bytes(16)).decode()
     return (
-        f"GET {target} HTTP/1.1\r\nHost: {HOST}\r\nUpgrade: websocket\r\n"
+        f"GET {target} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\n"
         f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
     ).encode()
 

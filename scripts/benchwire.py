@@ -5,10 +5,8 @@ Like there, frames are read by their header and a few letters only, so that the 
 per frame than any server.
 """
 
-import base64
 import heapq
 import itertools
-import secrets
 import select
 import socket
 import struct
@@ -17,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from benchfleet import upgrade
 from benchserver import BenchError, now_s
 
 TICK = b"scro"
@@ -158,7 +157,7 @@ class Line:
     def _shake_hands(self, event: int) -> None:
         if event & select.EPOLLOUT and not event & (select.EPOLLERR | select.EPOLLHUP):
             self._loop.rewatch(self, select.EPOLLIN)
-            self.send(_upgrade(self._target, self._address.host))
+            self.send(upgrade(self._target, self._address.host))
             return
         data = _received(self.sock)
         head, end, rest = (self._rest + data).partition(b"\r\n\r\n")
@@ -330,14 +329,6 @@ class Loop:
 def _control(first: int, payload: bytes) -> bytes:
     """A control frame of a client; the mask may be any, so it is the one that changes nothing."""
     return bytes((first, 0x80 | len(payload), 0, 0, 0, 0)) + payload
-
-
-def _upgrade(target: str, host: str) -> bytes:
-    key = base64.b64encode(secrets.token_bytes(16)).decode()
-    return (
-        f"GET {target} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\n"
-        f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    ).encode()
 
 
 def _received(sock: socket.socket) -> bytes:
