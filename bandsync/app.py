@@ -276,6 +276,9 @@ class _State:
     def members(self) -> int:
         return sum(len(room.peers) for room in self._hub.rooms.values())
 
+    def tasks(self) -> int:
+        return trio.lowlevel.current_statistics().tasks_living
+
     def sessions(self) -> int:
         kept = self.storage.memory.ids()
         return len(self._hub.rooms) + sum(id_ not in self._hub.rooms for id_ in kept)

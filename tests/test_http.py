@@ -87,6 +87,23 @@ async def test_sessions_need_the_token(nursery: trio.Nursery, server: Server) ->
     await guarded.stop()
 
 
+async def test_tasks_are_those_of_the_connections(server: Server) -> None:
+    async def tasks() -> float:
+        text = (await get(server, "/metrics")).text
+        (family,) = [
+            each for each in text_string_to_metric_families(text) if each.name == "bandsync_tasks"
+        ]
+        return family.samples[0].value
+
+    alone = await tasks()
+    async with band(server, "Ann", "Bob"):
+        # Of each its own, and that of the handshakes; the clients of this test are counted, too.
+        assert await tasks() >= alone + 4
+    with trio.fail_after(PATIENCE_S):
+        while await tasks() > alone:
+            await wait_all_tasks_blocked(0.01)
+
+
 async def test_metrics_have_names_and_help(server: Server) -> None:
     async with band(server, "Ann", "Bob") as (ann, bob):
         await ann.ok("play")

@@ -30,6 +30,9 @@ class Gauges(Protocol):
     def members(self) -> int:
         """Members connected to this server."""
 
+    def tasks(self) -> int:
+        """Trio tasks that have not ended."""
+
     @property
     def storage(self) -> StorageManager:
         """Where sessions are kept."""
@@ -103,6 +106,7 @@ class _ServerCollector:
         yield _gauge(
             "bandsync_members", "Members connected to this server.", float(gauges.members())
         )
+        yield _gauge("bandsync_tasks", "Trio tasks that have not ended.", float(gauges.tasks()))
         storage = GaugeMetricFamily(
             "bandsync_storage_mode", "1 for the storage in use.", labels=["mode"]
         )
