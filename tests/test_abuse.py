@@ -374,3 +374,34 @@ async def test_a_closed_connection_is_free_at_once(server: Server) -> None:
                 await wait_all_tasks_blocked(0.01)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("how", range(3))
+@pytest.mark.parametrize(
+    "last",
+    [
+        pytest.param(b"", id="without a word"),
+        pytest.param(Frame(Opcode.CLOSE, b"").serialize(mask=True), id="closed"),
+        pytest.param(b"\x81\x05hello", id="told to go"),
+    ],
+)
+async def test_nothing_of_a_connection_is_left_however_it_ends(
+    server: Server, last: bytes, how: int
+) -> None:
+    """Nor for the garbage collector, which comes late to what was there for minutes."""
+    packages = ("bandsync.net", "trio_websocket", "wsproto", "h11")
+
+    def alive() -> int:
+        return sum(str(type(each).__module__).startswith(packages) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for _ in range(3):
+            await throw(server, UPGRADE + b"\r\n" + last, how)
+        with trio.fail_after(PATIENCE_S):
+            while alive() > before:
+                await wait_all_tasks_blocked(0.01)
+    finally:
+        gc.enable()

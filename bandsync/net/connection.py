@@ -49,7 +49,7 @@ from bandsync.messages import (
 from bandsync.net.connections import Connections
 from bandsync.net.head import Head
 from bandsync.net.outbox import Outbox
-from bandsync.net.wire import Wire
+from bandsync.net.wire import Wire, end_parser
 from bandsync.rooms import Room
 from bandsync.tokens import ResumeToken, parse_resume_token
 
@@ -185,6 +185,8 @@ class Connection:
         """
         self.outbox.release()
         self._wire.release()
+        if self._websocket is not None:
+            end_parser(self._websocket)
 
     def close(self, code: int, reason: str) -> None:
         """Close with a close frame, after `CLOSE_TIMEOUT_S` by force; never blocks."""

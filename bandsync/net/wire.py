@@ -3,8 +3,13 @@
 from collections.abc import Callable
 
 import trio
+from trio_websocket import WebSocketConnection
+from wsproto.connection import ConnectionState
 
 from bandsync.net.outbox import Outbox
+
+# As a client sends it, with a mask of zeros and no code.
+_CLOSE_FRAME = bytes((0x88, 0x80, 0, 0, 0, 0))
 
 
 class Wire(trio.abc.Stream):
@@ -61,6 +66,19 @@ class Wire(trio.abc.Stream):
         if self._arrived is not None:
             self._arrived.set()
             self._arrived = None
+
+
+def end_parser(websocket: WebSocketConnection) -> None:
+    """Let the frame parser of a connection that is over come to its end.
+
+    While it waits for a close frame, wsproto's parser and its generator hold on to each other, and
+    only the garbage collector could free them: minutes later, if ever.
+    """
+    parser = websocket._wsproto  # noqa: SLF001  # nothing public leads there
+    if parser.state in {ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING}:
+        parser.receive_data(_CLOSE_FRAME)
+    for _ in parser.events():
+        pass
 
 
 def _nobody() -> None:
