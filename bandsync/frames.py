@@ -110,6 +110,9 @@ class FrameReader:
                 message = self._message(opcode, fin, _unmasked(raw, start))
                 if message is not None:
                     yield message
+        # Thousands of silent clients would each hold on to the last that they said.
+        self._buffer = b""
+        self._at = 0
 
     def _take(self) -> tuple[Opcode, bool, bytes, int] | None:
         """The next frame of the buffer: opcode, fin, the frame, and where its payload starts."""

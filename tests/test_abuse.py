@@ -6,6 +6,7 @@ import random
 import socket
 import ssl
 import struct
+import tracemalloc
 from collections.abc import Iterator
 
 import httpx
@@ -405,3 +406,18 @@ async def test_nothing_of_a_connection_is_left_however_it_ends(
                 await wait_all_tasks_blocked(0.01)
     finally:
         gc.enable()
+
+
+async def test_what_silent_clients_said_is_not_kept(server: Server) -> None:
+    """Small pieces all over the memory, one for each of them, keep it from being used again."""
+    tracemalloc.start()
+    try:
+        async with band(server, "Ann", "Bob", "Cyd") as players:
+            for player in players:
+                await player.ok("chat_message", text="x" * 1000)
+            await wait_all_tasks_blocked(0.01)
+            received = tracemalloc.Filter(inclusive=True, filename_pattern="*/net/stream.py")
+            kept = tracemalloc.take_snapshot().filter_traces([received]).traces
+            assert [trace for trace in kept if trace.size > 1000] == []
+    finally:
+        tracemalloc.stop()

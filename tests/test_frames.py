@@ -2,6 +2,7 @@
 
 import os
 import struct
+import sys
 
 import pytest
 from hypothesis import given
@@ -48,6 +49,14 @@ def test_messages_come_out_whole_however_the_stream_is_cut(
         stream = stream[cut:]
     received += reader.feed(stream)
     assert received == [Received(Opcode.TEXT, message) for message in messages]
+
+
+def test_what_was_read_is_not_kept() -> None:
+    data = client_frame(Op.TEXT, b"a" * 1000)
+    reader = FrameReader(16_384)
+    before = sys.getrefcount(data)
+    assert len(list(reader.feed(data))) == 1
+    assert sys.getrefcount(data) == before
 
 
 @given(sizes)

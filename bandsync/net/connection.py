@@ -246,6 +246,7 @@ class Connection:
         early, self._early = self._early, b""
         if early:
             await self._received(early)
+        del early
         while True:
             try:
                 data = await self._stream.receive_some(_RECEIVE_BYTES)
@@ -254,6 +255,8 @@ class Connection:
             if not data:
                 return
             await self._received(bytes(data))
+            # While the client is silent, nothing is kept of what it said.
+            del data
 
     async def _received(self, data: bytes) -> None:
         self._heard = trio.current_time()
