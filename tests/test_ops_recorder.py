@@ -1,5 +1,6 @@
 """What a second of the server's life is in numbers, and what ten minutes of them keep."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,16 @@ from bandsync.counters import Counters
 from bandsync.decide import Drop
 from bandsync.draft import Here
 from bandsync.ops.recorder import KEPT, Recorder
-from bandsync.ops.samples import Durations, Latency, State, Totals, sample
+from bandsync.ops.samples import (
+    Durations,
+    Latency,
+    Sample,
+    State,
+    Totals,
+    packed,
+    sample,
+    unpacked,
+)
 from bandsync.session import Session
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.status import HISTORY, Change, Failover, History, Mode, Recovery
@@ -190,6 +200,36 @@ async def test_ten_minutes_are_kept_and_no_more(recorder: Start, autojump_clock:
     kept = recording.since()
     assert len(kept) == KEPT
     assert kept[-1].at - kept[0].at == pytest.approx((KEPT - 1) * 1000)
+
+
+async def test_ten_minutes_are_kept_without_an_object_for_each(
+    recorder: Start, autojump_clock: MockClock
+) -> None:
+    """They would grow into half a megabyte while whoever looks for a leak looks."""
+    recording, _, _ = recorder()
+    await trio.sleep(100.5)
+    gc.collect()
+    assert sum(isinstance(each, Sample) for each in gc.get_objects()) < 10
+    assert len(recording.since()) == 100
+
+
+def test_what_is_packed_is_the_same_again() -> None:
+    after = replace(NOTHING, at_s=11.25, deliveries=70, cpu_s=0.1)
+    measured = replace(
+        QUIET,
+        mode="memory (disabled)",
+        degraded=True,
+        listening=False,
+        connections=10_000,
+        round_trip_ms=0.25,
+        clock_error_ms=-1.5,
+        clock_uncertainty_ms=0.5,
+        memory_bytes=2**40,
+    )
+    for state, latency in ((QUIET, None), (measured, Latency(70_000, 0.125, 4.5))):
+        each = sample(NOTHING, after, state, command=latency, commit=None, loop_lag_s=0.002)
+        assert unpacked(packed(each)) == each
+        assert type(unpacked(packed(each)).connections) is int
 
 
 async def test_since(recorder: Start, autojump_clock: MockClock) -> None:

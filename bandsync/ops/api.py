@@ -13,7 +13,7 @@ from bandsync.ops.metrics import Metrics
 from bandsync.ops.overview import BadQueryError, Overview, StorageStatus, event, since_of
 from bandsync.ops.pages import Pages
 from bandsync.ops.recorder import KEPT, PERIOD_S, Recorder
-from bandsync.ops.verdict import Facts, Verdict, judge
+from bandsync.ops.verdict import RECENT_MS, Facts, Verdict, judge
 from bandsync.session import Session
 from bandsync.storage.base import StorageHealth
 from bandsync.storage.manager import StorageManager
@@ -244,7 +244,7 @@ class Api:
                 changes=storage.history.changes,
                 draining=server.draining,
                 full=server.connections() >= server.max_connections,
-                samples=self._recorder.since(),
+                samples=self._recorder.since(server.now() - RECENT_MS),
             )
         )
 

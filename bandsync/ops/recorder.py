@@ -12,7 +12,7 @@ import trio
 from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.ops.process import resident_bytes
-from bandsync.ops.samples import Durations, Sample, State, Totals, sample
+from bandsync.ops.samples import Durations, Sample, State, Totals, packed, sample, unpacked
 from bandsync.session import Session
 from bandsync.storage.manager import StorageManager
 
@@ -67,7 +67,9 @@ class Recorder:
         self.commits = Durations()
         self._counters = counters
         self._lag_s = 0.0
-        self._samples: deque[Sample] = deque(maxlen=KEPT)
+        # Ten minutes of objects would be half a megabyte, that fills up while nothing else grows.
+        self._samples: deque[bytes] = deque(maxlen=KEPT)
+        self._latest = -math.inf
 
     def lag(self, seconds: float) -> None:
         """Note how late a timer fired."""
@@ -80,10 +82,10 @@ class Recorder:
             at: only those after this instant, milliseconds. All of them if it lies in the future:
                 it was of another clock.
         """
-        if at is None or not self._samples or at > self._samples[-1].at:
-            return list(self._samples)
-        newer = list(takewhile(lambda each: each.at > at, reversed(self._samples)))
-        return newer[::-1]
+        if at is None or at > self._latest:
+            return [unpacked(each) for each in self._samples]
+        latest_first = map(unpacked, reversed(self._samples))
+        return list(takewhile(lambda each: each.at > at, latest_first))[::-1]
 
     async def run(self, server: Observed) -> None:
         """Sample once per period, for ever. What was missed is missed: no burst to catch up."""
@@ -108,10 +110,11 @@ class Recorder:
             before = after
 
     def _keep(self, new: Sample) -> None:
-        if self._samples and new.at <= self._samples[-1].at:
+        if new.at <= self._latest:
             # The clock was set back: those instants are of another one.
             self._samples.clear()
-        self._samples.append(new)
+        self._samples.append(packed(new))
+        self._latest = new.at
 
     def _totals(self) -> Totals:
         counters = self._counters

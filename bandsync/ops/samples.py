@@ -1,8 +1,9 @@
 """One second of the server's life in numbers: what two readings, one after the other, tell."""
 
-from typing import overload
+from typing import Any, overload
 
-from msgspec import Struct
+from msgspec import Struct, msgpack
+from msgspec.structs import astuple, fields
 
 from bandsync.storage.status import Mode
 
@@ -137,6 +138,21 @@ class Sample(Struct, frozen=True, rename="camel"):
     clock_uncertainty_ms: float | None
     memory_bytes: int | None
     cpu: float
+
+
+# The values of a sample without their names, which are the same in all of them.
+_ROW: Any = tuple.__class_getitem__(tuple(each.type for each in fields(Sample)))
+_rows: msgpack.Decoder[tuple[Any, ...]] = msgpack.Decoder(_ROW)
+
+
+def packed(each: Sample) -> bytes:
+    """``each`` in a third of the memory that it takes as an object, for `unpacked`."""
+    return msgpack.encode(astuple(each))
+
+
+def unpacked(data: bytes) -> Sample:
+    """The sample that was `packed`."""
+    return Sample(*_rows.decode(data))
 
 
 def sample(
