@@ -8,7 +8,8 @@ import signal
 import socket
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -18,13 +19,14 @@ from benchserver import HOST, ROOT, BenchError, Server, all_cores, cpu_of
 
 from bandsync.settings import OPTIONS
 
+_TASKS = "bandsync_tasks"
 # What is asked of `/metrics` to see whether everything came to an end.
 CENSUS = {
     "bandsync_connections": "connections",
     "bandsync_rooms": "rooms",
     "bandsync_members": "members",
     # Not told by every version.
-    "bandsync_tasks": "tasks",
+    _TASKS: "tasks",
     "bandsync_process_open_fds": "descriptors",
 }
 # Counted by code; what is closed with 1013 has often no room for a close frame any more.
@@ -46,6 +48,7 @@ class Vitals(NamedTuple):
         memory_mb: resident, 1 048 576 bytes.
         descriptors: open files and sockets.
         waited_s: how long they could run and had no core, seconds.
+        tasks: those that have not ended; only the servers themselves can tell.
     """
 
     cpu_s: float
@@ -53,6 +56,7 @@ class Vitals(NamedTuple):
     descriptors: int
     threads: int | None = None
     waited_s: float | None = None
+    tasks: int | None = None
 
 
 class Census(NamedTuple):
@@ -76,6 +80,9 @@ class Host(Protocol):
     def census(self) -> Census:
         """Who and what is there, of all of them together."""
 
+    def asked(self) -> AbstractContextManager[object]:
+        """Have the vitals show what only they themselves can tell, at the cost of their time."""
+
 
 class Hosted(Server):
     """A server of our own, with all its workers.
@@ -87,6 +94,7 @@ class Hosted(Server):
 
     def __init__(self, workers: int, spread: bool, *command: str) -> None:
         self._workers = workers
+        self._asked: Elsewhere | None = None
         super().__init__(*command)
         if spread and workers > 1:
             for pid in self.pids():
@@ -120,13 +128,22 @@ class Hosted(Server):
         found = [each for each in map(_vitals_of, self.pids()) if each is not None]
         if not found:
             return None
+        told = None if self._asked is None else self._asked.vitals()
         return Vitals(
             sum(each.cpu_s for each in found),
             sum(each.memory_mb for each in found),
             sum(each.descriptors for each in found),
             sum(each.threads or 0 for each in found),
             sum(each.waited_s or 0.0 for each in found),
+            None if told is None else told.tasks,
         )
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Have the vitals show its tasks, too."""
+        with Elsewhere([(HOST, self.port)], None) as self._asked:
+            yield
+        self._asked = None
 
     def census(self) -> Census:
         """Who and what is there."""
@@ -215,11 +232,16 @@ class Elsewhere:
             sum(values.get(_CPU, 0.0) - self._first[process] for process, values in latest.items()),
             sum(values.get(_MEMORY, 0.0) for values in latest.values()) / 2**20,
             int(sum(values.get(_FDS, 0.0) for values in latest.values())),
+            tasks=_sum(values.get(_TASKS) for values in latest.values()),
         )
 
     def census(self) -> Census:
         """Who and what is there."""
         return census(self._places, 1, self._token)
+
+    def asked(self) -> AbstractContextManager[object]:
+        """They are asked all the time: there is no other way."""
+        return contextlib.nullcontext()
 
     def _ask_for_ever(self) -> None:
         while not self._stop.wait(1.0):
@@ -314,6 +336,12 @@ def children(pid: int) -> list[int]:
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         found += map(int, thread.read_text().split())
     return sorted(found)
+
+
+def _sum(counts: Iterable[float | None]) -> int | None:
+    """None if one of them is."""
+    known = list(counts)
+    return None if None in known else int(sum(filter(None, known)))
 
 
 def _vitals_of(pid: int) -> Vitals | None:

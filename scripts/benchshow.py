@@ -32,6 +32,7 @@ _FIGURES = (
     ("server CPU", "serverCpu", "cores", 2),
     ("server memory", "memoryMb", "MB", 1),
     ("descriptors", "descriptors", "", 0),
+    ("tasks", "tasks", "", 0),
     ("driver CPU", "driverCpu", "cores", 2),
     ("driver late", "driverLagMs", "ms", 1),
 )

@@ -12,6 +12,8 @@ MOST_GROWTH = 0.05
 _LEAST_POINTS = 10
 # Sockets that are on their way in or out are no leak.
 _SOME_DESCRIPTORS = 8.0
+# As are tasks that write to a slow client, or finish what a closed connection began.
+_SOME_TASKS = 8.0
 # More of either says that the driver was measured as well.
 _BUSY_DRIVER = 0.85
 _BUSY_SHARE = 0.05
@@ -74,13 +76,26 @@ def leaks(rows: Sequence[Row]) -> list[str]:
             f"memory grew by {memory.growth:.1%} after the first tenth, from {memory.first:.1f} "
             f"to {memory.last:.1f} MB; {MOST_GROWTH:.0%} are allowed"
         )
-    spare = trend(times, [row["descriptors"] - row["connections"] for row in seen])
-    most = max(_SOME_DESCRIPTORS, MOST_GROWTH * fmean(row["connections"] for row in seen))
-    if spare is not None and spare.last - spare.first > most:
-        found.append(
-            f"descriptors that are no connection of ours: {spare.last - spare.first:.0f} more"
-        )
+    connections = fmean(row["connections"] for row in seen)
+    spare = _more(seen, "descriptors", 1.0)
+    if spare > max(_SOME_DESCRIPTORS, MOST_GROWTH * connections):
+        found.append(f"descriptors that are no connection of ours: {spare:.0f} more")
+    telling = [row for row in seen if row.get("tasks") is not None]
+    if telling:
+        tasks = fmean(row["tasks"] for row in telling)
+        # How many tasks a connection has, only the server knows: as many as there were on average.
+        each = tasks / connections if connections else 0.0
+        spare = _more(telling, "tasks", each)
+        if spare > max(_SOME_TASKS, MOST_GROWTH * tasks):
+            found.append(f"tasks that no connection of ours needs: {spare:.0f} more")
     return found
+
+
+def _more(rows: Sequence[Row], column: str, each: float) -> float:
+    """How many more of ``column`` there are at the end, but ``each`` of every connection."""
+    values = [row[column] - each * row["connections"] for row in rows]
+    line = trend([row["t"] for row in rows], values)
+    return 0.0 if line is None else line.last - line.first
 
 
 def left_behind(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

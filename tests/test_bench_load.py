@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from websockets.sync.client import connect
 
 from bandsync.frames import text_frame
 from tests.server_processes import ServerProcess
@@ -26,7 +27,7 @@ sys.path.insert(0, str(SCRIPTS))
 from benchband import Band  # noqa: E402
 from benchgig import summary  # noqa: E402, F401  # it can be imported without a terminal
 from benchhistogram import Histogram  # noqa: E402
-from benchhost import numbers, places_of  # noqa: E402
+from benchhost import census, numbers, places_of  # noqa: E402
 from benchphone import Phone  # noqa: E402
 from benchplot import PANELS, picture  # noqa: E402
 from benchscore import Score  # noqa: E402
@@ -105,6 +106,8 @@ def test_an_interrupt_ends_it_with_the_summary() -> None:
     assert code == (1 if result["findings"] else 0)
     assert result["after"]["connections"] == result["after"]["rooms"] == 0
     assert result["after"]["descriptors"] <= result["before"]["descriptors"]
+    # They were looked at meanwhile, and are all gone.
+    assert result["tasks"]["most"] > result["before"]["tasks"] >= result["after"]["tasks"] > 0
 
 
 def test_given_addresses_are_used() -> None:
@@ -245,6 +248,34 @@ def test_leaking_descriptors_are_found() -> None:
     more = [100 + second / 20 for second in range(600)]
     columns = {"connections": more, "descriptors": [each + 10 for each in more]}
     assert leaks(rows(noise(600, 80, 1), **columns)) == []
+
+
+def test_leaking_tasks_are_found() -> None:
+    two_each = [200.0 + second % 3 for second in range(600)]
+    assert leaks(rows(noise(600, 80, 1), tasks=two_each)) == []
+    # One for every tenth connection that was closed, of four a second.
+    leaking = [count + second * 0.4 for second, count in enumerate(two_each)]
+    (finding,) = leaks(rows(noise(600, 80, 1), tasks=leaking))
+    assert re.fullmatch(r"tasks that no connection of ours needs: 2\d\d more", finding)
+
+
+def test_tasks_of_more_connections_are_no_leak() -> None:
+    more = [100 + second / 20 for second in range(600)]
+    columns = {"connections": more, "descriptors": [each + 10 for each in more]}
+    columns["tasks"] = [2 * each + 12 for each in more]
+    assert leaks(rows(noise(600, 80, 1), **columns)) == []
+
+
+def test_tasks_that_are_left_behind_are_found() -> None:
+    with ServerProcess() as server:
+        before = census([("127.0.0.1", server.port)], 1).there
+        with connect(f"{server.ws_url}/ws/song") as phone:
+            phone.recv(PATIENCE_S)
+            meanwhile = census([("127.0.0.1", server.port)], 1).there
+    found = left_behind(before, meanwhile)
+    assert any(
+        re.fullmatch(r"\d tasks were left behind \(\d+ before, \d+ now\)", each) for each in found
+    )
 
 
 def test_too_short_a_run_is_no_proof() -> None:
