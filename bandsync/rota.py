@@ -74,8 +74,12 @@ class Rota(Generic[T]):
                 lag(trio.current_time() - self._target * self._step)
             # What was missed by more than a period is missed: no burst to catch up.
             self._moment = max(int(self._target), self._now() - count)
-            for thing in list(self._slots[self._moment % count]):
-                visit(thing)
+            self._visit_all(visit)
+
+    def _visit_all(self, visit: Callable[[T], None]) -> None:
+        """Visit those of this moment. By itself, so that who waits for the next holds no thing."""
+        for thing in list(self._slots[self._moment % len(self._slots)]):
+            visit(thing)
 
     def _now(self) -> int:
         return math.floor(trio.current_time() / self._step)

@@ -1,5 +1,6 @@
 """The rota: every thing once a period, whenever it comes and goes."""
 
+import weakref
 from itertools import pairwise
 
 import trio
@@ -92,3 +93,21 @@ async def test_what_was_missed_is_missed(nursery: trio.Nursery, mock_clock: Mock
     await trio.testing.wait_all_tasks_blocked()
     assert 1 <= len(seen) <= 2
     assert late[0] > 58
+
+
+async def test_what_is_discarded_is_let_go_of(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """Also the last that was visited, by the task that waits for the next."""
+    visited: list[int] = []
+    rota: Rota[trio.Event] = Rota(PERIOD, 5)
+    nursery.start_soon(rota.run, lambda thing: visited.append(id(thing)))
+    # Any object that can be referred to weakly.
+    thing = trio.Event()
+    there = weakref.ref(thing)
+    rota.add(thing)
+    await trio.sleep(1.5 * PERIOD)
+    assert visited
+    rota.discard(thing)
+    del thing
+    assert there() is None
