@@ -239,11 +239,12 @@ class Hub:
             if not self._graces:
                 self._grace_added = trio.Event()
                 await self._grace_added.wait()
-            grace = self._graces[0]
-            await trio.sleep_until(grace.deadline)
-            self._graces.popleft()
-            room = grace.room
-            self.finish(room.expire, grace.member_id, grace.connection_id, grace.reason)
+            await trio.sleep_until(self._graces[0].deadline)
+            self._expire(self._graces.popleft())
+
+    def _expire(self, grace: Grace) -> None:
+        """Remove its member. By itself, so that who waits for the next one holds no room."""
+        self.finish(grace.room.expire, grace.member_id, grace.connection_id, grace.reason)
 
     async def run_ticker(self) -> None:
         """Send ticks, for ever."""

@@ -64,6 +64,9 @@ class Stores(Protocol):
 class Audience(Protocol):
     """Those for whom a mirror is held."""
 
+    async def catch_up(self) -> None:
+        """`Mirror.catch_up` under the room's lock, for a commit whose caller is cancelled."""
+
     def own(self) -> Mapping[str, Member]:
         """The members bound to connections of this server: see `bandsync.reconcile`."""
 
@@ -110,9 +113,6 @@ class Outcome(Struct, frozen=True):
 class Mirror:
     """One session, as this server holds it. Whoever calls a coroutine of it holds its room's lock.
 
-    Args:
-        catch_up: `catch_up` under the room's lock, for a commit whose caller is cancelled.
-
     Attributes:
         opened: whether it has been read.
         session: None before the first member joined.
@@ -121,7 +121,6 @@ class Mirror:
 
     __slots__ = (
         "_audience",
-        "_catch_up",
         "_era",
         "_house",
         "opened",
@@ -130,19 +129,12 @@ class Mirror:
         "uncertain",
     )
 
-    def __init__(
-        self,
-        session_id: str,
-        house: House,
-        audience: Audience,
-        catch_up: Callable[[], Awaitable[None]],
-    ) -> None:
+    def __init__(self, session_id: str, house: House, audience: Audience) -> None:
         self.session_id = session_id
         self.session: Session | None = None
         self.uncertain = False
         self._house = house
         self._audience = audience
-        self._catch_up = catch_up
         self._era: Era | None = None
         self.opened = False
 
@@ -266,7 +258,7 @@ class Mirror:
             self.uncertain = False
         finally:
             if self.uncertain:
-                house.finish(self._catch_up)
+                house.finish(self._audience.catch_up)
         house.commit_seconds(house.timer() - started)
         return result
 

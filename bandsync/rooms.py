@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ class Room:
     """
 
     __slots__ = (
+        "__weakref__",
         "_catching_up",
         "_closed",
         "_contradicted",
@@ -77,7 +79,9 @@ class Room:
         self.lock = trio.Lock()
         self._closed = False
         self.session_id = session_id
-        self.mirror = Mirror(session_id, hub.house, self, self.catch_up)
+        # What holds on to itself would stay, with the whole session, until the garbage collector
+        # looks at old objects: a room that nobody is in any more is to be gone.
+        self.mirror = Mirror(session_id, hub.house, weakref.proxy(self))
         self.seats = Seats()
         # Until when, on Trio's clock, the graces last that run, by connection id.
         self._graces: dict[str, float] = {}

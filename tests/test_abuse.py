@@ -16,7 +16,9 @@ import trustme
 from trio.testing import wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
+from bandsync.mirror import Mirror
 from bandsync.net.connection import Connection
+from bandsync.rooms import Room
 from tests.servers import PATIENCE_S, Musician, Server, band, musician, start_server
 
 UPGRADE = (
@@ -421,3 +423,26 @@ async def test_what_silent_clients_said_is_not_kept(server: Server) -> None:
             assert [trace for trace in kept if trace.size > 1000] == []
     finally:
         tracemalloc.stop()
+
+
+async def test_a_room_that_nobody_is_in_is_free_at_once(nursery: trio.Nursery) -> None:
+    """With the session that it shows, which may be in Redis and need not be here, too."""
+    server = await start_server(nursery, resume_grace_ms=0)
+
+    def alive() -> int:
+        return sum(type(each) in {Room, Mirror} for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        async with band(server, "Ann", "Bob") as (ann, bob):
+            await ann.ok("play")
+            assert alive() == before + 2
+            await bob.ok("leave_session")
+            await ann.ok("leave_session")
+        with trio.fail_after(PATIENCE_S):
+            while alive() > before:
+                await wait_all_tasks_blocked(0.01)
+    finally:
+        gc.enable()
