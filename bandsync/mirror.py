@@ -273,8 +273,11 @@ class Mirror:
     async def _heard(self, era: Era, stored: Session | None) -> bool:
         """Whether the relay brings what was faster: then nobody must be shown the whole.
 
-        It was published before our commit was refused, so it is here or about to be.
+        It was published before our commit was refused, so it is here or about to be. A stored state
+        that is not ahead of us is none that was faster: it has been set back, and nothing will
+        come.
         """
+        refused = self.session
         if era.relay is None or stored is None:
             return False
         for look in range(_LOOKS):
@@ -283,7 +286,7 @@ class Mirror:
             if session is None or session.epoch != stored.epoch:
                 return False
             if session.version >= stored.version:
-                return True
+                return session is not refused
             await trio.sleep(_LOOK_S * 2**look)
         return False
 

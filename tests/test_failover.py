@@ -349,6 +349,24 @@ async def test_what_is_flushed_behind_the_back_is_put_back(
         assert (await get(server, "/api/storage/status"))["lastFailover"] is None
 
 
+async def test_what_is_set_back_behind_the_back_is_brought_forward_by_the_next_command(
+    redis_server: RedisServer, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bandsync.hub.COMPARE_PERIOD_S", 3600.0)
+    server = await start(nursery, redis_server.url())
+    async with band(server, "Ann", "Bob") as (ann, bob):
+        await ann.ok("chat_message", text="kept")
+        redis_server.cli("COPY", KEY, "older")
+        await ann.ok("chat_message", text="set back")
+        redis_server.cli("COPY", "older", KEY, "REPLACE")
+        assert stored_chat(redis_server) == ["kept"]
+        await bob.ok("chat_message", text="next")
+        assert stored_chat(redis_server) == ["kept", "set back", "next"]
+        for player in (ann, bob):
+            in_order(player)
+            assert player.all("storage_status", "error") == []
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [

@@ -288,6 +288,49 @@ async def test_a_handover_to_the_replica_is_not_noticed(
         assert server.events("storage.failover") == []
 
 
+@pytest.mark.usefixtures("no_comparisons")
+async def test_a_replica_that_takes_over_with_less_is_not_noticed_either(
+    redis_binary: None, nursery: trio.Nursery
+) -> None:
+    # The connections to the old master last: nothing but the next command finds out.
+    with RedisCluster(replicas=1, password="hush", masterauth="hush") as cluster:
+        hall, yard = [await start(nursery, cluster, name) for name in ("hall", "yard")]
+        song = SONGS[0]
+        master = cluster.owner(key_of(song))
+        replica = cluster.replicas[cluster.masters.index(master)]
+        async with duets(hall, yard) as bands:
+            ann, bob = bands[song]
+            await ann.ok("chat_message", text="copied")
+            await blocking(until_copied, replica, song, "copied")
+            replica.cli("CONFIG", "SET", "masterauth", "wrong")
+            master.cli("CLIENT", "KILL", "TYPE", "replica")
+            for number in range(10):
+                for one, other in ((ann, bob), (bob, ann)):
+                    text = f"{number} of {one.you['memberId']}"
+                    await one.ok("chat_message", text=text)
+                    await other.next("chat_message", text=text)
+            replica.cli("CLUSTER", "FAILOVER", "TAKEOVER")
+            await blocking(cluster.wait_for_takeover, replica)
+            assert stored_chat(replica, key_of(song)) == ["copied"]
+            await bob.ok("chat_message", text="next")
+            await ann.until(lambda: "next" in heard(ann))
+            for player in (ann, bob):
+                in_order(player)
+                assert len(heard(player)) == 22
+                assert player.all("error") == []
+            assert len(stored_chat(replica, key_of(song))) == 22
+            assert calm(everybody(bands))
+            nursery.cancel_scope.cancel()
+
+
+def until_copied(replica: RedisServer, song: str, text: str) -> None:
+    """Until a replica has this."""
+    with replica.client() as client:
+        client.execute_command("READONLY")
+        while text not in str(client.hgetall(key_of(song))):
+            pass
+
+
 async def break_and_mend(
     cluster: RedisCluster, server: Server, broken: RedisServer, mend: Any, hang: bool
 ) -> None:
