@@ -352,6 +352,32 @@ async def test_whoever_is_cancelled_leaves_nothing_behind(link: ClusterLink) -> 
     await until(answered)
 
 
+async def test_whoever_asks_while_it_is_being_closed_is_told_so(
+    shared_cluster: RedisCluster,
+) -> None:
+    told = 0
+
+    async def ask(link: ClusterLink) -> None:
+        nonlocal told
+        try:
+            while True:
+                await link.execute("GET", KEYS[0])
+        except RedisError:
+            # In the middle of being closed, and again when it is all but closed.
+            for _ in range(20):
+                with pytest.raises(RedisError):
+                    await link.execute("GET", KEYS[0])
+                await trio.lowlevel.checkpoint()
+            told += 1
+
+    for _ in range(5):
+        async with trio.open_nursery() as asking, open_cluster(shared_cluster.url()) as link:
+            for _ in range(10):
+                asking.start_soon(ask, link)
+            await link.execute("GET", KEYS[0])
+    assert told == 50
+
+
 async def test_a_slow_node_does_not_hold_up_the_start_for_ever(
     mended: RedisCluster,
 ) -> None:

@@ -134,15 +134,16 @@ class ClusterLink:
         Raises:
             RedisError: a master cannot be reached, or not any longer, or slots have none.
         """
-        try:
-            async with anyio.create_task_group() as tasks:
-                self._tasks = tasks
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            try:
                 await self._until_lost(lambda: self._serve(task_status.started))
-            # Not raised within the group, which would wrap it.
-            if self._lost is not None:
-                raise self._lost
-        finally:
-            self._lose(LinkLostError("the Cluster's link was closed"))
+            finally:
+                # Not after the group: it takes no more tasks from when its last one has ended.
+                self._lose(LinkLostError("the Cluster's link was closed"))
+        # Not raised within the group, which would wrap it.
+        if self._lost is not None:
+            raise self._lost
 
     async def execute(self, *args: Argument) -> Reply:
         """The reply to one command. May be cancelled; Redis may carry it out all the same.

@@ -78,15 +78,16 @@ class ClusterSubscriber:
         Raises:
             RedisError: one of them cannot be heard, or not any longer.
         """
-        try:
-            async with anyio.create_task_group() as tasks:
-                self._tasks = tasks
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            try:
                 await self._until_lost(lambda: self._serve(task_status.started))
-            # Not raised within the group, which would wrap it.
-            if self._lost is not None:
-                raise self._lost
-        finally:
-            self._lose(LinkLostError("the Cluster's subscriber was closed"))
+            finally:
+                # Not after the group: it takes no more tasks from when its last one has ended.
+                self._lose(LinkLostError("the Cluster's subscriber was closed"))
+        # Not raised within the group, which would wrap it.
+        if self._lost is not None:
+            raise self._lost
 
     async def subscribe(self, channel: bytes) -> None:
         """Return when every message published from now on will come, or `MISSED`.
