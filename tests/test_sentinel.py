@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from bandsync.redis_link.address import Address, TLSOptions
 from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from tests.fault_proxy import FaultProxy
-from tests.redis_sentinels import MASTER, Watched
+from tests.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
 from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, Musician, band, start_server
 from tests.test_failover import (
@@ -314,6 +314,85 @@ async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(
             assert (await blocking(old.cli, "ROLE"))[0] == "master"
             await ann.ok("chat_message", text="again")
             await ann.next("storage_status", storageType="redis")
+            assert stored_chat(new) == ["hi", "again"]
+            in_order(ann)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: Watched) -> None:
+    await blocking(watched.fail_over)
+    new = await blocking(watched.wait_for_failover, watched.servers[0])
+    with RedisServer() as old, ExitStack() as stack:
+        # On the wrong side of a network that is cut in two, with the old master.
+        ports = [free_port() for _ in watched.sentinels]
+        behind = SentinelProcess(ports, 0, [old.port], down_after_ms=500, password=None, user=None)
+        stack.callback(behind.close)
+        await blocking(wait_until, behind.state, "a Sentinel that answers")
+        everybody = [behind.port, *(sentinel.port for sentinel in watched.sentinels)]
+        sentinels = asking(everybody, password=None)
+        assert (await sentinels.find()).port == old.port
+        later = await sentinels.find_later()
+        assert later is not None
+        assert later.port == new.port
+        for _ in everybody:
+            # Whoever answered last is asked first.
+            assert (await sentinels.find()).port == new.port
+            assert await sentinels.find_later() is None
+        # Unless it is the only one that answers.
+        for sentinel in watched.sentinels:
+            await blocking(sentinel.close)
+        assert (await sentinels.find()).port == old.port
+
+
+async def test_the_new_master_is_named_before_all_replicas_follow_it(redis_binary: None) -> None:
+    with Watched(replicas=2, user="guard") as watched:
+        old, new, slow = watched.servers
+        slow.cli("CONFIG", "SET", "replica-priority", 0)
+        slow.cli("ACL", "SETUSER", "guard", "-slaveof")
+        leader = watched.sentinels[0]
+        leader.cli("SENTINEL", "DEBUG", "INFO-PERIOD", 500)
+
+        def unfit() -> bool:
+            replicas = leader.cli("SENTINEL", "REPLICAS", MASTER)
+            return "0" in [str(replica["slave-priority"]) for replica in replicas]
+
+        await blocking(wait_until, unfit, "a replica that is not to be promoted")
+        sentinels = asking([leader.port], password=None)
+        assert (await sentinels.find()).port == old.port
+        await blocking(watched.fail_over)
+        await blocking(
+            wait_until, lambda: int(leader.state()["config-epoch"]) > 0, "a new configuration"
+        )
+        assert int(leader.state()["port"]) == old.port
+        later = await sentinels.find_later()
+        assert later is not None
+        assert later.port == new.port
+        assert (await sentinels.find()).port == new.port
+        assert (await asking([leader.port], password=None).find()).port == new.port
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["for good", "for a while"])
+async def test_a_master_that_hangs_is_left_however_patient_the_connection_to_it_is(
+    redis_binary: None, nursery: trio.Nursery, goes_on: bool
+) -> None:
+    # The Sentinels take it for alive while we try to connect to it again.
+    with Watched(down_after_ms=2000) as watched:
+        old, new = watched.servers
+        settings = QUICK | watched.settings() | {"redis_connect_timeout": 600_000}
+        # As slow to trust a master as by default.
+        settings |= {"redis_health_interval_ms": 500, "redis_health_timeout_ms": 400}
+        server = await start_server(nursery, **settings)
+        await mode(server, "redis")
+        async with band(server, "Ann") as (ann,):
+            await blocking(old.stop)
+            await ann.next("storage_status", storageType="memory")
+            await ann.ok("chat_message", text="hi")
+            await blocking(watched.wait_for_failover, old)
+            if goes_on:
+                old.resume()
+            await ann.next("storage_status", storageType="redis")
+            await ann.ok("chat_message", text="again")
+            # Whoever went on took nothing: it was no master any more when it let us in.
             assert stored_chat(new) == ["hi", "again"]
             in_order(ann)
         nursery.cancel_scope.cancel()

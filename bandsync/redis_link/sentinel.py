@@ -17,8 +17,10 @@ from bandsync.redis_link.address import Address
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
 
-# How often the Sentinels are asked whether the master is still the one in use.
+# How often the Sentinels are asked whether the master is still the one in use; and while it does
+# not even let us in: whoever hangs is replaced long before a connection is given up.
 _LOOK_PERIOD_S = 5.0
+_LOOK_PERIOD_OUTSIDE_S = 1.0
 
 T = TypeVar("T")
 
@@ -71,6 +73,7 @@ class Sentinels:
             "socket_connect_timeout": timeout_s,
             "retry": Retry(NoBackoff(), 0),
             "password": password,
+            "decode_responses": True,
         }
         if like.tls is not None:
             tls = asdict(like.tls)
@@ -79,7 +82,7 @@ class Sentinels:
         # Kept: it asks first who answered last.
         self._sentinel = _make_sentinel(list(hosts), sentinel_kwargs=options)
         self._threads: anyio.CapacityLimiter | None = None
-        # Of the latest failover that led to the master that was found; they are numbered.
+        # Of the latest failover that was heard of; they are numbered.
         self._epoch = 0
 
     def __str__(self) -> str:
@@ -89,6 +92,9 @@ class Sentinels:
     async def find(self) -> Address:
         """Where the master is, as the first Sentinel says that answers and believes it alive.
 
+        Who has not heard of a failover that is known here has its say only when nobody else has:
+        all may have been set up anew.
+
         Raises:
             LinkLostError: none does.
         """
@@ -97,12 +103,16 @@ class Sentinels:
         return self._address(state)
 
     async def find_later(self) -> Address | None:
-        """The master after a failover later than what `find` knew; None if no Sentinel has one.
+        """The master after a failover later than what is known; None if no Sentinel has one.
 
-        A Sentinel that was cut off may name an old master for some seconds: `find` cannot tell.
+        A Sentinel that was cut off may name an old master for some seconds: the first `find`
+        cannot tell, those after this can.
         """
         state = await self._in_thread(self._compare)
-        return None if state is None else self._address(state)
+        if state is None:
+            return None
+        self._epoch = state.epoch
+        return self._address(state)
 
     async def _in_thread(self, look: Callable[[], T]) -> T:
         if self._threads is None:
@@ -114,11 +124,17 @@ class Sentinels:
 
     def _discover(self) -> _State:
         problems: list[str] = []
+        behind: list[_State] = []
         with contextlib.closing(self._states(problems)) as states:
             for state in states:
-                if state.alive:
+                if not state.alive:
+                    problems.append("it is down")
+                elif state.epoch < self._epoch:
+                    behind.append(state)
+                else:
                     return state
-                problems.append("it is down")
+        if behind:
+            return max(behind, key=lambda state: state.epoch)
         raise LinkLostError(f"{self}: {'; '.join(problems)}", "no_master")
 
     def _compare(self) -> _State | None:
@@ -134,7 +150,10 @@ class Sentinels:
         try:
             for client in list(clients):
                 try:
-                    state = self._state(client.sentinel_master(self._master))
+                    told = client.sentinel_master(self._master)
+                    # Asked after it, the address is never older than the epoch.
+                    where = client.sentinel_get_master_addr_by_name(self._master)
+                    state = self._state(told, *where)
                 except RedisError as error:
                     problems.append(str(error))
                 except (LookupError, TypeError, ValueError) as error:
@@ -149,9 +168,11 @@ class Sentinels:
             for client in clients:
                 client.close()
 
-    def _state(self, told: dict[str, Any]) -> _State:
-        alive = self._sentinel.check_master_state(told, self._master)
-        return _State(str(told["ip"]), int(told["port"]), int(told["config-epoch"]), alive)
+    def _state(self, told: dict[str, Any], host: str, port: int) -> _State:
+        # Until all replicas follow the new master, ``told`` has the new epoch and the old address.
+        replaced = (host, port) != (told["ip"], told["port"])
+        alive = replaced or self._sentinel.check_master_state(told, self._master)
+        return _State(host, port, int(told["config-epoch"]), alive)
 
 
 class MasterLink(Link):
@@ -184,6 +205,7 @@ class MasterLink(Link):
         )
         self._sentinels = sentinels
         self._found = found
+        self._let_in = anyio.Event()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Find the master, connect, report that as started, and serve until cancelled.
@@ -198,13 +220,36 @@ class MasterLink(Link):
             raise TimeoutError(f"{self._sentinels}: no answer within {self._connect_timeout_s:g} s")
         self._found(self._address)
         self._connect_timeout_s = deadline - anyio.current_time()
-        await super().run(task_status=task_status)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._follow, tasks.cancel_scope)
+            # Not raised within the group, which would wrap it.
+            with contextlib.suppress(RedisError):
+                await super().run(task_status=task_status)
+            tasks.cancel_scope.cancel()
+        assert self._lost is not None
+        raise self._lost
 
     async def _attend(self, started: Callable[[], None]) -> None:
+        self._let_in.set()
         await super()._attend(started)
+
+    async def _follow(self, scope: anyio.CancelScope) -> None:
+        """Lose the link when there is another master: from the attempt to connect to the end.
+
+        Who was asked for the master may have been the one who knew least; and a master that hung
+        lets us in when it goes on, not knowing that it was replaced.
+        """
         while True:
-            await anyio.sleep(_LOOK_PERIOD_S)
             later = await self._sentinels.find_later()
             # If none answers, that does no harm until one is needed.
             if later is not None and later != self._address:
-                raise LinkLostError(f"{self._address}: the master is {later} by now", "demoted")
+                self._lose(
+                    LinkLostError(f"{self._address}: the master is {later} by now", "demoted")
+                )
+                scope.cancel()
+                return
+            if self._let_in.is_set():
+                await anyio.sleep(_LOOK_PERIOD_S)
+            else:
+                with anyio.move_on_after(_LOOK_PERIOD_OUTSIDE_S):
+                    await self._let_in.wait()
