@@ -283,9 +283,9 @@ async def test_a_handover_to_the_replica_is_not_noticed(
                 await more(talks)
         await quiet(bands)
         await nothing_lost(guarded, bands, talks)
+        for server in (hall, yard):
+            assert server.events("storage.failover") == []
         assert calm(everybody(bands))
-    for server in (hall, yard):
-        assert server.events("storage.failover") == []
 
 
 @pytest.mark.usefixtures("no_comparisons")
