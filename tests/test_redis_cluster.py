@@ -11,6 +11,7 @@ from redis.crc import key_slot
 from tests.redis_clusters import RedisCluster
 from tests.redis_servers import RedisServer, bundled_redis_server, find_redis_server
 from tests.servers import Musician, Server, play_along, start_server
+from tests.test_cluster import agree
 from tests.test_failover import (
     QUICK,
     Chatter,
@@ -387,6 +388,46 @@ async def test_a_band_plays_on_while_a_replica_takes_over(
         guarded.wait_for_takeover(guarded.replicas[0])
 
     await break_and_mend(guarded, server, guarded.masters[0], mend, hang=hang)
+
+
+@pytest.mark.parametrize("hang", [False, True], ids=["killed", "hanging"])
+async def test_two_servers_lose_a_master_and_agree_afterwards(
+    guarded: RedisCluster, nursery: trio.Nursery, hang: bool
+) -> None:
+    quick = {"redis_health_timeout_ms": 400}
+    hall, yard = [await start(nursery, guarded, name, **quick) for name in ("hall", "yard")]
+    broken, replica = guarded.masters[0], guarded.replicas[0]
+    async with duets(hall, yard) as bands:
+        async with all_talking(bands) as talks:
+            await blocking(guarded.hang, broken) if hang else await blocking(broken.kill)
+            await blocking(guarded.wait_for_takeover, replica)
+            for server in (hall, yard):
+                await until(lambda server=server: recovered(server))
+            await more(talks)
+            if hang:
+                # As a replica, before it has answered anything as a master.
+                broken.resume()
+            await more(talks)
+        for song, players in bands.items():
+            shown = await agree(*players)
+            ring = [chat["text"] for chat in shown["chat"]]
+            assert [member["connected"] for member in shown["members"]] == [True, True]
+            assert stored_chat(guarded.owner(key_of(song)), key_of(song)) == ring
+            events = [event for player in players for event in player.all("chat_message")]
+            sent_at = {event["text"]: event["sentAt"] for event in events}
+            for player in players:
+                assert player.close_code is None
+                assert player.all("error") == []
+                in_order(player)
+            for text in talks[song].texts:
+                # Or fifty later ones are.
+                assert text in ring or sent_at[text] <= shown["chat"][0]["sentAt"]
+
+
+async def recovered(server: Server) -> bool:
+    """Whether it has lost Redis and is back."""
+    lost, back = server.events("storage.failover"), server.events("storage.recovered")
+    return bool(lost) and len(back) == len(lost)
 
 
 async def test_an_old_cluster_publishes_to_all_nodes(
