@@ -289,6 +289,26 @@ async def test_a_handover_to_the_replica_is_not_noticed(
         assert calm(everybody(bands))
 
 
+async def test_nodes_are_replaced_one_by_one_without_notice(
+    guarded: RedisCluster, nursery: trio.Nursery
+) -> None:
+    # As whoever installs a new version does it: hand over, and end the old one.
+    hall, yard = [await start(nursery, guarded, name) for name in ("hall", "yard")]
+    async with duets(hall, yard) as bands:
+        # That of slot 0 is asked for the time: another matter.
+        for master, replica in list(zip(guarded.masters, guarded.replicas, strict=True))[1:]:
+            await blocking(replica.cli, "CLUSTER", "FAILOVER")
+            await blocking(guarded.wait_for_takeover, replica)
+            await blocking(master.kill)
+        await quiet(bands)
+        for server in (hall, yard):
+            assert server.events("storage.failover") == []
+        for player in everybody(bands):
+            assert player.all("error") == []
+            in_order(player)
+        assert calm(everybody(bands))
+
+
 @pytest.mark.usefixtures("no_comparisons")
 async def test_a_replica_that_takes_over_with_less_is_not_noticed_either(
     redis_binary: None, nursery: trio.Nursery

@@ -1,6 +1,6 @@
 """A Redis Cluster as one executor: a link to each master, commands go where their keys are.
 
-It is lost as a whole when the link to any master is: a session that cannot be stored is in memory
+It is lost as a whole when any master is: a session that cannot be stored is in memory
 then, and so are all others until the Cluster is whole again. A Cluster that misses a master
 refuses all commands by default anyway (cluster-require-full-coverage), and one state for the whole
 server is one that operators, musicians and the rules can follow.
@@ -86,6 +86,8 @@ class ClusterLink:
         self._stale = anyio.Event()
         # Slots of which keys were across before the slot was, since the latest look.
         self._handed_over: set[int] = set()
+        # Masters whose link is lost, and why. Their slots may be another's by now.
+        self._missed: dict[Endpoint, RedisError] = {}
         # Who knows best of what has moved; without one they are asked in turn.
         self._expert: Endpoint | None = None
         self._turn = 0
@@ -300,11 +302,22 @@ class ClusterLink:
         except RedisError as error:
             # A node without slots may go; who waits for it is told.
             if endpoint in self._topology.masters:
-                self._lose(error)
+                self._miss(endpoint, error)
         finally:
             node.settled.set()
             if self._nodes.get(endpoint) is node:
                 del self._nodes[endpoint]
+
+    def _miss(self, endpoint: Endpoint, error: RedisError) -> None:
+        """Ask the others whether a node whose link is lost is still a master."""
+        self._missed.setdefault(endpoint, error)
+        if self._usable and self._reachable():
+            self._stale.set()
+        else:
+            self._lose(error)
+
+    def _reachable(self) -> list[Endpoint]:
+        return [master for master in self._topology.masters if master not in self._missed]
 
     async def _serve(self, started: Callable[[], None]) -> None:
         with anyio.move_on_after(self._connect_timeout_s) as scope:
@@ -323,7 +336,12 @@ class ClusterLink:
             with anyio.move_on_after(_ROUND_S):
                 await self._stale.wait()
             self._stale = anyio.Event()
-            await self._adopt(await self._look(), self._silence_s)
+            topology = await self._look()
+            for endpoint, error in self._missed.items():
+                if endpoint in topology.masters:
+                    raise error
+            self._missed.clear()
+            await self._adopt(topology, self._silence_s)
             if anyio.current_time() - proved >= _ROUND_S:
                 proved = anyio.current_time()
                 await self._prove()
@@ -355,9 +373,10 @@ class ClusterLink:
     async def _look(self) -> Topology:
         """The topology as one of the masters sees it."""
         endpoint, self._expert = self._expert, None
-        if endpoint is None:
+        if endpoint is None or endpoint in self._missed:
             self._turn += 1
-            endpoint = self._topology.masters[self._turn % len(self._topology.masters)]
+            reachable = self._reachable()
+            endpoint = reachable[self._turn % len(reachable)]
         link = await self._link_to(endpoint)
         reply = await link.execute("CLUSTER", "SLOTS")
         return _whole(read_topology(reply, endpoint.host))
