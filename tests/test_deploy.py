@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +22,9 @@ import httpx
 import pytest
 import trio
 import trustme
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from bandsync.client.line import HANDSHAKE_TIMEOUT_S
 from bandsync.settings import OPTIONS, Settings, parse
 from tests.redis_servers import HOST, RedisServer, find_redis_server, free_port, reaper_of
 from tests.servers import PATIENCE_S, Message, Musician, musician
@@ -33,6 +34,8 @@ from tests.test_workers import MANY, UPGRADE
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "scripts" / "deploy"
 MARGIN_S = 5.0
+# How long clients wait for a welcome, at the most.
+CLIENTS_WAIT_S = 10.0
 _POLL_S = 0.01
 
 
@@ -313,6 +316,81 @@ async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
     bob = await back(bob, first)
     await ann.ok("chat_message", text="as before")
     await bob.next("chat_message", text="as before")
+
+
+async def test_servers_are_replaced_in_turn_and_nobody_is_turned_away(
+    balancer: Balancer, stage: Stage, nursery: trio.Nursery
+) -> None:
+    """All come back at the first attempt, although those who stay never end their connections."""
+    band = {}
+    for number in range(24):
+        path = f"/ws/song-{number}"
+        band[path] = await balancer.come(nursery, path)
+        await band[path].join(None)
+    home = {player.inbox[0]["serverId"]: path for path, player in band.items()}
+
+    async def taken(name: str) -> None:
+        while True:
+            player = await balancer.come(nursery, home[name])
+            if player.inbox[0]["serverId"] == name:
+                return
+            await trio.sleep(_POLL_S)
+
+    for name in stage.ports:
+        stage.signal(name, signal.SIGTERM)
+        for path, player in band.items():
+            if player.inbox[0]["serverId"] == name:
+                assert await player.closed() == 1012
+                band[path] = await balancer.come(nursery, path)
+                snapshot = await band[path].join(None, resumeToken=player.you["resumeToken"])
+                assert snapshot["you"]["resumed"]
+        assert await trio.to_thread.run_sync(stage.end, name) == 0
+        await trio.to_thread.run_sync(stage.start, name)
+        with trio.fail_after(PATIENCE_S):
+            await taken(name)
+
+
+async def test_a_server_that_hangs_is_passed_over(
+    balancer: Balancer, stage: Stage, nursery: trio.Nursery
+) -> None:
+    """Before clients give up: who goes away is no reason for a balancer to ask another server."""
+    ann = await balancer.come(nursery, "/ws/song")
+    await ann.join(None)
+    first = ann.inbox[0]["serverId"]
+    stage.signal(first, signal.SIGSTOP)
+    again = await balancer.come(nursery, "/ws/song", open_timeout=CLIENTS_WAIT_S)
+    assert again.inbox[0]["serverId"] == stage.other(first)
+    snapshot = await again.join(None, resumeToken=ann.you["resumeToken"])
+    assert snapshot["you"]["resumed"]
+
+
+@pytest.mark.parametrize("balancer", [haproxy], indirect=True, ids=["haproxy"])
+async def test_clients_of_a_server_that_hangs_are_let_go(
+    balancer: Balancer, stage: Stage, nursery: trio.Nursery
+) -> None:
+    """Also those who talk on, whose connections no timeout of a balancer ends."""
+    ann = await balancer.come(nursery, "/ws/song")
+    stage.signal(ann.inbox[0]["serverId"], signal.SIGSTOP)
+
+    async def talk() -> None:
+        with suppress(ConnectionClosed):
+            while True:
+                await ann.send("heartbeat")
+                await trio.sleep(_POLL_S)
+
+    nursery.start_soon(talk)
+    await ann.closed()
+
+
+def test_how_long_nginx_waits_for_a_server() -> None:
+    """Longer than servers are silent, shorter than the clients wait that come with BandSync."""
+    text = (DEPLOY / "nginx.conf").read_text()
+    sessions = re.findall(r"location /ws \{.*?\}", text, re.DOTALL)[0]
+    (wait_s,) = re.findall(r"proxy_read_timeout (\d+)s;", sessions)
+    page = (ROOT / "bandsync" / "web" / "bandsync.js").read_text()
+    (page_ms,) = re.findall(r"const MAX_CONNECT_MS = ([\d_]+);", page)
+    assert int(page_ms) / 1000 == CLIENTS_WAIT_S == HANDSHAKE_TIMEOUT_S
+    assert Settings().ping_interval_ms / 1000 < int(wait_s) < CLIENTS_WAIT_S
 
 
 # What cannot be run here.
