@@ -515,7 +515,7 @@ def compose() -> Message:
     return document
 
 
-def test_compose(compose: Message) -> None:
+def test_the_servers_of_compose(compose: Message) -> None:
     services = compose["services"]
     names = ["bandsync-1", "bandsync-2"]
     for name in names:
@@ -527,25 +527,40 @@ def test_compose(compose: Message) -> None:
         grace_s = seconds(service["stop_grace_period"])
         assert grace_s >= settings.drain_timeout_ms / 1000 + MARGIN_S
         assert service["depends_on"]["redis"]["condition"] == "service_healthy"
-        assert (Path(service["build"]["context"]) / service["build"]["dockerfile"]).is_file()
-        assert service["restart"] == "unless-stopped"
-    redis = services["redis"]
-    assert redis["healthcheck"]
-    assert redis["command"][1:3] == ["--appendonly", "yes"]
-    assert [(each["source"], each["target"]) for each in redis["volumes"]] == [
-        ("redis-data", "/data")
-    ]
-    # What nginx finds under the names of its file.
-    addresses = {name: services[name]["networks"]["default"]["ipv4_address"] for name in names}
-    hosts = dict(entry.split("=", 1) for entry in services["nginx"]["extra_hosts"])
-    assert hosts == addresses
-    (mounted,) = services["nginx"]["volumes"]
-    assert Path(mounted["source"]) == DEPLOY / "nginx.conf"
-    text = (DEPLOY / "nginx.conf").read_text()
+    # Builds of one image at a time: the second finds that it exists already, and fails.
+    assert len({services[name]["image"] for name in names}) == 1
+    (build,) = [services[name]["build"] for name in names if "build" in services[name]]
+    assert (Path(build["context"]) / build["dockerfile"]).is_file()
+
+
+def test_the_balancer_of_compose(compose: Message) -> None:
+    """It finds the servers under the names of its file, also while they are down."""
+    service = compose["services"]["haproxy"]
+    networks = {name: each["networks"]["default"] for name, each in compose["services"].items()}
+    addresses = {name: each["ipv4_address"] for name, each in networks.items() if each}
+    assert dict(entry.split("=", 1) for entry in service["extra_hosts"]) == addresses
+    (mounted,) = service["volumes"]
+    assert Path(mounted["source"]) == DEPLOY / "haproxy.cfg"
+    text = (DEPLOY / "haproxy.cfg").read_text()
     port = image_environment()["PORT"]
-    assert set(re.findall(r"server (\S+?:\d+)", text)) == {f"{name}:{port}" for name in names}
-    (published,) = services["nginx"]["ports"]
-    assert f"listen {published['target']};" in text
+    everyone = {f"{name}:{port}" for name in addresses}
+    assert set(re.findall(r"server \S+ (\S+?:\d+)", text)) == everyone
+    assert set(re.findall(r"server (\S+?:\d+)", (DEPLOY / "nginx.conf").read_text())) == everyone
+    (published,) = service["ports"]
+    assert f"bind :{published['target']}\n" in text
+    assert published["published"] == "8080"
+    # A stop that waits for those who play would let nobody in until it is killed.
+    assert service["stop_signal"] == "SIGTERM"
+
+
+def test_no_part_of_compose_can_hurt_its_machine(compose: Message) -> None:
+    for service in compose["services"].values():
+        assert service["restart"] == "unless-stopped"
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+        assert int(service["mem_limit"]) > 0
 
 
 MANIFESTS = sorted(DEPLOY.glob("kubernetes/*.yaml"))
@@ -627,34 +642,65 @@ def test_manifests_agree_with_each_other_and_with_the_server() -> None:
     assert container["args"][container["args"].index("--dir") + 1] == mount["mountPath"]
 
 
-def test_the_redis_of_the_manifests_starts_as_it_says(tmp_path: Path, redis_binary: None) -> None:
-    """Its options are those of a real redis-server, and so is what asks after its health."""
-    (container,) = manifests()["StatefulSet", "bandsync-redis"]["spec"]["template"]["spec"][
-        "containers"
+def redis_of_compose(compose: Message) -> tuple[list[str], list[str], int]:
+    """Its options, what asks after its health, and the memory that its container has."""
+    service = compose["services"]["redis"]
+    program, *options = service["command"]
+    assert program == "redis-server"
+    assert [(each["source"], each["target"]) for each in service["volumes"]] == [
+        ("redis-data", "/data")
     ]
-    options = [part.replace("$(REDIS_PASSWORD)", "hush") for part in container["args"]]
+    # The image's own folder, where it starts.
+    return [*options, "--dir", "/data"], service["healthcheck"]["test"][1:], service["mem_limit"]
+
+
+def redis_of_the_manifests(compose: Message) -> tuple[list[str], list[str], int]:
+    pod = manifests()["StatefulSet", "bandsync-redis"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    number, unit = re.fullmatch(r"(\d+)(Mi)", container["resources"]["limits"]["memory"]).groups()
+    ping = container["readinessProbe"]["exec"]["command"]
+    return container["args"], ping, int(number) << {"Mi": 20}[unit]
+
+
+@pytest.mark.parametrize("described", [redis_of_compose, redis_of_the_manifests])
+def test_redis_starts_as_it_says(
+    described: Any, tmp_path: Path, redis_binary: None, request: pytest.FixtureRequest
+) -> None:
+    """Its options are those of a real redis-server, and so is what asks after its health."""
+    given = described is redis_of_compose and request.getfixturevalue("compose")
+    arguments, (client, *ping), memory = described(given)
+    options = [part.replace("$(REDIS_PASSWORD)", "hush") for part in arguments]
+    protected = "--requirepass" in options
+    password = {"REDISCLI_AUTH": "hush"} if protected else {}
     options[options.index("--dir") + 1] = str(tmp_path)
     port = str(free_port())
     binary = find_redis_server()
     assert binary is not None
-    client, *ping = container["readinessProbe"]["exec"]["command"]
     client = tool(client, "apt install redis-tools")
 
-    def answers(**variables: str) -> bool:
-        result = subprocess.run(
-            [client, "-p", port, *ping],
+    def ask(*question: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [client, "-p", port, *question],
             env=os.environ | variables,
             capture_output=True,
+            text=True,
             check=False,
         )
-        return result.returncode == 0
 
     with process([binary, *options, "--port", port, "--bind", HOST], stdout=subprocess.DEVNULL):
         deadline = time.perf_counter() + PATIENCE_S
-        while not answers(REDISCLI_AUTH="hush"):
+        while ask(*ping, **password).returncode:
             assert time.perf_counter() < deadline
             time.sleep(_POLL_S)
-        assert not answers(REDISCLI_AUTH="wrong")
+        assert not protected or ask(*ping, REDISCLI_AUTH="wrong").returncode
+
+        def setting(name: str) -> str:
+            return ask("config", "get", name, **password).stdout.split()[-1]
+
+        assert setting("appendonly") == "yes"
+        # It refuses before the kernel kills it; a rewrite of its file takes as much again.
+        assert setting("maxmemory-policy") == "noeviction"
+        assert 0 < int(setting("maxmemory")) <= int(memory) // 2
 
 
 def test_systemd_reads_its_unit(tmp_path: Path) -> None:
