@@ -720,3 +720,9 @@ def test_systemd_reads_its_unit(tmp_path: Path) -> None:
     service.read_string(text)
     stop_s = float(service["Service"]["TimeoutStopSec"])
     assert stop_s >= Settings().drain_timeout_ms / 1000 + MARGIN_S
+    # Workers end at once while there is no Redis: systemd must not give up on them.
+    assert service["Unit"]["StartLimitIntervalSec"] == "0"
+    # From 0 to 100, where a unit that says nothing has more than 90.
+    confined = [program, "security", "--offline=yes", "--threshold=20", "--no-pager", unit]
+    result = subprocess.run(confined, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
