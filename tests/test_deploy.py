@@ -563,22 +563,82 @@ def test_no_part_of_compose_can_hurt_its_machine(compose: Message) -> None:
         assert int(service["mem_limit"]) > 0
 
 
-MANIFESTS = sorted(DEPLOY.glob("kubernetes/*.yaml"))
+KUBERNETES = DEPLOY / "kubernetes"
+SECRETS = "REDIS_PASSWORD=hush\nADMIN_TOKEN=hush too\n"
+
+
+def kustomization() -> Message:
+    (document,) = yaml_documents(KUBERNETES / "kustomization.yaml")
+    return document
 
 
 def manifests() -> dict[tuple[str, str], Message]:
-    """All of them, by kind and name, as the kustomization has them."""
-    (kustomization,) = yaml_documents(DEPLOY / "kubernetes" / "kustomization.yaml")
+    """All of them, by kind and name, as the kustomization has them, names without their hashes."""
+    ours = kustomization()
     found = {}
-    for name in kustomization["resources"]:
-        for document in yaml_documents(DEPLOY / "kubernetes" / name):
+    for name in ours["resources"]:
+        for document in yaml_documents(KUBERNETES / name):
             found[document["kind"], document["metadata"]["name"]] = document
+    settings = (KUBERNETES / "settings.env").read_text()
+    for kind, field, text in (("configMap", "data", settings), ("secret", "stringData", SECRETS)):
+        (generated,) = ours[f"{kind}Generator"]
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        document = {
+            "apiVersion": "v1",
+            "kind": kind[0].upper() + kind[1:],
+            "metadata": {"name": generated["name"], "labels": ours["generatorOptions"]["labels"]},
+            field: dict(line.split("=", 1) for line in lines),
+        }
+        found[document["kind"], generated["name"]] = document
     return found
 
 
 def test_the_kustomization_names_every_manifest() -> None:
-    (kustomization,) = yaml_documents(DEPLOY / "kubernetes" / "kustomization.yaml")
-    assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in MANIFESTS}
+    files = {path.name for path in KUBERNETES.glob("*.yaml")}
+    assert {*kustomization()["resources"], "kustomization.yaml"} == files
+
+
+def test_the_kustomization_has_no_secret_and_needs_one() -> None:
+    """A password that all the world knows is none; one that is forgotten stops the deployment."""
+    assert not [
+        kind for path in KUBERNETES.glob("*.yaml") for kind in kinds(path) if kind == "Secret"
+    ]
+    (generated,) = kustomization()["secretGenerator"]
+    assert generated["envs"] == ["secrets.env"]
+    assert (KUBERNETES / ".gitignore").read_text().split() == ["secrets.env"]
+    assert "literals" not in generated
+    (image,) = kustomization()["images"]
+    # A tag that stays the same replaces no pods.
+    assert image["newTag"] != "latest"
+    container = manifests()["Deployment", "bandsync"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == image["name"]
+
+
+def kinds(path: Path) -> list[str]:
+    return [document["kind"] for document in yaml_documents(path)]
+
+
+def test_kubectl_makes_of_it_what_is_read_here(tmp_path: Path) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("no kubectl")
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, folder, ignore=shutil.ignore_patterns("secrets.env"))
+    made = [shutil.which("kubectl") or "", "kustomize", str(folder)]
+    assert "secrets.env" in subprocess.run(made, capture_output=True, text=True, check=False).stderr
+    (folder / "secrets.env").write_text(SECRETS)
+    result = subprocess.run(made, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "made.yaml").write_text(result.stdout)
+    documents = yaml_documents(tmp_path / "made.yaml")
+    names = {(each["kind"], each["metadata"]["name"]) for each in documents}
+    bare = {(kind, re.sub(r"-[a-z0-9]{10}$", "", name)) for kind, name in names}
+    assert bare == set(manifests())
+    # Whoever names them names them with their hashes.
+    (name,) = [name for kind, name in names if kind == "Secret"]
+    stateful = next(each for each in documents if each["kind"] == "StatefulSet")
+    (container,) = stateful["spec"]["template"]["spec"]["containers"]
+    for variable in container["env"]:
+        assert variable["valueFrom"]["secretKeyRef"]["name"] == name
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.34"])
@@ -627,13 +687,26 @@ def test_manifests_agree_with_each_other_and_with_the_server() -> None:
     (rule,) = found["Ingress", "bandsync"]["spec"]["rules"]
     (path,) = rule["http"]["paths"]
     assert path["backend"]["service"] == {"name": "bandsync", "port": {"name": "http"}}
+    said = found["Ingress", "bandsync"]["metadata"]["annotations"]
+    assert said["nginx.org/max-fails"] == "0"
+    for wait in ("nginx.org/proxy-read-timeout", "nginx.ingress.kubernetes.io/proxy-read-timeout"):
+        assert settings.ping_interval_ms / 1000 < int(said[wait].rstrip("s")) < CLIENTS_WAIT_S
+
+    policy = found["NetworkPolicy", "bandsync-redis"]["spec"]
+    ((rule,),) = [policy["ingress"]]
+    assert rule["from"] == [{"podSelector": {"matchLabels": labels}}]
 
     redis = found["StatefulSet", "bandsync-redis"]["spec"]
     labels = redis["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"] == labels
     service = found["Service", "bandsync-redis"]["spec"]
     assert redis["selector"]["matchLabels"] == service["selector"] == labels
     assert settings.redis_host == "bandsync-redis" == redis["serviceName"]
     (container,) = redis["template"]["spec"]["containers"]
+    assert rule["ports"] == [{"port": container["ports"][0]["name"]}]
+    for variable in container["env"]:
+        reference = variable["valueFrom"]["secretKeyRef"]
+        assert reference["key"] in found["Secret", reference["name"]]["stringData"]
     assert container["ports"][0]["containerPort"] == service["ports"][0]["port"]
     assert service["ports"][0]["port"] == settings.redis_port
     (claim,) = redis["volumeClaimTemplates"]
