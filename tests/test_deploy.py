@@ -672,6 +672,8 @@ def test_manifests_agree_with_each_other_and_with_the_server() -> None:
     assert container["readinessProbe"]["httpGet"]["path"] == "/api/health"
     # That of the liveness has to be good while it drains.
     assert container["livenessProbe"]["httpGet"]["path"] == "/api/storage/status"
+    # Who hangs is not waited for as one who drains.
+    assert container["livenessProbe"]["terminationGracePeriodSeconds"] < drain_s
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": settings.port}
 
@@ -715,6 +717,44 @@ def test_manifests_agree_with_each_other_and_with_the_server() -> None:
     assert container["args"][container["args"].index("--dir") + 1] == mount["mountPath"]
 
 
+class Ask:
+    """A redis-cli, told where, and the password if there is one."""
+
+    def __init__(self, port: str, password: str | None) -> None:
+        self._port = port
+        self._password = password
+
+    def __call__(self, *question: str, password: str | None = None) -> tuple[bool, str]:
+        """Whether that ended well, and what it printed."""
+        given = password or self._password
+        result = subprocess.run(
+            [tool("redis-cli", "apt install redis-tools"), "-p", self._port, *question],
+            env=os.environ | ({"REDISCLI_AUTH": given} if given else {}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result.returncode == 0, result.stdout
+
+    def until(self, good: bool, *question: str) -> None:
+        deadline = time.perf_counter() + PATIENCE_S
+        while self(*question)[0] is not good:
+            assert time.perf_counter() < deadline
+            time.sleep(_POLL_S)
+
+
+@contextmanager
+def redis_as_told(arguments: list[str], folder: Path) -> Iterator[Ask]:
+    """A real redis-server with these options, on a port and in a folder of the test."""
+    options = [part.replace("$(REDIS_PASSWORD)", "hush") for part in arguments]
+    options[options.index("--dir") + 1] = str(folder)
+    port = str(free_port())
+    binary = find_redis_server()
+    assert binary is not None
+    with process([binary, *options, "--port", port, "--bind", HOST], stdout=subprocess.DEVNULL):
+        yield Ask(port, "hush" if "--requirepass" in options else None)
+
+
 def redis_of_compose(compose: Message) -> tuple[list[str], list[str], int]:
     """Its options, what asks after its health, and the memory that its container has."""
     service = compose["services"]["redis"]
@@ -727,12 +767,18 @@ def redis_of_compose(compose: Message) -> tuple[list[str], list[str], int]:
     return [*options, "--dir", "/data"], service["healthcheck"]["test"][1:], service["mem_limit"]
 
 
+def redis_container() -> Message:
+    (container,) = manifests()["StatefulSet", "bandsync-redis"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    return container
+
+
 def redis_of_the_manifests(compose: Message) -> tuple[list[str], list[str], int]:
-    pod = manifests()["StatefulSet", "bandsync-redis"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    number, unit = re.fullmatch(r"(\d+)(Mi)", container["resources"]["limits"]["memory"]).groups()
+    container = redis_container()
+    memory = container["resources"]["limits"]["memory"]
     ping = container["readinessProbe"]["exec"]["command"]
-    return container["args"], ping, int(number) << {"Mi": 20}[unit]
+    return container["args"], ping, int(memory.removesuffix("Mi")) << 20
 
 
 @pytest.mark.parametrize("described", [redis_of_compose, redis_of_the_manifests])
@@ -742,38 +788,37 @@ def test_redis_starts_as_it_says(
     """Its options are those of a real redis-server, and so is what asks after its health."""
     given = described is redis_of_compose and request.getfixturevalue("compose")
     arguments, (client, *ping), memory = described(given)
-    options = [part.replace("$(REDIS_PASSWORD)", "hush") for part in arguments]
-    protected = "--requirepass" in options
-    password = {"REDISCLI_AUTH": "hush"} if protected else {}
-    options[options.index("--dir") + 1] = str(tmp_path)
-    port = str(free_port())
-    binary = find_redis_server()
-    assert binary is not None
-    client = tool(client, "apt install redis-tools")
-
-    def ask(*question: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [client, "-p", port, *question],
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    with process([binary, *options, "--port", port, "--bind", HOST], stdout=subprocess.DEVNULL):
-        deadline = time.perf_counter() + PATIENCE_S
-        while ask(*ping, **password).returncode:
-            assert time.perf_counter() < deadline
-            time.sleep(_POLL_S)
-        assert not protected or ask(*ping, REDISCLI_AUTH="wrong").returncode
+    assert client == "redis-cli"
+    with redis_as_told(arguments, tmp_path) as ask:
+        ask.until(True, *ping)
+        assert "--requirepass" not in arguments or not ask(*ping, password="wrong")[0]
 
         def setting(name: str) -> str:
-            return ask("config", "get", name, **password).stdout.split()[-1]
+            return ask("config", "get", name)[1].split()[-1]
 
         assert setting("appendonly") == "yes"
         # It refuses before the kernel kills it; a rewrite of its file takes as much again.
         assert setting("maxmemory-policy") == "noeviction"
         assert 0 < int(setting("maxmemory")) <= int(memory) // 2
+
+
+def test_a_redis_that_cannot_write_is_not_ready_and_not_killed(
+    tmp_path: Path, redis_binary: None
+) -> None:
+    container = redis_container()
+    ready, alive = (
+        container[f"{kind}Probe"]["exec"]["command"][1:] for kind in ("readiness", "liveness")
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with redis_as_told(container["args"], folder) as ask:
+        ask.until(True, *ready)
+        assert ask(*alive)[0]
+        shutil.rmtree(folder)
+        ask("bgsave")
+        ask.until(False, *ready)
+        assert ask(*alive)[0]
+    assert not ask(*alive)[0]
 
 
 def test_systemd_reads_its_unit(tmp_path: Path) -> None:
