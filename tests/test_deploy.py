@@ -358,7 +358,7 @@ async def test_a_server_that_hangs_is_passed_over(
     await ann.join(None)
     first = ann.inbox[0]["serverId"]
     stage.signal(first, signal.SIGSTOP)
-    again = await balancer.come(nursery, "/ws/song", open_timeout=CLIENTS_WAIT_S)
+    again = await balancer.come(nursery, "/ws/song", open_timeout=PATIENCE_S)
     assert again.inbox[0]["serverId"] == stage.other(first)
     snapshot = await again.join(None, resumeToken=ann.you["resumeToken"])
     assert snapshot["you"]["resumed"]
