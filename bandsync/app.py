@@ -1,7 +1,6 @@
 """The server as a whole: one nursery, in which everything that runs can be read."""
 
 import contextlib
-import os
 import secrets
 import socket
 import ssl
@@ -23,12 +22,11 @@ from bandsync.net.listener import Acceptor, open_listeners
 from bandsync.net.neighbours import Neighbours
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
-from bandsync.ops.process import is_gone, machine
+from bandsync.ops.process import is_gone
 from bandsync.ops.recorder import Recorder
-from bandsync.session import Session
 from bandsync.settings import Settings
+from bandsync.state import ServerState
 from bandsync.storage.access import Access
-from bandsync.storage.base import Presence
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
@@ -152,7 +150,7 @@ async def _serve(
         )
         command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
         connections = Connections(hub, settings, log, command_seconds)
-        state = _State(hub, connections, manager, clock, stopping, url_of(settings, port))
+        state = ServerState(hub, connections, manager, clock, stopping, url_of(settings, port))
         metrics.identify(server_id, place.worker)
         metrics.watch(counters, state)
         api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
@@ -222,82 +220,6 @@ class _Place(Struct, frozen=True):
     crew: str | None
     shared: list[socket.socket]
     own: list[socket.socket]
-
-
-class _State:
-    """What operators, and other servers, are shown of the running server."""
-
-    def __init__(
-        self,
-        hub: Hub,
-        connections: Connections,
-        storage: StorageManager,
-        clock: SessionClock,
-        stopping: trio.Event,
-        url: str,
-    ) -> None:
-        self.storage = storage
-        self.clock = clock
-        self._hub = hub
-        self._connections = connections
-        self._stopping = stopping
-        self._url = url
-        self._machine = machine()
-        self._started = trio.current_time()
-
-    @property
-    def server_id(self) -> str:
-        return self._hub.here.server_id
-
-    @property
-    def boot_id(self) -> str:
-        return self._hub.here.boot_id
-
-    @property
-    def draining(self) -> bool:
-        return self._stopping.is_set()
-
-    @property
-    def max_connections(self) -> int:
-        return self._connections.settings.max_connections
-
-    def now(self) -> float:
-        return self._hub.now()
-
-    def uptime_ms(self) -> float:
-        return (trio.current_time() - self._started) * 1000
-
-    def connections(self) -> int:
-        return len(self._connections.open)
-
-    def rooms(self) -> int:
-        return len(self._hub.rooms)
-
-    def members(self) -> int:
-        return sum(len(room.peers) for room in self._hub.rooms.values())
-
-    def tasks(self) -> int:
-        return trio.lowlevel.current_statistics().tasks_living
-
-    def sessions(self) -> int:
-        kept = self.storage.memory.ids()
-        return len(self._hub.rooms) + sum(id_ not in self._hub.rooms for id_ in kept)
-
-    def hosted(self) -> list[Session]:
-        mirrors = [room.mirror.session for room in self._hub.rooms.values()]
-        return [session for session in mirrors if session is not None]
-
-    def presence(self) -> Presence:
-        """What other servers, and whoever debugs, can read of this one in Redis."""
-        return Presence(
-            self.boot_id,
-            self.now() - self.uptime_ms(),
-            self._url,
-            list(self._hub.rooms),
-            self.connections(),
-            self._machine,
-            os.getpid(),
-        )
 
 
 def _both(

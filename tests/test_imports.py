@@ -13,6 +13,7 @@ ROWS = [
     {"workers"},
     {"worker"},
     {"app"},
+    {"state"},
     {"net", "ops"},
     {"sweeper", "hub", "rooms", "seats", "mirror", "rota"},
     {"storage"},
