@@ -15,6 +15,7 @@ from bandsync.redis_link.node import NodeLink, Seeds
 from bandsync.redis_link.script import Script
 from bandsync.redis_link.slots import Endpoint
 from tests.redis_clusters import RedisCluster
+from tests.redis_sentinels import wait_until
 from tests.redis_servers import HOST, RedisServer, bundled_redis_server, free_port
 from tests.redis_storages import cluster_access, open_cluster, open_link
 from tests.scripted_redis import start
@@ -249,6 +250,31 @@ async def test_a_master_that_hands_over_to_its_replica_is_followed(redis_binary:
 
             await until(clock_moved)
             assert link.usable
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_nodes_may_go_by_names_and_some_may_have_none_yet(
+    cluster: RedisCluster, named: bool
+) -> None:
+    if not cluster.masters[0].has_shard_channels:
+        pytest.skip("before Redis 7 nodes have no names")
+    for node in cluster.masters:
+        node.cli("CONFIG", "SET", "cluster-preferred-endpoint-type", "hostname")
+        if named:
+            node.cli("CONFIG", "SET", "cluster-announce-hostname", "localhost")
+    wanted = "localhost" if named else "?"
+
+    def told() -> bool:
+        return all(
+            {shard[2][0] for shard in node.cli("CLUSTER", "SLOTS")} == {wanted}
+            for node in cluster.masters
+        )
+
+    await blocking(wait_until, told, "nodes that know the names")
+    async with open_cluster(cluster.url()) as link:
+        replies = await link.execute_all([("SET", key, "x") for key in KEYS])
+        assert replies == [b"OK"] * len(KEYS)
+        assert {master.host for master in link.masters} == {"localhost" if named else HOST}
 
 
 async def test_a_master_that_dies_is_a_loss(cluster: RedisCluster, nursery: trio.Nursery) -> None:

@@ -39,6 +39,24 @@ def test_a_node_that_does_not_know_its_host_is_where_it_was_asked() -> None:
         assert topology.masters == (Endpoint("asked", 7),)
 
 
+def test_a_node_whose_name_is_not_known_is_called_by_its_address() -> None:
+    slots = [
+        [0, 9, [b"?", 7, b"id", [b"ip", b"10.0.0.1"]]],
+        [10, 19, [b"?", 7, b"id", [b"hostname", b""]]],
+        [20, 29, [b"?", 7, b"id"]],
+        [30, 39, [b"?", 7, b"id", [[b"junk"], b"junk", b"ip"]]],
+        [40, 49, [b"b", 7, b"id", [b"ip", b"10.0.0.2"]]],
+    ]
+    topology = read_topology(slots, "asked")  # type: ignore[arg-type]
+    assert [topology.owner(slot).host for slot in (0, 10, 20, 30, 40)] == [
+        "10.0.0.1",
+        "asked",
+        "asked",
+        "asked",
+        "b",
+    ]
+
+
 def test_slots_may_be_missing() -> None:
     assert read_topology([], "asked").uncovered == 16_384
     assert read_topology(SLOTS[1:], "asked").uncovered == 5000

@@ -12,6 +12,9 @@ from bandsync.redis_link.connecting import Argument, Reply
 # Any node can carry them out, about itself.
 _WITHOUT_KEY = frozenset({"PING", "TIME", "SCAN", "CLUSTER", "COMMAND"})
 _SCRIPTS = frozenset({"EVAL", "EVALSHA"})
+# Of a node that is to be called by its name, and whose name is not known: it has none, or has just
+# joined.
+_NO_NAME = b"?"
 
 
 class Endpoint(NamedTuple):
@@ -70,10 +73,11 @@ def read_topology(reply: Reply, asked: str) -> Topology:
         case list():
             for shard in reply:
                 match shard:
-                    case [int(first), int(last), [host, int(port), *_], *_] if (
+                    case [int(first), int(last), [host, int(port), *more], *_] if (
                         0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS and 0 < port < 65_536
                     ):
-                        known = host if isinstance(host, bytes) else b""
+                        called = _ip(more) if host == _NO_NAME else host
+                        known = called if isinstance(called, bytes) else b""
                         name = known.decode(errors="replace") or asked
                         owner = Endpoint(name, port)
                         owners[first : last + 1] = [owner] * (last + 1 - first)
@@ -84,6 +88,16 @@ def read_topology(reply: Reply, asked: str) -> Topology:
             raise InvalidResponse(f"no topology: {reply!r:.100}")
     masters = dict.fromkeys(owner for _, owner in sorted(ranges))
     return Topology(tuple(owners), tuple(masters))
+
+
+def _ip(details: Sequence[object]) -> object:
+    """The address of a node without a name: among what is told after its port and its id."""
+    match details:
+        case [_, [*pairs], *_]:
+            named = zip(pairs[::2], pairs[1::2], strict=False)
+            return next((value for name, value in named if name == b"ip"), None)
+        case _:
+            return None
 
 
 def slot_of(key: Argument) -> int:
