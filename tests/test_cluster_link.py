@@ -13,7 +13,7 @@ from bandsync.redis_link.cluster import ClusterLink
 from bandsync.redis_link.errors import loss_reason
 from bandsync.redis_link.node import NodeLink, Seeds
 from bandsync.redis_link.script import Script
-from bandsync.redis_link.slots import Endpoint
+from bandsync.redis_link.slots import Endpoint, slot_of
 from tests.redis_clusters import RedisCluster
 from tests.redis_sentinels import wait_until
 from tests.redis_servers import HOST, RedisServer, bundled_redis_server, free_port
@@ -313,6 +313,70 @@ async def test_a_master_that_is_full_is_a_loss_although_nobody_writes_to_it(
     # Nor is it begun with.
     assert loss_reason(await loss_of(open_link_to(mended.url()))) == "oom"
     mended.masters[2].cli("CONFIG", "SET", "maxmemory", 0)
+
+
+async def test_a_node_that_misses_a_master_for_a_moment_is_asked_again(
+    mended: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For as long as this machine may need.
+    delays = (0.0, *[0.05] * round(PATIENCE_S / 0.05))
+    monkeypatch.setattr("bandsync.redis_link.cluster.REDIRECT_DELAYS_S", delays)
+    monkeypatch.setattr("bandsync.redis_link.cluster._TRIES_WHILE_DOWN", len(delays))
+    node = mended.masters[0]
+    keys = [key for key in KEYS if mended.owner(key) is node]
+    slot = next(slot for slot in range(5000) if slot not in map(slot_of, keys))
+
+    def refused() -> int:
+        counts = node.cli("INFO", "ERRORSTATS")
+        return int(counts.get("errorstat_CLUSTERDOWN", {}).get("count", 0))
+
+    async with open_cluster(mended.url()) as link:
+        before = refused()
+        node.cli("CLUSTER", "DELSLOTS", slot)
+        replies: list[Any] = []
+
+        async def write() -> None:
+            replies.append(await link.execute("SET", keys[0], "x"))
+
+        async def write_all() -> None:
+            replies.extend(await link.execute_all([("SET", key, "x") for key in keys]))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            nursery.start_soon(write_all)
+
+            async def all_refused() -> bool:
+                return await blocking(refused) > before + len(keys)
+
+            await until(all_refused)
+            assert replies == []
+            node.cli("CLUSTER", "ADDSLOTS", slot)
+        assert replies == [b"OK"] * (1 + len(keys))
+        assert link.usable
+
+
+async def test_a_node_that_misses_a_master_for_longer_is_not_asked_again_for_each_command(
+    mended: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 3600.0)
+    node = mended.masters[0]
+    keys = [key for key in KEYS if mended.owner(key) is node]
+    slot = next(slot for slot in range(5000) if slot not in map(slot_of, keys))
+
+    def refused() -> int:
+        counts = node.cli("INFO", "ERRORSTATS")
+        return int(counts.get("errorstat_CLUSTERDOWN", {}).get("count", 0))
+
+    async with open_cluster(mended.url()) as link:
+        node.cli("CLUSTER", "DELSLOTS", slot)
+        with pytest.raises(RedisError) as caught:
+            await link.execute("SET", keys[0], "x")
+        assert loss_reason(caught.value) == "clusterdown"
+        before = refused()
+        replies = await link.execute_all([("SET", key, "x") for key in keys])
+        assert {loss_reason(reply) for reply in replies} == {"clusterdown"}  # type: ignore[arg-type]
+        assert refused() - before < 2 * len(keys)
+        node.cli("CLUSTER", "ADDSLOTS", slot)
 
 
 async def test_slots_without_a_master_are_a_loss(

@@ -272,6 +272,7 @@ async def test_the_real_tool_reshards_under_load(
         assert set(talk.texts[-10:]) <= set(stored_chat(cluster.owner(key_of(song)), key_of(song)))
 
 
+@pytest.mark.usefixtures("no_comparisons")
 async def test_a_handover_to_the_replica_is_not_noticed(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:
@@ -289,6 +290,7 @@ async def test_a_handover_to_the_replica_is_not_noticed(
         assert calm(everybody(bands))
 
 
+@pytest.mark.usefixtures("no_comparisons")
 async def test_nodes_are_replaced_one_by_one_without_notice(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:

@@ -15,6 +15,7 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup, TaskStatus
 from redis.exceptions import (
     AskError,
+    ClusterDownError,
     MovedError,
     RedisError,
     ResponseError,
@@ -24,7 +25,7 @@ from redis.exceptions import (
 
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Argument, Reply
-from bandsync.redis_link.errors import LinkLostError, UnusableError, again
+from bandsync.redis_link.errors import LinkLostError, UnusableError, again, loss_reason
 from bandsync.redis_link.executor import Executor, PublishVerb
 from bandsync.redis_link.node import Node, NodeLink, Seeds
 from bandsync.redis_link.slots import (
@@ -39,6 +40,12 @@ from bandsync.redis_link.slots import (
 # handed over two nodes may point at each other for a moment.
 REDIRECT_DELAYS_S = (0.0, 0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
+# A node that is just being told of another master may miss one for a moment, and refuse everything:
+# so many tries, 0.3 s in all. It is not long, for a Cluster that is down must be known as lost.
+_TRIES_WHILE_DOWN = 7
+# What was not carried out, and may be elsewhere or a little later.
+_PASSED_ON = (AskError, TryAgainError, ClusterDownError)
+
 # How often the topology is looked at, and each master is written to: one that is full answers PING.
 _ROUND_S = 3.0
 _PROOF_EXPIRY_MS = 10_000
@@ -51,7 +58,8 @@ _NUMBERS_AT_ONCE = 500
 class ClusterLink:
     """Commands to a whole Cluster: see `bandsync.redis_link.executor.Executor`.
 
-    What a node refuses with MOVED, ASK or TRYAGAIN was not carried out, and is sent on.
+    What a node refuses with MOVED, ASK, TRYAGAIN or CLUSTERDOWN was not carried out, and is sent
+    on, or again.
 
     Args:
         make_link: makes a link to a node, that gets so many seconds to connect.
@@ -157,7 +165,7 @@ class ClusterLink:
         try:
             link = await self._link_to(endpoint)
             return await link.execute(*args)
-        except (AskError, TryAgainError) as error:
+        except _PASSED_ON as error:
             return await self._sent_on(args, error, endpoint)
 
     async def execute_all(
@@ -178,11 +186,14 @@ class ClusterLink:
             try:
                 link = await self._link_to(endpoint)
                 answers = await link.execute_all([commands[index] for index in indices])
+                patient = True
                 for index, answer in zip(indices, answers, strict=True):
-                    if isinstance(answer, AskError | TryAgainError):
-                        replies[index] = await self._retried(commands[index], answer, endpoint)
-                    else:
-                        replies[index] = answer
+                    replies[index] = answer
+                    if patient and isinstance(answer, _PASSED_ON):
+                        reply = await self._retried(commands[index], answer, endpoint)
+                        replies[index] = reply
+                        # One wait in vain is enough for all.
+                        patient = not isinstance(reply, RedisError) or loss_reason(reply) is None
             except RedisError as error:
                 failures.append(error)
 
@@ -237,7 +248,9 @@ class ClusterLink:
     ) -> Reply:
         """Follow the redirection ``error`` of the node that was asked, and what comes after."""
         asking = False
-        for delay_s in REDIRECT_DELAYS_S:
+        for number, delay_s in enumerate(REDIRECT_DELAYS_S):
+            if isinstance(error, ClusterDownError) and number >= _TRIES_WHILE_DOWN:
+                raise error
             if isinstance(error, MovedError):
                 asked, asking = self.moved(error, asked), False
             elif isinstance(error, AskError):
@@ -254,7 +267,7 @@ class ClusterLink:
                 if not isinstance(reply, RedisError):
                     return reply
                 raise reply
-            except (AskError, TryAgainError) as further:
+            except _PASSED_ON as further:
                 error = further
         raise UnusableError(f"{command[0]!s} was sent on too often: {error}", "clusterdown")
 
