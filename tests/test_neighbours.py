@@ -1,9 +1,12 @@
 """Workers pass connections on to each other, so that a band is on one of them."""
 
+import itertools
 import os
+import resource
 import signal
 import socket
 import ssl
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -62,6 +65,7 @@ class Taker:
         self.neighbours = Neighbours(crew, worker, workers, self.diary.logger)
         self.sockets: list[socket.socket] = []
         self.taken: list[bytes] = []
+        self.has_room = True
         self._news = trio.Event()
         self._stack = ExitStack()
 
@@ -70,7 +74,7 @@ class Taker:
     ) -> None:
         with self._stack, trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                await nursery.start(self.neighbours.run, self._take)
+                await nursery.start(self.neighbours.run, self._take, lambda: self.has_room)
                 task_status.started(scope)
 
     def _take(self, sock: socket.socket, received: bytes) -> None:
@@ -219,6 +223,98 @@ async def test_for_a_silent_one_nobody_waits_long(
     assert await passed(one, session_for(2))
 
 
+async def test_however_many_come_at_once_all_are_passed_on(
+    mock_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+
+    async def be_busy() -> None:
+        """Each pass of the loop takes longer than an answer is good for."""
+        while True:
+            mock_clock.jump(1.5 * neighbours.FRESH_S)
+            await trio.lowlevel.checkpoint()
+
+    nursery.start_soon(be_busy)
+    results: list[bool] = []
+
+    async def one_of_many() -> None:
+        results.append(await passed(one, session_for(2)))
+
+    # More than fit into the socket between the two.
+    async with trio.open_nursery() as many:
+        for _ in range(500):
+            many.start_soon(one_of_many)
+    assert results == [True] * 500
+    await two.until(500)
+    assert not one.diary.all("neighbour.silent")
+
+
+async def test_who_is_full_is_left_alone_until_it_has_room(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    assert await passed(one, session_for(2))
+    two.has_room = False
+    await trio.sleep(neighbours.FRESH_S)
+    assert not await passed(one, session_for(2))
+    two.has_room = True
+    assert not await passed(one, session_for(2))
+    await trio.sleep(neighbours.FRESH_S)
+    assert await passed(one, session_for(2))
+    await two.until(2)
+    assert not one.diary.all("neighbour.silent")
+
+
+async def test_who_is_full_itself_passes_on_to_any(nursery: trio.Nursery, crew: str) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    with connection() as (_, accepted):
+        assert await one.neighbours.pass_on(session_for(1), accepted, b"head", full=True)
+        await two.until(1)
+        two.neighbours.leave()
+        assert not await one.neighbours.pass_on(session_for(1), accepted, b"head", full=True)
+
+
+async def test_out_of_descriptors_is_full(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    with connection() as (_, accepted):
+        # The ways are there, and then nothing more.
+        assert await one.neighbours.pass_on(session_for(2), accepted, b"head")
+        await two.until(1)
+        await trio.sleep(neighbours.FRESH_S)
+        with no_more_descriptors():
+            assert not await one.neighbours.pass_on(session_for(2), accepted, b"head")
+        await trio.sleep(neighbours.FRESH_S)
+        assert await one.neighbours.pass_on(session_for(2), accepted, b"head")
+        # What was on its way is lost, and said.
+        with no_more_descriptors():
+            await trio.testing.wait_all_tasks_blocked()
+        (lost,) = two.diary.all("accept.failed")
+        assert lost["connections"] == 1
+    assert len(two.taken) == 1
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 async def test_an_answer_is_not_good_for_ever(
     autojump_clock: MockClock, nursery: trio.Nursery, crew: str
 ) -> None:
@@ -276,6 +372,28 @@ async def test_junk_ends_the_way_and_nothing_else(nursery: trio.Nursery, crew: s
         other.connect(neighbours.address_of(crew, 2))
         other.send(b"what?")
         assert await trio.to_thread.run_sync(other.recv, 10) == b""
+    assert await passed(one, session_for(2))
+
+
+async def test_what_is_no_socket_ends_the_way_and_nothing_else(
+    nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.settimeout(PATIENCE_S)
+        other.connect(neighbours.address_of(crew, 2))
+        before = len(os.listdir("/proc/self/fd"))
+        inner, outer = os.pipe()
+        socket.send_fds(other, [b"head"], [inner])
+        os.close(inner)
+        assert await trio.to_thread.run_sync(other.recv, 10) == b""
+        # Nobody has the end that was passed on.
+        with pytest.raises(BrokenPipeError):
+            os.write(outer, b"x")
+        os.close(outer)
+        assert len(os.listdir("/proc/self/fd")) <= before
     assert await passed(one, session_for(2))
 
 
@@ -355,6 +473,40 @@ def read_until(client: socket.socket, wanted: bytes) -> bytes:
         assert data, heard
         heard += data
     return heard
+
+
+async def test_nobody_is_turned_away_while_a_worker_has_room(redis_server: RedisServer) -> None:
+    ports = free_port()
+    settings = {"worker_ports": ports, "max_connections": 4}
+    async with working(redis_server.url(), **settings) as (crew, nursery):
+        for _ in range(4):
+            await nursery.start(hear, ports, "/ws", b'"welcome"')
+        players = [await member(crew, nursery, session_for(1)) for _ in range(4)]
+        assert {server_of(player) for player in players} == {"stage-2"}
+        # Now all are full.
+        path = path_of(session_for(1))
+        await nursery.start(hear, crew.port, path, struct.pack("!H", 1013) + b"the server is full")
+
+
+async def hear(
+    port: int,
+    path: str,
+    wanted: bytes,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Somebody who connects, is told this, and stays."""
+    stream = await trio.open_tcp_stream(HOST, port)
+    async with stream:
+        await stream.send_all(upgrade(path))
+        heard = b""
+        while wanted not in heard:
+            data = await stream.receive_some()
+            assert data, heard
+            heard += data
+        task_status.started()
+        async for _ in stream:
+            pass
 
 
 async def test_what_comes_with_the_head_comes_along(redis_server: RedisServer) -> None:
@@ -438,11 +590,13 @@ async def test_while_redis_is_away_a_band_is_whole(redis_server: RedisServer) ->
 async def test_nothing_of_what_was_passed_on_stays_behind(redis_server: RedisServer) -> None:
     async with working(redis_server.url()) as (crew, _):
         pids = [crew.pid(f"stage-{number}") for number in (1, 2)]
+        evenings = itertools.count()
 
         async def rehearse() -> list[int]:
             async with trio.open_nursery() as evening:
                 for session_id in SESSIONS * 2:
-                    await member(crew, evening, session_id)
+                    # Of the last evening there may be some whose places are kept.
+                    await member(crew, evening, f"{session_id}-{next(evenings)}")
                 evening.cancel_scope.cancel()
             return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
 

@@ -129,7 +129,7 @@ class Acceptor:
                 begin = partial(self._begin, handlers)
                 begin_shared = begin
                 if self._neighbours is not None:
-                    await accepting.start(self._neighbours.run, begin)
+                    await accepting.start(self._neighbours.run, begin, self._has_room)
                     begin_shared = partial(begin, pass_on=self._pass_on)
                 for listener in [*shared, *own]:
                     listener.listen(BACKLOG)
@@ -199,6 +199,10 @@ class Acceptor:
         self._sockets += 1
         self._counters.accepted += 1
         handlers.start_soon(self._handle, sock, received, pass_on)
+
+    def _has_room(self) -> bool:
+        """Whether a connection that others would serve as well should rather come here."""
+        return self._sockets < self._max_connections
 
     async def _handle(self, sock: socket.socket, received: bytes, pass_on: _PassOn | None) -> None:
         """Serve one connection; nothing but cancellation leaves here."""
@@ -285,7 +289,9 @@ class Acceptor:
         session_id = _path_session(head)
         if self._neighbours is None or not session_id:
             return False
-        if not await self._neighbours.pass_on(session_id, sock, head.received):
+        # This one is counted already.
+        full = self._sockets > self._max_connections
+        if not await self._neighbours.pass_on(session_id, sock, head.received, full=full):
             return False
         self._counters.passed_on += 1
         return True

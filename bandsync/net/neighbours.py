@@ -31,9 +31,14 @@ ANSWER_S = 2.0
 FRESH_S = 0.1
 # For how long nobody asks who did not answer.
 SHUN_S = 5.0
+# How long a connection waits in all for one that answers, but has more to take than it can.
+PATIENCE_S = 10.0
 
 _ASK = b"?"
 _ANSWER = b"!"
+_FULL = b"-"
+# Sending to a neighbour that has left, or died.
+_ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 _BACKLOG = 64
 _BATCH = 64
 _RETRY_S = 0.1
@@ -41,6 +46,7 @@ _DESCRIPTOR = struct.calcsize("i")
 _CREDENTIALS = struct.Struct("3i")  # ucred: pid, uid, gid
 
 Take = Callable[[socket.socket, bytes], None]
+HasRoom = Callable[[], bool]
 
 
 class Neighbours:
@@ -65,11 +71,14 @@ class Neighbours:
         self._listener: socket.socket | None = None
         self._inlets: set[socket.socket] = set()
 
-    async def pass_on(self, session_id: str, sock: socket.socket, received: bytes) -> bool:
+    async def pass_on(
+        self, session_id: str, sock: socket.socket, received: bytes, *, full: bool = False
+    ) -> bool:
         """Pass a connection on to the worker that its session is for.
 
         Args:
             received: all that was read from ``sock``.
+            full: whether any other that can take it should, because this worker cannot.
 
         Returns:
             True if it was passed on: ``sock`` must be closed here, and nothing else. False if this
@@ -77,18 +86,25 @@ class Neighbours:
         """
         for number in preference(session_id, self._workers):
             if number == self._worker:
+                if full:
+                    continue
                 break
             if await self._ways[number].pass_on(sock, received):
                 return True
         return False
 
     async def run(
-        self, take: Take, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        take: Take,
+        has_room: HasRoom,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Take what the others pass on, for ever, or until `leave`.
 
         Args:
             take: told of each connection and what was read from it; the socket is its own.
+            has_room: whether more of them can be served; asked now and then.
         """
         try:
             try:
@@ -99,7 +115,7 @@ class Neighbours:
             task_status.started()
             if self._listener is not None:
                 with self._listener as listener:
-                    await self._accept(listener, take)
+                    await self._accept(listener, take, has_room)
             await trio.sleep_forever()
         finally:
             for way in self._ways.values():
@@ -115,7 +131,8 @@ class Neighbours:
             with contextlib.suppress(OSError):
                 inlet.shutdown(socket.SHUT_RD)
 
-    async def _accept(self, listener: socket.socket, take: Take) -> None:
+    async def _accept(self, listener: socket.socket, take: Take, has_room: HasRoom) -> None:
+        short = False  # Of file descriptors or memory: said once, not ten times a second.
         async with trio.open_nursery() as nursery:
             while True:
                 try:
@@ -126,55 +143,73 @@ class Neighbours:
                 except (trio.ClosedResourceError, ValueError):
                     return
                 except OSError as error:
-                    self._log.error("accept.failed", error=str(error))
+                    if not short and listener.fileno() != -1:
+                        self._log.error("accept.failed", error=str(error))
+                    short = True
                     await trio.sleep(_RETRY_S)
                     continue
+                short = False
                 inlet.setblocking(False)
                 if _is_ours(inlet):
-                    nursery.start_soon(self._run_inlet, inlet, take)
+                    nursery.start_soon(self._run_inlet, inlet, take, has_room)
                 else:
                     inlet.close()
 
-    async def _run_inlet(self, inlet: socket.socket, take: Take) -> None:
+    async def _run_inlet(self, inlet: socket.socket, take: Take, has_room: HasRoom) -> None:
         with inlet:
             self._inlets.add(inlet)
             try:
-                while await self._read(inlet, take):
+                while await self._read(inlet, take, has_room):
                     await trio.lowlevel.checkpoint()
             finally:
                 self._inlets.discard(inlet)
 
-    async def _read(self, inlet: socket.socket, take: Take) -> bool:
+    async def _read(self, inlet: socket.socket, take: Take, has_room: HasRoom) -> bool:
         """Take what is there; False at the end."""
         await trio.lowlevel.wait_readable(inlet)
         asked = False
-        for _ in range(_BATCH):
-            try:
+        lost = 0
+        try:
+            for _ in range(_BATCH):
                 data, ancillary, flags, _ = inlet.recvmsg(
                     _MOST_BYTES, socket.CMSG_LEN(_DESCRIPTOR), socket.MSG_CMSG_CLOEXEC
                 )
-            except BlockingIOError:
-                break
-            except OSError:
-                return False
-            passed = _descriptors(ancillary)
-            if passed:
-                sock = socket.socket(fileno=passed[0])
-                sock.setblocking(False)
-                take(sock, data)
-            elif flags & socket.MSG_CTRUNC:
-                # Out of file descriptors: the kernel closed it, as it would have been refused.
-                self._log.error("accept.failed", error=os.strerror(errno.EMFILE))
-            elif data == _ASK:
-                asked = True
-            else:
-                return False
+                passed = _descriptors(ancillary)
+                if passed:
+                    take(_adopted(passed[0]), data)
+                elif flags & socket.MSG_CTRUNC:
+                    # Out of file descriptors: the kernel has closed it.
+                    lost += 1
+                elif data == _ASK:
+                    asked = True
+                else:
+                    return False
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        finally:
+            if lost:
+                self._log.error("accept.failed", error=os.strerror(errno.EMFILE), connections=lost)
         if asked:
             try:
-                inlet.send(_ANSWER)
+                inlet.send(_ANSWER if has_room() and _can_receive(inlet) else _FULL)
             except OSError:
                 return False
         return True
+
+
+class _Asking:
+    """A question that is under way, for all who want to know the same.
+
+    Attributes:
+        over: set when it is answered, or nobody answers.
+        outlet: where to send what is passed on; None if the neighbour cannot take it.
+    """
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.outlet: socket.socket | None = None
 
 
 class _Way:
@@ -184,51 +219,86 @@ class _Way:
         self._address = address
         self._log = log
         self._outlet: socket.socket | None = None
-        self._turn = trio.Lock()
+        self._asking: _Asking | None = None
         self._answered_at = -math.inf
         self._shunned_until = -math.inf
 
     async def pass_on(self, sock: socket.socket, received: bytes) -> bool:
-        with trio.move_on_after(ANSWER_S):
-            async with self._turn:
-                if self._shunned():
+        deadline = trio.current_time() + PATIENCE_S
+        ended = 0
+        while ended < 2 and trio.current_time() < deadline:
+            outlet = await self._answering()
+            if outlet is None:
+                return False
+            try:
+                _send(outlet, received, sock)
+            except BlockingIOError:
+                # By its next answer it has taken what is there.
+                self._answered_at = -math.inf
+            except OSError as error:
+                if error.errno not in _ENDED:
                     return False
-                # The second try finds a neighbour that has been replaced.
-                return await self._try(sock, received) or await self._try(sock, received)
-        if not self._shunned():
-            self._log.warning("neighbour.silent")
-            self._shunned_until = trio.current_time() + SHUN_S
-            self.close()
+                # The next try finds a neighbour that has been replaced.
+                ended += 1
+                if outlet is self._outlet:
+                    self.close()
+            else:
+                return True
         return False
 
-    def _shunned(self) -> bool:
-        return trio.current_time() < self._shunned_until
+    async def _answering(self) -> socket.socket | None:
+        """Where to send to, if the neighbour has just answered or does so now.
 
-    async def _try(self, sock: socket.socket, received: bytes) -> bool:
+        All who come while one asks take the same answer. If they asked one after the other, each
+        would find the last answer too old when a pass of the loop takes long: when many come.
+        """
+        asking = self._asking
+        if asking is None:
+            now = trio.current_time()
+            if now < self._shunned_until:
+                return None
+            if now < self._answered_at + FRESH_S:
+                return self._outlet
+            asking = self._asking = _Asking()
+            try:
+                asking.outlet = await self._ask()
+            finally:
+                self._asking = None
+                asking.over.set()
+        else:
+            await asking.over.wait()
+        return asking.outlet
+
+    async def _ask(self) -> socket.socket | None:
+        answer = b""
+        try:
+            with trio.move_on_after(ANSWER_S) as patience:
+                # The second try finds a neighbour that has been replaced.
+                answer = await self._try_to_ask() or await self._try_to_ask()
+        finally:
+            if not answer:
+                # What comes too late must not be taken for the answer to the next question.
+                self.close()
+        now = trio.current_time()
+        if patience.cancelled_caught:
+            self._log.warning("neighbour.silent")
+            self._shunned_until = now + SHUN_S
+        elif answer == _FULL:
+            self._shunned_until = now + FRESH_S
+        elif answer == _ANSWER:
+            self._answered_at = now
+            return self._outlet
+        return None
+
+    async def _try_to_ask(self) -> bytes:
+        """The answer; empty if there is nobody."""
         try:
             if self._outlet is None:
                 self._outlet = _connected(self._address)
-            outlet = self._outlet
-            if trio.current_time() >= self._answered_at + FRESH_S:
-                await self._ask(outlet)
-            await _send(outlet, received, sock)
+            return await _asked(self._outlet)
         except (OSError, trio.ClosedResourceError):
             self.close()
-            return False
-        return True
-
-    async def _ask(self, outlet: socket.socket) -> None:
-        await _send(outlet, _ASK)
-        while True:
-            await trio.lowlevel.wait_readable(outlet)
-            try:
-                answer = outlet.recv(len(_ANSWER))
-            except BlockingIOError:
-                continue
-            break
-        if answer != _ANSWER:
-            raise ConnectionResetError
-        self._answered_at = trio.current_time()
+            return b""
 
     def close(self) -> None:
         self._answered_at = -math.inf
@@ -282,23 +352,57 @@ def _is_ours(sock: socket.socket) -> bool:
     return bool(user == os.geteuid())
 
 
-async def _send(outlet: socket.socket, data: bytes, sock: socket.socket | None = None) -> None:
-    """Send one message, with a descriptor.
+def _adopted(descriptor: int) -> socket.socket:
+    """The socket of this descriptor.
 
     Raises:
-        OSError: nobody reads it.
+        OSError: it is none; it is closed.
     """
-    ancillary = []
-    if sock is not None:
-        descriptors = array.array("i", [sock.fileno()])
-        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors))
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def _can_receive(sock: socket.socket) -> bool:
+    """Whether there are descriptors left for what is passed on: without, the kernel closes it."""
+    try:
+        os.close(os.dup(sock.fileno()))
+    except OSError:
+        return False
+    return True
+
+
+async def _asked(outlet: socket.socket) -> bytes:
+    """What is answered there; empty at the end.
+
+    Raises:
+        OSError: nobody is there any more.
+    """
     while True:
         try:
-            outlet.sendmsg([data], ancillary)
+            outlet.send(_ASK)
+            break
         except BlockingIOError:
             await trio.lowlevel.wait_writable(outlet)
-            continue
-        return
+    while True:
+        await trio.lowlevel.wait_readable(outlet)
+        with contextlib.suppress(BlockingIOError):
+            return outlet.recv(len(_ANSWER))
+
+
+def _send(outlet: socket.socket, data: bytes, sock: socket.socket) -> None:
+    """Send one message with a descriptor: all of it, or an error is raised.
+
+    Raises:
+        BlockingIOError: too much is there that has not been taken.
+        OSError: nobody takes it any more, or it cannot be sent.
+    """
+    descriptors = array.array("i", [sock.fileno()])
+    outlet.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
