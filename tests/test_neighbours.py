@@ -183,6 +183,42 @@ async def test_who_leaves_takes_what_was_passed_on_before(nursery: trio.Nursery,
     assert await passed(two, session_for(1))
 
 
+@pytest.mark.parametrize("passes", range(6))
+async def test_who_leaves_hangs_up_on_all_who_got_through(
+    nursery: trio.Nursery, crew: str, passes: int
+) -> None:
+    """However far it has come with them."""
+    two = Taker(crew, 2)
+    await nursery.start(two.run)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.connect(neighbours.address_of(crew, 2))
+        for _ in range(passes):
+            await trio.lowlevel.checkpoint()
+        two.neighbours.leave()
+        with pytest.raises(ConnectionError):
+            other.send(b"?")
+
+
+async def test_who_leaves_while_it_is_short_of_descriptors(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    two = Taker(crew, 2)
+    await nursery.start(two.run)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        with no_more_descriptors():
+            other.connect(neighbours.address_of(crew, 2))
+            await trio.sleep(1)
+            # Said once, not whenever it is tried.
+            assert len(two.diary.all("accept.failed")) == 1
+        two.neighbours.leave()
+        with socket.socket() as closed:
+            pass
+        # Trio does not forget who waited for a socket that was closed before.
+        with pytest.raises(ValueError, match="negative"):
+            await trio.lowlevel.wait_readable(closed)
+        await trio.sleep(1)
+
+
 @asynccontextmanager
 async def hanging(crew: str, worker: int) -> AsyncIterator[socket.socket]:
     """Listens, as the kernel does for a process that was stopped."""

@@ -134,16 +134,18 @@ class Neighbours:
     async def _accept(self, listener: socket.socket, take: Take, has_room: HasRoom) -> None:
         short = False  # Of file descriptors or memory: said once, not ten times a second.
         async with trio.open_nursery() as nursery:
-            while True:
+            while listener.fileno() != -1:
                 try:
                     await trio.lowlevel.wait_readable(listener)
                     inlet, _ = listener.accept()
                 except BlockingIOError:
                     continue
-                except (trio.ClosedResourceError, ValueError):
+                except trio.ClosedResourceError:
                     return
                 except OSError as error:
-                    if not short and listener.fileno() != -1:
+                    if error.errno == errno.EBADF:
+                        return
+                    if not short:
                         self._log.error("accept.failed", error=str(error))
                     short = True
                     await trio.sleep(_RETRY_S)
@@ -151,13 +153,14 @@ class Neighbours:
                 short = False
                 inlet.setblocking(False)
                 if _is_ours(inlet):
+                    # From now on, not when its task runs: `leave` must not miss one.
+                    self._inlets.add(inlet)
                     nursery.start_soon(self._run_inlet, inlet, take, has_room)
                 else:
                     inlet.close()
 
     async def _run_inlet(self, inlet: socket.socket, take: Take, has_room: HasRoom) -> None:
         with inlet:
-            self._inlets.add(inlet)
             try:
                 while await self._read(inlet, take, has_room):
                     await trio.lowlevel.checkpoint()
