@@ -23,6 +23,7 @@ from websockets.sync.client import connect
 
 from bandsync import workers
 from bandsync.app import StartError, serve
+from bandsync.rendezvous import preference
 from bandsync.settings import Settings, SettingsError, parse
 from bandsync.worker import LEAVE, Orders, Report, work
 from bandsync.workers import Pace, supervise
@@ -165,6 +166,25 @@ async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
         assert (back["you"]["resumed"], back["you"]["role"]) == (True, "leader")
 
 
+async def test_whose_head_comes_late_is_served_by_another(redis_server: RedisServer) -> None:
+    async with working(redis_server.url(), drain_timeout_ms=30_000) as (crew, _):
+        # Who does not answer the goodbye makes the drains last.
+        with (
+            silent_clients(crew.port, {"stage-1", "stage-2"}),
+            accepted(crew.port) as last,
+            accepted(crew.port) as other,
+        ):
+            crew.supervising.replace()
+            with trio.fail_after(PATIENCE_S):
+                while asked(last)[0] == 200:
+                    await trio.lowlevel.checkpoint()
+            last.sendall(upgrade("/ws"))
+            assert await trio.to_thread.run_sync(welcomed_by, last) == "stage-2"
+            session_id = next(name for name in map(str, range(99)) if preference(name, 2)[0] == 1)
+            other.sendall(upgrade(f"/ws/{session_id}"))
+            assert await trio.to_thread.run_sync(welcomed_by, other) == "stage-2"
+
+
 def listening(port: int) -> int:
     """How many sockets listen on this port."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
@@ -201,14 +221,21 @@ def silent_clients(port: int, wanted: set[str]) -> Iterator[None]:
         for _ in range(MANY):
             client = stack.enter_context(socket.create_connection((HOST, port), PATIENCE_S))
             client.sendall(UPGRADE)
-            heard = b""
-            while (welcome := re.search(rb'"serverId":"([^"]+)"', heard)) is None:
-                heard += client.recv(4096)
-            wanted = wanted - {welcome[1].decode()}
+            wanted = wanted - {welcomed_by(client)}
             if not wanted:
                 yield
                 return
         raise AssertionError(f"no connection came to {wanted}")
+
+
+def welcomed_by(client: socket.socket) -> str:
+    """Whose welcome comes over this connection."""
+    heard = b""
+    while (welcome := re.search(rb'"welcome".*"serverId":"([^"]+)"', heard)) is None:
+        data = client.recv(4096)
+        assert data, heard
+        heard += data
+    return welcome[1].decode()
 
 
 async def test_each_worker_says_which_it_is(redis_server: RedisServer) -> None:

@@ -35,9 +35,10 @@ _RETRY_S = 0.1
 _HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
 
 Answer = Callable[[HttpRequest], Awaitable[HttpResponse]]
-# What becomes of an accepted socket; and of one whose head may name a session of another worker.
+# What becomes of an accepted socket; and of one whose head names a session, or of any when there
+# is no place here.
 _Begin = Callable[[socket.socket], None]
-_PassOn = Callable[[Head, socket.socket], Awaitable[bool]]
+_PassOn = Callable[[socket.socket, Head], Awaitable[bool]]
 
 
 async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
@@ -209,10 +210,11 @@ class Acceptor:
         tcp = TcpStream(sock)
         try:
             if self._tls is None:
-                head = await self._converse(tcp, tcp, received)
-                if head is None or (pass_on is not None and await pass_on(head, sock)):
-                    return
-                await self._upgrade(tcp, tcp.send_nowait, head)
+                head = await self._converse(
+                    tcp, tcp, received, None if pass_on is None else partial(pass_on, sock)
+                )
+                if head is not None:
+                    await self._upgrade(tcp, tcp.send_nowait, head)
             else:
                 stream = trio.SSLStream(tcp, self._tls, server_side=True, https_compatible=True)
                 head = await self._converse(stream, tcp)
@@ -230,9 +232,17 @@ class Acceptor:
             self._sockets -= 1
 
     async def _converse(
-        self, stream: trio.abc.Stream, tcp: TcpStream, received: bytes = b""
+        self,
+        stream: trio.abc.Stream,
+        tcp: TcpStream,
+        received: bytes = b"",
+        pass_on: Callable[[Head], Awaitable[bool]] | None = None,
     ) -> Head | None:
-        """Answer HTTP requests until one is to become a WebSocket; None if none is."""
+        """Answer HTTP requests until one is to become a WebSocket here; None if none is.
+
+        Args:
+            pass_on: whether another worker has this connection now.
+        """
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
         if received:
             http.receive_data(received)
@@ -253,6 +263,13 @@ class Acceptor:
             request = head.request
             if is_upgrade(request):
                 refusal = self._upgrade_refusal(request)
+                if refusal is None and pass_on is not None and await pass_on(head):
+                    return None
+                # Only now: who is not about to restart could have it.
+                if refusal is None and self._connections.draining:
+                    refusal = problem(
+                        503, "draining", "This server is about to restart; try again."
+                    )
                 if refusal is None:
                     return head
                 self._counters.handshakes_refused[str(refusal.status)] += 1
@@ -284,13 +301,13 @@ class Acceptor:
         with trio.fail_after(RESPONSE_TIMEOUT_S):
             await stream.send_all(response_bytes(http, response, with_body=with_body))
 
-    async def _pass_on(self, head: Head, sock: socket.socket) -> bool:
+    async def _pass_on(self, sock: socket.socket, head: Head) -> bool:
         """Whether another worker has this connection now."""
         session_id = _path_session(head)
-        if self._neighbours is None or not session_id:
-            return False
         # This one is counted already.
-        full = self._sockets > self._max_connections
+        full = self._connections.draining or self._sockets > self._max_connections
+        if self._neighbours is None or not (session_id or full):
+            return False
         if not await self._neighbours.pass_on(session_id, sock, head.received, full=full):
             return False
         self._counters.passed_on += 1
@@ -306,8 +323,6 @@ class Acceptor:
             return problem(400, "bad_request", "The headers of the handshake are ASCII.")
         if not origin_allowed(request, self._origins):
             return problem(403, "origin_not_allowed", "Pages of this origin may not connect.")
-        if self._connections.draining:
-            return problem(503, "draining", "This server is about to restart; try again.")
         return None
 
     async def _upgrade(
