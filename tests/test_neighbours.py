@@ -433,12 +433,24 @@ async def test_what_is_no_socket_ends_the_way_and_nothing_else(
     assert await passed(one, session_for(2))
 
 
-async def test_where_nobody_can_listen_it_does_without(nursery: trio.Nursery, crew: str) -> None:
+async def test_where_nobody_can_listen_it_does_without_until_it_can(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one, two, late = Taker(crew, 1), Taker(crew, 2), Taker(crew, 2)
+    await nursery.start(one.run)
     async with hanging(crew, 2):
-        two = Taker(crew, 2)
         await nursery.start(two.run)
-        assert two.diary.all("neighbours.unreachable")
-        two.neighbours.leave()
+        await nursery.start(late.run)
+        await trio.sleep(10 * neighbours.REBIND_S)
+        assert len(two.diary.all("neighbours.unreachable")) == 1
+        late.neighbours.leave()
+    await trio.sleep(2 * neighbours.REBIND_S)
+    assert await passed(one, session_for(2))
+    await two.until(1)
+    # Who has left does not come back.
+    two.neighbours.leave()
+    await trio.sleep(2 * neighbours.REBIND_S)
+    assert not await passed(one, session_for(2))
 
 
 def path_of(session_id: str) -> str:

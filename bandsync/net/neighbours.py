@@ -33,6 +33,8 @@ FRESH_S = 0.1
 SHUN_S = 5.0
 # How long a connection waits in all for one that answers, but has more to take than it can.
 PATIENCE_S = 10.0
+# How often one who cannot listen tries again: somebody else has the name, or there is no memory.
+REBIND_S = 1.0
 
 _ASK = b"?"
 _ANSWER = b"!"
@@ -69,6 +71,7 @@ class Neighbours:
         }
         self._log = log
         self._listener: socket.socket | None = None
+        self._left = False
         self._inlets: set[socket.socket] = set()
 
     async def pass_on(
@@ -107,12 +110,14 @@ class Neighbours:
             has_room: whether more of them can be served; asked now and then.
         """
         try:
-            try:
-                self._listener = _listening(self._own)
-            except OSError as error:
+            error = self._listen()
+            task_status.started()
+            if error is not None:
                 # It can do without: what should come here is served where it was accepted.
                 self._log.error("neighbours.unreachable", error=str(error))
-            task_status.started()
+            while error is not None and not self._left:
+                await trio.sleep(REBIND_S)
+                error = self._listen()
             if self._listener is not None:
                 with self._listener as listener:
                     await self._accept(listener, take, has_room)
@@ -123,6 +128,7 @@ class Neighbours:
 
     def leave(self) -> None:
         """Take no more than what was passed on before now; the others notice."""
+        self._left = True
         if self._listener is not None:
             _close(self._listener)
             self._listener = None
@@ -130,6 +136,15 @@ class Neighbours:
             # From now on sending to it fails; what is in it can still be read: unix(7).
             with contextlib.suppress(OSError):
                 inlet.shutdown(socket.SHUT_RD)
+
+    def _listen(self) -> OSError | None:
+        """What keeps this worker from listening, if something does."""
+        if not self._left:
+            try:
+                self._listener = _listening(self._own)
+            except OSError as error:
+                return error
+        return None
 
     async def _accept(self, listener: socket.socket, take: Take, has_room: HasRoom) -> None:
         short = False  # Of file descriptors or memory: said once, not ten times a second.
