@@ -1,6 +1,7 @@
 """Workers pass connections on to each other, so that a band is on one of them."""
 
 import itertools
+import math
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from bandsync import workers
 from bandsync.net import neighbours
 from bandsync.net.neighbours import ANSWER_S, SHUN_S, Neighbours
 from bandsync.rendezvous import preference
@@ -599,7 +601,11 @@ async def test_of_a_killed_worker_the_bands_go_on_together(redis_server: RedisSe
         await late.next("chat_message", text="welcome back")
 
 
-async def test_of_a_hanging_worker_the_bands_find_another(redis_server: RedisServer) -> None:
+async def test_of_a_hanging_worker_the_bands_find_another(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However often the kernel chooses the one that hangs, it is not replaced meanwhile.
+    monkeypatch.setattr(workers, "SILENCE_S", math.inf)
     session_id = session_for(1)
     async with working(redis_server.url()) as (crew, nursery):
         ann = await member(crew, nursery, session_id)
@@ -607,7 +613,7 @@ async def test_of_a_hanging_worker_the_bands_find_another(redis_server: RedisSer
         try:
             # Whom the kernel gives to the one that hangs, it has: clients try again.
             while True:
-                with trio.move_on_after(5 * ANSWER_S):
+                with trio.move_on_after(3 * ANSWER_S):
                     back = await member(
                         crew, nursery, session_id, resumeToken=ann.you["resumeToken"]
                     )
