@@ -31,13 +31,12 @@ class TcpStream(trio.abc.Stream):
             trio.ClosedResourceError: it was closed on this side.
         """
         while True:
+            self._check_open()
             try:
                 await trio.lowlevel.wait_readable(self._socket)
                 return self._socket.recv(max_bytes or 16_384)
             except BlockingIOError:
                 continue
-            except ValueError:
-                raise trio.ClosedResourceError("this stream is closed") from None
             except OSError as error:
                 raise _translated(self._socket, error) from None
 
@@ -61,11 +60,22 @@ class TcpStream(trio.abc.Stream):
                 raise _translated(self._socket, error) from None
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the kernel takes more bytes."""
+        """Wait until the kernel takes more bytes.
+
+        Raises:
+            trio.BrokenResourceError: the connection is gone.
+            trio.ClosedResourceError: it was closed on this side.
+        """
+        self._check_open()
         try:
             await trio.lowlevel.wait_writable(self._socket)
-        except (OSError, ValueError):
-            raise trio.ClosedResourceError("this stream is closed") from None
+        except OSError as error:
+            raise _translated(self._socket, error) from None
+
+    def _check_open(self) -> None:
+        # Trio would remember the descriptor of a closed socket, and call the next one busy.
+        if self._socket.fileno() == -1:
+            raise trio.ClosedResourceError("this stream is closed")
 
     async def aclose(self) -> None:
         """Close at once: what the kernel has, it sends."""
