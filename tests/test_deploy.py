@@ -33,6 +33,8 @@ from tests.test_workers import MANY, UPGRADE
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "scripts" / "deploy"
+NGINX_CONF = DEPLOY / "nginx.conf"
+HAPROXY_CFG = DEPLOY / "haproxy.cfg"
 MARGIN_S = 5.0
 # How long clients wait for a welcome, at the most.
 CLIENTS_WAIT_S = 10.0
@@ -179,7 +181,7 @@ def nginx(stage: Stage, ours: Balancer, certificate: Path, folder: Path) -> list
     """How to run nginx with our file, on ports of the test."""
     program = tool("nginx", "apt install nginx-light")
     text = changed(
-        (DEPLOY / "nginx.conf").read_text(),
+        NGINX_CONF.read_text(),
         *((f"{name}:3001", f"{HOST}:{port}") for name, port in stage.ports.items()),
         ("listen 80;", f"listen {HOST}:{ours.port};"),
         ("# listen 443 ssl;", f"listen {HOST}:{ours.tls_port} ssl;"),
@@ -201,7 +203,7 @@ def haproxy(stage: Stage, ours: Balancer, certificate: Path, folder: Path) -> li
     """How to run HAProxy with our file, on ports of the test."""
     program = tool("haproxy", "apt install haproxy")
     text = changed(
-        (DEPLOY / "haproxy.cfg").read_text(),
+        HAPROXY_CFG.read_text(),
         *((f" {name}:3001", f" {HOST}:{port}") for name, port in stage.ports.items()),
         ("bind :80", f"bind {HOST}:{ours.port}"),
         (
@@ -384,7 +386,7 @@ async def test_clients_of_a_server_that_hangs_are_let_go(
 
 def test_how_long_nginx_waits_for_a_server() -> None:
     """Longer than servers are silent, shorter than the clients wait that come with BandSync."""
-    text = (DEPLOY / "nginx.conf").read_text()
+    text = NGINX_CONF.read_text()
     sessions = re.findall(r"location /ws \{.*?\}", text, re.DOTALL)[0]
     (wait_s,) = re.findall(r"proxy_read_timeout (\d+)s;", sessions)
     page = (ROOT / "bandsync" / "web" / "bandsync.js").read_text()
@@ -499,12 +501,12 @@ def test_the_image_has_what_it_runs(tmp_path: Path) -> None:
         assert not healthy()
 
 
-@pytest.fixture(scope="module")
-def compose() -> Message:
-    """The compose file as Docker Compose understands it."""
+def composed(*files: str) -> Message:
+    """These compose files as Docker Compose understands them."""
     program = tool("docker-compose", PIP)
+    named = [part for file in files for part in ("--file", DEPLOY / file)]
     result = subprocess.run(
-        [program, "--file", DEPLOY / "compose.yaml", "config", "--format", "json"],
+        [program, *named, "config", "--format", "json"],
         capture_output=True,
         text=True,
         check=False,
@@ -513,6 +515,16 @@ def compose() -> Message:
     assert not result.stderr
     document: Message = json.loads(result.stdout)
     return document
+
+
+@pytest.fixture(scope="module")
+def compose() -> Message:
+    return composed("compose.yaml")
+
+
+@pytest.fixture(scope="module")
+def compose_haproxy() -> Message:
+    return composed("compose.yaml", "compose.haproxy.yaml")
 
 
 def test_the_servers_of_compose(compose: Message) -> None:
@@ -533,34 +545,67 @@ def test_the_servers_of_compose(compose: Message) -> None:
     assert (Path(build["context"]) / build["dockerfile"]).is_file()
 
 
-def test_the_balancer_of_compose(compose: Message) -> None:
+def check_balancer(services: Message, image: str, mounts: dict[Path, str]) -> None:
     """It finds the servers under the names of its file, also while they are down."""
-    service = compose["services"]["haproxy"]
-    networks = {name: each["networks"]["default"] for name, each in compose["services"].items()}
+    service = services["balancer"]
+    assert service["image"].startswith(f"{image}:")
+    networks = {name: each["networks"]["default"] for name, each in services.items()}
     addresses = {name: each["ipv4_address"] for name, each in networks.items() if each}
     assert dict(entry.split("=", 1) for entry in service["extra_hosts"]) == addresses
-    (mounted,) = service["volumes"]
-    assert Path(mounted["source"]) == DEPLOY / "haproxy.cfg"
-    text = (DEPLOY / "haproxy.cfg").read_text()
-    port = image_environment()["PORT"]
-    everyone = {f"{name}:{port}" for name in addresses}
-    assert set(re.findall(r"server \S+ (\S+?:\d+)", text)) == everyone
-    assert set(re.findall(r"server (\S+?:\d+)", (DEPLOY / "nginx.conf").read_text())) == everyone
+    assert {Path(each["source"]): each["target"] for each in service["volumes"]} == mounts
+    assert all(each["read_only"] for each in service["volumes"])
+    (path,) = mounts
+    text = path.read_text()
+    named = re.findall(r"^\s+server .*?(bandsync-\d:\d+)", text, re.MULTILINE)
+    assert set(named) == {f"{name}:{image_environment()['PORT']}" for name in addresses}
     (published,) = service["ports"]
-    assert f"bind :{published['target']}\n" in text
+    (port,) = re.findall(r"^\s+(?:listen |bind :)(\d+);?$", text, re.MULTILINE)
+    assert published["target"] == int(port)
     assert published["published"] == "8080"
     # A stop that waits for those who play would let nobody in until it is killed.
     assert service["stop_signal"] == "SIGTERM"
+    # Where it may write belongs to it.
+    uid, gid = service["user"].split(":")
+    for place in service.get("tmpfs", []):
+        assert place.endswith(f":uid={uid},gid={gid}")
 
 
-def test_no_part_of_compose_can_hurt_its_machine(compose: Message) -> None:
-    for service in compose["services"].values():
+def test_the_balancer_of_compose_is_nginx(compose: Message) -> None:
+    services = compose["services"]
+    check_balancer(services, "nginx", {NGINX_CONF: "/etc/nginx/nginx.conf"})
+    # Its temporary files and its pid, as the image is built.
+    places = {place.partition(":")[0] for place in services["balancer"]["tmpfs"]}
+    assert places == {"/var/cache/nginx", "/run"}
+
+
+def test_one_more_file_puts_haproxy_in_its_place(
+    compose: Message, compose_haproxy: Message
+) -> None:
+    services = compose_haproxy["services"]
+    check_balancer(services, "haproxy", {HAPROXY_CFG: "/usr/local/etc/haproxy/haproxy.cfg"})
+    assert "tmpfs" not in services["balancer"]
+    # And nothing else in another's.
+    replaced = {**compose["services"], "balancer": services["balancer"]}
+    assert {**compose, "services": replaced} == compose_haproxy
+
+
+@pytest.mark.parametrize("balancer_of", ["compose", "compose_haproxy"])
+def test_no_part_of_compose_can_hurt_its_machine(
+    balancer_of: str, request: pytest.FixtureRequest
+) -> None:
+    services = request.getfixturevalue(balancer_of)["services"]
+    assert set(services) == {"balancer", "bandsync-1", "bandsync-2", "redis"}
+    image = dict(instructions())
+    for name, service in services.items():
+        user = service.get("user") or (image["USER"] if service["image"] == "bandsync" else "")
+        assert int(user.partition(":")[0]) > 0, name
         assert service["restart"] == "unless-stopped"
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert set(service["logging"]["options"]) == {"max-size", "max-file"}
         assert int(service["mem_limit"]) > 0
+        assert not service.get("privileged")
 
 
 KUBERNETES = DEPLOY / "kubernetes"
