@@ -508,7 +508,9 @@ def composed(*files: str) -> Message:
     program = tool("docker-compose", PIP)
     named = [part for file in files for part in ("--file", DEPLOY / file)]
     result = subprocess.run(
-        [program, *named, "config", "--format", "json"],
+        [program, "--env-file", os.devnull, *named, "config", "--format", "json"],
+        # Whoever runs the tests may have settings of their own.
+        env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
         capture_output=True,
         text=True,
         check=False,
