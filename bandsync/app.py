@@ -156,7 +156,9 @@ async def _serve(
         api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
         neighbours: Neighbours | None = None
         if place.crew is not None and tls is None:
-            neighbours = Neighbours(place.crew, place.worker, settings.workers, log)
+            neighbours = Neighbours(
+                place.crew, place.worker, settings.workers, lambda: hub.rooms, log
+            )
         acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=neighbours, log=log)
 
         def tell_storage() -> None:

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from bandsync import workers
-from bandsync.net import neighbours
-from bandsync.net.neighbours import ANSWER_S, SHUN_S, Neighbours
+from bandsync.net import neighbours, way
+from bandsync.net.neighbours import Neighbours
+from bandsync.net.way import ANSWER_S, SHUN_S
 from bandsync.rendezvous import preference
 from tests.crews import Crew, Diary, upgrade, working
 from tests.redis_servers import HOST, RedisServer, free_port
@@ -64,7 +65,8 @@ class Taker:
 
     def __init__(self, crew: str, worker: int, workers: int = 2) -> None:
         self.diary = Diary()
-        self.neighbours = Neighbours(crew, worker, workers, self.diary.logger)
+        self.hosted: set[str] = set()
+        self.neighbours = Neighbours(crew, worker, workers, lambda: self.hosted, self.diary.logger)
         self.sockets: list[socket.socket] = []
         self.taken: list[bytes] = []
         self.has_room = True
@@ -169,6 +171,80 @@ async def test_who_was_replaced_is_found_at_once(nursery: trio.Nursery, crew: st
     assert not await passed(one, session_for(2))
 
 
+async def test_who_has_a_band_keeps_it(nursery: trio.Nursery, crew: str) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    one.hosted = {session_for(2)}
+    assert not await passed(one, session_for(2))
+    # Unless there is no place for another.
+    with connection() as (_, accepted):
+        assert await one.neighbours.pass_on(session_for(2), accepted, b"head", full=True)
+
+
+async def test_who_comes_back_passes_its_bands_on_to_where_they_are(
+    nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    one.hosted = {session_for(1), session_for(2)}
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    assert await passed(two, session_for(2), b"accepted")
+    with connection() as (_, accepted):
+        assert await two.neighbours.pass_back(session_for(2), accepted, b"passed on")
+        # And no further.
+        assert not await one.neighbours.pass_back(session_for(2), accepted, b"passed on")
+    await one.until(2)
+    assert one.taken == [b"accepted", b"passed on"]
+    # The session that lives there is no other.
+    assert await passed(two, session_for(1))
+    # Once some of them are here, or all have left there, it is as if nothing had been.
+    two.hosted = {session_for(2)}
+    assert not await passed(two, session_for(2))
+    two.hosted = set()
+    one.hosted = set()
+    assert not await passed(two, session_for(2))
+    one.hosted = {session_for(2)}
+    assert not await passed(two, session_for(2))
+
+
+async def test_where_a_band_was_and_nobody_is_it_is_not_looked_for(
+    nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    one.hosted = {session_for(2)}
+    gone = await nursery.start(one.run)
+    await nursery.start(two.run)
+    gone.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not await passed(two, session_for(2))
+
+
+async def test_for_a_silent_one_the_start_does_not_wait_for_long(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one = Taker(crew, 1)
+    async with hanging(crew, 2):
+        began = trio.current_time()
+        await nursery.start(one.run)
+        assert trio.current_time() - began <= ANSWER_S
+
+
+async def test_an_answer_without_meaning_is_none(nursery: trio.Nursery, crew: str) -> None:
+    one = Taker(crew, 1)
+
+    async def answer(listener: socket.socket) -> None:
+        await trio.lowlevel.wait_readable(listener)
+        inlet, _ = listener.accept()
+        with inlet:
+            inlet.send(b'{"no": "list"}')
+
+    async with hanging(crew, 2) as listener:
+        nursery.start_soon(answer, listener)
+        await nursery.start(one.run)
+        assert not await passed(one, session_for(1))
+
+
 async def test_who_leaves_takes_what_was_passed_on_before(nursery: trio.Nursery, crew: str) -> None:
     one, two = Taker(crew, 1), Taker(crew, 2)
     await nursery.start(one.run)
@@ -193,7 +269,7 @@ async def test_who_leaves_hangs_up_on_all_who_got_through(
     two = Taker(crew, 2)
     await nursery.start(two.run)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
-        other.connect(neighbours.address_of(crew, 2))
+        other.connect(way.address_of(crew, 2))
         for _ in range(passes):
             await trio.lowlevel.checkpoint()
         two.neighbours.leave()
@@ -208,7 +284,7 @@ async def test_who_leaves_while_it_is_short_of_descriptors(
     await nursery.start(two.run)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         with no_more_descriptors():
-            other.connect(neighbours.address_of(crew, 2))
+            other.connect(way.address_of(crew, 2))
             await trio.sleep(1)
             # Said once, not whenever it is tried.
             assert len(two.diary.all("accept.failed")) == 1
@@ -226,7 +302,7 @@ async def hanging(crew: str, worker: int) -> AsyncIterator[socket.socket]:
     """Listens, as the kernel does for a process that was stopped."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.setblocking(False)
-        listener.bind(neighbours.address_of(crew, worker))
+        listener.bind(way.address_of(crew, worker))
         listener.listen(16)
         yield listener
 
@@ -271,7 +347,7 @@ async def test_however_many_come_at_once_all_are_passed_on(
     async def be_busy() -> None:
         """Each pass of the loop takes longer than an answer is good for."""
         while True:
-            mock_clock.jump(1.5 * neighbours.FRESH_S)
+            mock_clock.jump(1.5 * way.FRESH_S)
             await trio.lowlevel.checkpoint()
 
     nursery.start_soon(be_busy)
@@ -297,11 +373,11 @@ async def test_who_is_full_is_left_alone_until_it_has_room(
     await nursery.start(two.run)
     assert await passed(one, session_for(2))
     two.has_room = False
-    await trio.sleep(neighbours.FRESH_S)
+    await trio.sleep(way.FRESH_S)
     assert not await passed(one, session_for(2))
     two.has_room = True
     assert not await passed(one, session_for(2))
-    await trio.sleep(neighbours.FRESH_S)
+    await trio.sleep(way.FRESH_S)
     assert await passed(one, session_for(2))
     await two.until(2)
     assert not one.diary.all("neighbour.silent")
@@ -328,10 +404,10 @@ async def test_out_of_descriptors_is_full(
         # The ways are there, and then nothing more.
         assert await one.neighbours.pass_on(session_for(2), accepted, b"head")
         await two.until(1)
-        await trio.sleep(neighbours.FRESH_S)
+        await trio.sleep(way.FRESH_S)
         with no_more_descriptors():
             assert not await one.neighbours.pass_on(session_for(2), accepted, b"head")
-        await trio.sleep(neighbours.FRESH_S)
+        await trio.sleep(way.FRESH_S)
         assert await one.neighbours.pass_on(session_for(2), accepted, b"head")
         # What was on its way is lost, and said.
         with no_more_descriptors():
@@ -376,7 +452,7 @@ async def test_an_answer_is_not_good_for_ever(
         nursery.start_soon(answer_once)
         assert await passed(one, session_for(2))
         assert await passed(one, session_for(2))
-        await trio.sleep(neighbours.FRESH_S)
+        await trio.sleep(way.FRESH_S)
         assert not await passed(one, session_for(2))
         nursery.cancel_scope.cancel()
 
@@ -388,13 +464,13 @@ async def test_strangers_are_not_trusted(
     await nursery.start(one.run)
     await nursery.start(two.run)
     uid = os.geteuid()
-    monkeypatch.setattr(neighbours.os, "geteuid", lambda: uid + 1)
+    monkeypatch.setattr(way.os, "geteuid", lambda: uid + 1)
     # Whoever passes on sees who took the name,
     assert not await passed(one, session_for(2))
     # and whoever takes, who comes.
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
         stranger.settimeout(PATIENCE_S)
-        stranger.connect(neighbours.address_of(crew, 2))
+        stranger.connect(way.address_of(crew, 2))
         assert await trio.to_thread.run_sync(stranger.recv, 10) == b""
     monkeypatch.undo()
     assert await passed(one, session_for(2))
@@ -407,7 +483,7 @@ async def test_junk_ends_the_way_and_nothing_else(nursery: trio.Nursery, crew: s
     await nursery.start(two.run)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         other.settimeout(PATIENCE_S)
-        other.connect(neighbours.address_of(crew, 2))
+        other.connect(way.address_of(crew, 2))
         other.send(b"what?")
         assert await trio.to_thread.run_sync(other.recv, 10) == b""
     assert await passed(one, session_for(2))
@@ -421,7 +497,7 @@ async def test_what_is_no_socket_ends_the_way_and_nothing_else(
     await nursery.start(two.run)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         other.settimeout(PATIENCE_S)
-        other.connect(neighbours.address_of(crew, 2))
+        other.connect(way.address_of(crew, 2))
         before = len(os.listdir("/proc/self/fd"))
         inner, outer = os.pipe()
         socket.send_fds(other, [b"head"], [inner])
@@ -595,10 +671,15 @@ async def test_of_a_killed_worker_the_bands_go_on_together(redis_server: RedisSe
         assert [player.you["role"] for player in back] == ["leader", "follower", "follower"]
 
         await crew.diary.until("worker.started", 2, server_id="stage-1")
+        # Whoever comes to the band comes to where it is by now.
         late = await member(crew, nursery, session_id)
-        assert server_of(late) == "stage-1"
+        assert server_of(late) == "stage-2"
         await back[0].ok("chat_message", text="welcome back")
         await late.next("chat_message", text="welcome back")
+        for player in (*back, late):
+            await player.ok("leave_session")
+        # And once it has left, comes home.
+        assert server_of(await member(crew, nursery, session_id)) == "stage-1"
 
 
 async def test_of_a_hanging_worker_the_bands_find_another(

@@ -130,7 +130,8 @@ class Acceptor:
                 begin = partial(self._begin, handlers)
                 begin_shared = begin
                 if self._neighbours is not None:
-                    await accepting.start(self._neighbours.run, begin, self._has_room)
+                    begin_passed = partial(begin, pass_on=self._pass_back)
+                    await accepting.start(self._neighbours.run, begin_passed, self._has_room)
                     begin_shared = partial(begin, pass_on=self._pass_on)
                 for listener in [*shared, *own]:
                     listener.listen(BACKLOG)
@@ -309,6 +310,15 @@ class Acceptor:
         if self._neighbours is None or not (session_id or full):
             return False
         if not await self._neighbours.pass_on(session_id, sock, head.received, full=full):
+            return False
+        self._counters.passed_on += 1
+        return True
+
+    async def _pass_back(self, sock: socket.socket, head: Head) -> bool:
+        """The same for a connection that was passed on to here."""
+        if self._neighbours is None:
+            return False
+        if not await self._neighbours.pass_back(_path_session(head), sock, head.received):
             return False
         self._counters.passed_on += 1
         return True
