@@ -349,7 +349,8 @@ class Room:
         if audit(session, self.seats.bound, self._hub.here, self._hub.now()) is not session:
             self._contradicted = True
             self._hub.finish(self.audit)
-        if known is None or len(known.members) != len(session.members):
+        # Who left is still in `members`, as a tombstone.
+        if known is None or _ids(known) != _ids(session):
             self.send_stats()
 
     def _must_catch_up(self) -> None:
@@ -522,3 +523,7 @@ def _ack(request_id: str | UnsetType, version: int | UnsetType) -> bytes:
     if request_id is UNSET:
         return b""
     return _frame(Ack(request_id, version))
+
+
+def _ids(session: Session) -> set[str]:
+    return {member.member_id for member in present(session)}

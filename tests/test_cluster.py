@@ -293,3 +293,15 @@ async def test_the_band_sees_how_well_members_elsewhere_are_connected(cluster: C
     ]
     assert stats["latencyMs"] is not None
     assert stats["quality"] == "excellent"
+
+
+async def test_the_band_sees_at_once_that_somebody_elsewhere_left(cluster: Cluster) -> None:
+    ann = await cluster.join(cluster.left, "Ann")
+    others = [await cluster.join(cluster.right, name) for name in ("Bob", "Cid", "Dan")]
+    await ann.next("room_stats", memberCount=4)
+    # Of so many in so short a time, the statistics of every five seconds tell one at the most.
+    with trio.fail_after(4):
+        for count, other in zip((3, 2, 1), others, strict=True):
+            await other.ok("leave_session")
+            stats = await ann.next("room_stats", memberCount=count)
+    assert [each["memberId"] for each in stats["members"]] == [ann.you["memberId"]]
