@@ -158,7 +158,8 @@ def set_tempo(
     """Change tempo, and beats per bar unless None, with position and beat continuous.
 
     Takes effect now or, while playing, on the next beat or bar. A scheduled start keeps its
-    instant and takes the new tempo; a scheduled seek is kept, on its beat.
+    instant and takes the new tempo; a scheduled seek is kept, on its beat. A change that is to
+    wait for a beat or bar waits for either of them, as only one thing can be scheduled.
     """
     before = _settled(transport, now)
     current = _anchored(before, now)
@@ -167,11 +168,15 @@ def set_tempo(
     changed = replace(current, tempo_bpm=tempo_bpm, beats_per_bar=bar)
     if not current.is_playing:
         return replace(changed, next=upcoming and _standing_start(upcoming, changed))
+    jump = _jump(before)
+    if upcoming is not None and jump is not None and at != "now":
+        # Neither the count-in of a playing song nor the bar of a seek is cut short.
+        return _scheduled(current, upcoming.anchor_time, jump, then=changed)
     if at != "now":
-        return _scheduled(current, _boundary(current, at), _jump(before), then=changed)
+        return _scheduled(current, _boundary(current, at), None, then=changed)
     if upcoming is None:
         return changed
-    return _scheduled(changed, _moved_instant(before, changed), _jump(before), then=changed)
+    return _scheduled(changed, _moved_instant(before, changed), jump, then=changed)
 
 
 def shift(transport: Transport, now: float, difference_ms: float) -> Transport:

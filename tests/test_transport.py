@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from bandsync.transport import (
+    At,
     Transport,
     auto_lead,
     beat_at,
@@ -225,6 +226,17 @@ def test_a_promised_start_of_a_playing_song_keeps_its_instant() -> None:
     assert slower.next is not None
     assert slower.next.anchor_time == pytest.approx(NOW + 1334.5)
     assert slower.next.position_ms == 30_000.0
+
+
+@pytest.mark.parametrize("at", ["beat", "bar"])
+def test_a_promised_start_keeps_its_instant_when_the_tempo_is_to_change_on_a_line(at: At) -> None:
+    playing = play(initial(NOW), NOW, 0.0, 0)
+    restart = play(playing, NOW + 100, 30_000.0, 2234.5)  # Four beats of count-in, and a lead.
+    slower = set_tempo(restart, NOW + 200, 60.0, None, at)
+    assert in_force(slower, NOW + 2334).tempo_bpm == 120.0
+    start = in_force(slower, NOW + 2334.5)
+    assert start.anchor_time == pytest.approx(NOW + 2334.5)
+    assert (start.position_ms, start.tempo_bpm, start.beat) == (30_000.0, 60.0, 30.0)
 
 
 def test_seek_and_tempo_on_the_same_bar_both_happen() -> None:
