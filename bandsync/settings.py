@@ -259,8 +259,10 @@ def _contradictions(settings: Settings) -> list[str]:
     """What each setting allows, but not together."""
     problems = []
     if (settings.tls_cert is None) != (settings.tls_key is None):
-        missing = "TLS_CERT" if settings.tls_cert is None else "TLS_KEY"
-        problems.append(f"{missing}='': must name a file when the other of the pair does")
+        given, missing = ("TLS_KEY", "TLS_CERT")
+        if settings.tls_key is None:
+            given, missing = missing, given
+        problems.append(f"{missing}='': must name a file when {given} does")
     if settings.connection_timeout_ms <= settings.ping_interval_ms:
         problems.append(
             f"CONNECTION_TIMEOUT_MS={settings.connection_timeout_ms}: must be more than "
@@ -301,8 +303,10 @@ def _sentinel_contradictions(settings: Settings) -> list[str]:
     sentinels, master = settings.redis_sentinels, settings.redis_sentinel_master
     problems = []
     if (sentinels is None) != (master is None):
-        missing = "REDIS_SENTINELS" if sentinels is None else "REDIS_SENTINEL_MASTER"
-        problems.append(f"{missing}='': must be set when the other of the pair is")
+        given, missing = ("REDIS_SENTINEL_MASTER", "REDIS_SENTINELS")
+        if master is None:
+            given, missing = missing, given
+        problems.append(f"{missing}='': must be set when {given} is")
     if settings.redis_sentinel_password is not None and sentinels is None:
         problems.append("REDIS_SENTINEL_PASSWORD=(not shown): needs REDIS_SENTINELS")
     if sentinels is not None:

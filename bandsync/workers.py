@@ -188,7 +188,7 @@ class _Supervisor:
         text = ", ".join(worker.server_id for worker in self._workers)
         if self._settings.worker_ports is not None:
             last = self._settings.worker_ports + len(self._workers) - 1
-            text += f"; each alone on port {self._settings.worker_ports} to {last}"
+            text += f"; each alone on ports {self._settings.worker_ports} to {last}"
         return text
 
     async def _run_signals(

@@ -32,7 +32,11 @@ WORKER = "--worker"
 def parse_arguments(arguments: list[str]) -> dict[str, str]:
     """The settings that were given as flags, by variable name."""
     parser = argparse.ArgumentParser(
-        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="serve.py",
+        # All of them before a line about one that is wrong would hide it; --help lists them.
+        usage="%(prog)s [--help] [--version] [--SETTING VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"BandSync {__version__}")
     for option in OPTIONS:
@@ -122,7 +126,8 @@ def main() -> int:
     log = make_logger(settings, sink)
 
     def announce(line: str) -> None:
-        print(line, flush=True)
+        # In one write, also where Python does not buffer: the log's lines may go to the same file.
+        print(f"{line}\n", end="", flush=True)
 
     async def run() -> None:
         if settings.workers > 1:

@@ -71,6 +71,15 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
         assert option.meaning.split(";")[0].split(",")[0] in words
 
 
+def test_a_wrong_flag_is_named_without_a_list_of_all(tmp_path: Path) -> None:
+    result = run(tmp_path, "--prot", "3001")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "usage: serve.py [--help] [--version] [--SETTING VALUE ...]",
+        "serve.py: error: unrecognized arguments: --prot 3001",
+    ]
+
+
 def test_each_source_is_stronger_than_the_one_before(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "SERVER_ID=file\nMAX_MEMBERS=3\nLOG_FORMAT=json\nHOST=127.0.0.1\n"
@@ -98,6 +107,28 @@ def test_without_configuration_it_serves_from_memory_and_says_so(tmp_path: Path)
         assert lines[1].startswith("Storage: memory (")
 
 
+def test_its_lines_stay_whole_among_those_of_the_log(tmp_path: Path) -> None:
+    """Also where Python does not buffer, as in the image, and both go to one file."""
+    reading, writing = os.pipe2(os.O_DIRECT)  # Whose reader sees what each write was: pipe(2).
+    with (
+        open(reading, "rb", buffering=0) as written,
+        subprocess.Popen(
+            [sys.executable, SCRIPT, "--port", "0"],
+            cwd=tmp_path,
+            env=environment(PYTHONUNBUFFERED="1"),
+            stdout=writing,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
+        os.close(writing)
+        try:
+            first = written.read(4096)
+        finally:
+            process.kill()
+    assert first.startswith(b"BandSync listening on http://127.0.0.1:")
+    assert first.endswith(b"\n")
+
+
 def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None:
     result = run(tmp_path, "--port", "high", MAX_MEMBERS="none", TLS_KEY="key.pem")
     assert result.returncode == 2
@@ -106,7 +137,7 @@ def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None
         "serve.py: these settings cannot be used:",
         "  PORT='high': must be a whole number from 0 to 65535",
         "  MAX_MEMBERS='none': must be a whole number from 1 to 1000",
-        "  TLS_CERT='': must name a file when the other of the pair does",
+        "  TLS_CERT='': must name a file when TLS_KEY does",
     ]
 
 

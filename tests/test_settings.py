@@ -72,8 +72,8 @@ def test_all_problems_are_told_at_once() -> None:
         "MAX_MEMBERS='0': must be a whole number from 1 to 1000",
         "LEADERSHIP='anarchy': must be claim or open",
         "RATE_LIMIT_FACTOR='nan': must be a number, 0 or more",
-        "TLS_KEY='': must name a file when the other of the pair does",
-        "REDIS_SENTINEL_MASTER='': must be set when the other of the pair is",
+        "TLS_KEY='': must name a file when TLS_CERT does",
+        "REDIS_SENTINEL_MASTER='': must be set when REDIS_SENTINELS is",
     ]
 
 

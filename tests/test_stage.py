@@ -112,6 +112,7 @@ def test_the_leader_conducts(open_page: Pages, house: ServerProcess) -> None:
     ann.get_by_label("Beats/bar").fill("3")
     ann.get_by_label("Beats/bar").press("Tab")
     until(bob, "() => document.querySelectorAll('#ring path').length === 3")
+    shows(bob, "#news", "Ann set beats/bar to 3.")
     ann.get_by_role("button", name="One BPM faster").click()
     shows(bob, "#tempo", "91")
     ann.get_by_label("To bar").fill("5")

@@ -253,7 +253,7 @@ async def test_each_worker_says_which_it_is(redis_server: RedisServer) -> None:
             assert f'server_id="stage-{number}"' in info
             assert f'worker="{number}"' in info
         assert crew.lines[2] == (
-            f"Workers: stage-1, stage-2; each alone on port {ports} to {ports + 1}"
+            f"Workers: stage-1, stage-2; each alone on ports {ports} to {ports + 1}"
         )
 
 

@@ -379,8 +379,8 @@ class StorageManager:
             "storage.recovered" if outage_s is not None else "storage.connected",
             address=str(self._redis),
             sessions=migration.moved,
-            outage_s=outage_s,
-            migration_s=finished - started,
+            outage_s=None if outage_s is None else round(outage_s, 3),
+            migration_s=round(finished - started, 3),
         )
         tell()
 
@@ -415,7 +415,7 @@ class StorageManager:
             address=str(self._redis),
             reason=loss.reason,
             detail=loss.detail,
-            lasted_s=lasted_s,
+            lasted_s=None if lasted_s is None else round(lasted_s, 3),
         )
 
     def _give_up(self) -> None:

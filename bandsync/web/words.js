@@ -58,8 +58,11 @@ export function news(event, nameOf, mine) {
       return `${nameOf(event.by)} stopped the song.`;
     case "seek":
       return `${nameOf(event.by)} moved in the song.`;
-    case "tempo_changed":
-      return event.oldTempoBpm === event.newTempoBpm ? "" : `${nameOf(event.by)} set ${rounded(event.newTempoBpm)} BPM.`;
+    case "tempo_changed": {
+      const { beatsPerBar } = event.transport.next ?? event.transport;
+      const what = event.oldTempoBpm === event.newTempoBpm ? `beats/bar to ${beatsPerBar}` : `${rounded(event.newTempoBpm)} BPM`;
+      return `${nameOf(event.by)} set ${what}.`;
+    }
     case "leader_denied":
       return `${named(event.displayName)} keeps the lead for now.`;
     default:
