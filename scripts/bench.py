@@ -10,6 +10,7 @@ time, `…Ms` milliseconds, `…Kb` 1024 bytes, `…Cpu` a fraction of one core.
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -220,6 +221,8 @@ def main() -> int:
     options = vars(parse_arguments())
     bench = _BENCHES[options.pop("bench")]
     pin_generator()
+    # As an exception, like Ctrl-C: whatever was started, or suspended, must not stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         members = options.get("members", 1)
         bands = options.get("sessions", options.get("bands", 0))
@@ -229,6 +232,8 @@ def main() -> int:
     except BenchError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(json.dumps(result))
     findings = result.get("findings", [])
     assert isinstance(findings, list)

@@ -60,6 +60,37 @@ def outcome(process: "subprocess.Popen[str]") -> tuple[int, dict[str, Any], str]
 # The whole.
 
 
+def test_a_benchmark_that_is_told_to_stop_leaves_no_server_behind() -> None:
+    process = bench("commands", "--sessions", "2", "--members", "2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    servers: list[str] = []
+    try:
+        # One of the two is suspended while the other is measured.
+        for _ in range(1200):
+            servers = children.read_text().split()
+            if any(_state(each) == "T" for each in servers):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("nothing was measured")
+        process.send_signal(signal.SIGTERM)
+        assert outcome(process) == (130, {}, "")
+        assert [each for each in servers if _state(each)] == []
+    finally:
+        process.kill()
+        for each in servers:
+            if _state(each):
+                os.kill(int(each), signal.SIGKILL)
+
+
+def _state(pid: str) -> str:
+    """One letter, proc(5); empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def test_a_short_load(tmp_path: Path) -> None:
     plot, file = tmp_path / "load.svg", tmp_path / "load.json"
     code, result, error = outcome(

@@ -3,9 +3,11 @@
 import re
 import sys
 from pathlib import Path
+from select import select
 from subprocess import PIPE, Popen
 
 import httpx
+import pytest
 from websockets.sync.client import connect
 
 from bandsync.settings import OPTIONS
@@ -87,8 +89,14 @@ def test_the_python_example_runs(start_process: Start, tmp_path: Path) -> None:
         try:
             while '"user_joined"' not in leader.recv(PATIENCE_S):
                 pass
-            leader.send('{"type": "set_tempo", "tempoBpm": 96}')
             assert process.stdout is not None
+            # It hears what comes after it has begun to listen, which is a little after it joined.
+            for _ in range(100):
+                leader.send('{"type": "set_tempo", "tempoBpm": 96}')
+                if select([process.stdout], [], [], 0.2)[0]:
+                    break
+            else:
+                pytest.fail("it said nothing")
             assert process.stdout.readline() == "96.0 BPM from beat 0.0 on\n"
         finally:
             process.kill()
