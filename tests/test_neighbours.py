@@ -208,6 +208,38 @@ async def test_who_comes_back_passes_its_bands_on_to_where_they_are(
     assert not await passed(two, session_for(2))
 
 
+async def test_many_who_come_at_once_all_come_to_where_their_band_is(
+    nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    one.hosted = {session_for(2)}
+    await nursery.start(one.run)
+    await nursery.start(two.run)
+    results: list[bool] = []
+
+    async def one_of_many() -> None:
+        results.append(await passed(two, session_for(2)))
+
+    async with trio.open_nursery() as many:
+        # More than can wait to be let in by the neighbour.
+        for _ in range(300):
+            many.start_soon(one_of_many)
+    assert results == [True] * 300
+    await one.until(300)
+
+
+async def test_questions_without_meaning_end_the_way(nursery: trio.Nursery, crew: str) -> None:
+    one = Taker(crew, 1)
+    one.hosted = {session_for(1)}
+    await nursery.start(one.run)
+    for question, answer in ((b"away " + b"9" * 5000, b"[]"), (b"away x", b"[]"), (b"away", b"")):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+            other.settimeout(PATIENCE_S)
+            other.connect(way.address_of(crew, 1))
+            other.send(question)
+            assert await trio.to_thread.run_sync(other.recv, 100) == answer
+
+
 async def test_where_a_band_was_and_nobody_is_it_is_not_looked_for(
     nursery: trio.Nursery, crew: str
 ) -> None:

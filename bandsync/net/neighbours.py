@@ -113,10 +113,11 @@ class Neighbours:
         if number is None or session_id in self._hosted():
             return False
         way = self._ways[number]
-        if await way.ask(_HOSTED + session_id.encode()) == YES:
-            return await way.pass_on(sock, received)
-        self._away.pop(session_id, None)
-        return False
+        if await way.ask(_HOSTED + session_id.encode()) == NO:
+            self._away.pop(session_id, None)
+            return False
+        # Also without an answer: when many come at once, not each of them gets one in time.
+        return await way.pass_on(sock, received)
 
     async def run(
         self,
@@ -175,12 +176,12 @@ class Neighbours:
         if question.startswith(_HOSTED):
             session_id = question[len(_HOSTED) :].decode(errors="replace")
             return YES if session_id in self._hosted() else NO
-        if question.startswith(_AWAY) and question[len(_AWAY) :].isdigit():
-            number = int(question[len(_AWAY) :])
+        if question.startswith(_AWAY):
+            home = question[len(_AWAY) :].decode(errors="replace")
             away = [
                 session_id
                 for session_id in self._hosted()
-                if preference(session_id, self._workers)[0] == number
+                if str(preference(session_id, self._workers)[0]) == home
             ]
             return msgspec.json.encode(away[:_MOST_AWAY])
         return None

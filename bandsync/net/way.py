@@ -51,6 +51,7 @@ class Way:
         self._log = log
         self._outlet: socket.socket | None = None
         self._asking: _Asking | None = None
+        self._turn = trio.Lock()
         self._answered_at = -math.inf
         self._shunned_until = -math.inf
 
@@ -85,13 +86,14 @@ class Way:
     async def ask(self, question: bytes) -> bytes:
         """The answer to a question that is rare; empty if there is none, or not in time."""
         answer = b""
-        # On a connection of its own: no other answer can be taken for this one.
-        with (
-            trio.move_on_after(ANSWER_S),
-            contextlib.suppress(OSError),
-            _connected(self._address) as outlet,
-        ):
-            answer = await _asked(outlet, question)
+        if trio.current_time() < self._shunned_until:
+            return answer
+        with trio.move_on_after(ANSWER_S), contextlib.suppress(OSError):
+            # One at a time: so many at once would keep those out who pass something on.
+            async with self._turn:
+                # On a connection of its own: no other answer can be taken for this one.
+                with _connected(self._address) as outlet:
+                    answer = await _asked(outlet, question)
         return answer
 
     async def _answering(self) -> socket.socket | None:
