@@ -1,5 +1,6 @@
 """Workers pass connections on to each other, so that a band is on one of them."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -226,6 +227,50 @@ async def test_many_who_come_at_once_all_come_to_where_their_band_is(
             many.start_soon(one_of_many)
     assert results == [True] * 300
     await one.until(300)
+
+
+async def test_silence_does_not_say_that_a_band_has_left(
+    autojump_clock: MockClock, nursery: trio.Nursery, crew: str
+) -> None:
+    one, two = Taker(crew, 1), Taker(crew, 2)
+    one.hosted = {session_for(2)}
+    gone = await nursery.start(one.run)
+    await nursery.start(two.run)
+    gone.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    async with hanging(crew, 1):
+        assert not await passed(two, session_for(2))
+    again = Taker(crew, 1)
+    again.hosted = one.hosted
+    await nursery.start(again.run)
+    await trio.sleep(SHUN_S)
+    assert await passed(two, session_for(2))
+
+
+async def test_a_stranger_who_answers_gets_nothing(
+    nursery: trio.Nursery, crew: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Taker(crew, 1)
+    await nursery.start(one.run)
+    monkeypatch.setattr(way, "is_ours", lambda sock: False)
+    heard: list[bytes] = []
+
+    async def answer(listener: socket.socket) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            inlet, _ = listener.accept()
+            with inlet:
+                with contextlib.suppress(BrokenPipeError):  # It has hung up.
+                    inlet.send(b"!")
+                await trio.lowlevel.wait_readable(inlet)
+                heard.append(inlet.recv(100))
+
+    async with hanging(crew, 2) as listener, trio.open_nursery() as answering:
+        answering.start_soon(answer, listener)
+        assert not await passed(one, session_for(2))
+        await trio.testing.wait_all_tasks_blocked()
+        assert set(heard) == {b""}
+        answering.cancel_scope.cancel()
 
 
 async def test_questions_without_meaning_end_the_way(nursery: trio.Nursery, crew: str) -> None:
