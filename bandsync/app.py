@@ -11,11 +11,11 @@ import trio
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.draft import Here
 from bandsync.hub import Hub
 from bandsync.messages import StorageStatus
+from bandsync.model.clock import ServerClock
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
@@ -104,7 +104,7 @@ async def _serve(
     server_id = server_name(settings, port)
     boot_id = secrets.token_hex(8)
     started = trio.current_time()
-    clock = SessionClock(wall_ms=_wall_ms(), monotonic_s=started)
+    clock = ServerClock(wall_ms=_wall_ms(), monotonic_s=started)
     counters = Counters()
     metrics = Metrics()
     recorder = Recorder(counters)

@@ -10,8 +10,8 @@ from typing import Annotated, NoReturn, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from bandsync.session import Role
-from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, At
+from bandsync.model.session import Role
+from bandsync.model.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, At
 
 SESSION_ID_PATTERN = r"^[A-Za-z0-9._-]{1,64}\Z"
 MAX_REQUEST_ID = 64

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from msgspec import UNSET, Struct
 
-from bandsync import transport as arithmetic
 from bandsync.commands import (
     ChatMessage,
     DenyLeader,
@@ -47,8 +46,9 @@ from bandsync.messages import (
     UserJoined,
     You,
 )
+from bandsync.model import transport as arithmetic
+from bandsync.model.session import Member, Session, bound, find, leader_of, role_of
 from bandsync.reconcile import audit
-from bandsync.session import Member, Session, bound, find, leader_of, role_of
 from bandsync.tokens import ResumeToken, hash_secret, proves
 from bandsync.views import member_count, member_view, snapshot, sync_response
 

@@ -14,7 +14,7 @@ from bandsync.messages import (
     RoleReason,
     UserLeft,
 )
-from bandsync.session import (
+from bandsync.model.session import (
     CHAT_RING,
     EPSILON_MS,
     MAX_AWAITED_TOMBSTONES,
@@ -28,7 +28,7 @@ from bandsync.session import (
     Rank,
     Role,
     Session,
-    Settings,
+    SessionSettings,
     SettingsRegister,
     Stamp,
     TransportRegister,
@@ -39,7 +39,7 @@ from bandsync.session import (
     settle,
     without_old_tombstones,
 )
-from bandsync.transport import Transport, initial
+from bandsync.model.transport import Transport, initial
 from bandsync.views import member_count
 
 
@@ -77,7 +77,7 @@ def new_session(session_id: str, epoch_id: str, here: Here, now: float) -> Sessi
         leader=Leader(rank, ""),
         transport=TransportRegister(stamp, initial(now)),
         headline=HeadlineRegister(stamp, ""),
-        settings=SettingsRegister(stamp, Settings(here.max_members)),
+        settings=SettingsRegister(stamp, SessionSettings(here.max_members)),
         members={},
         chat=(),
         last_active_at=now,

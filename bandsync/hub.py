@@ -8,17 +8,17 @@ from msgspec import Struct, UnsetType
 from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.clock import SessionClock
 from bandsync.commands import Refusal
 from bandsync.counters import Counters
 from bandsync.decide import Bind
 from bandsync.draft import Here
 from bandsync.messages import LeaveReason, You
 from bandsync.mirror import House, Stores
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Tip
 from bandsync.rooms import CLOSED, Room
 from bandsync.rota import Rota
 from bandsync.seats import Peer
-from bandsync.session import Tip
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
 
@@ -68,7 +68,7 @@ class Hub:
         nursery: trio.Nursery,
         *,
         stores: Stores,
-        clock: SessionClock,
+        clock: ServerClock,
         here: Here,
         counters: Counters,
         log: FilteringBoundLogger,

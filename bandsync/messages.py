@@ -5,8 +5,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from bandsync.session import Role, Settings
-from bandsync.transport import Transport
+from bandsync.model.session import Role, SessionSettings
+from bandsync.model.transport import Transport
 
 LeaveReason = Literal["left", "timeout", "server_lost", "replaced", "slow_consumer"]
 RoleReason = Literal["claimed", "handed_over", "elected", "stepped_down", "merged"]
@@ -203,7 +203,7 @@ class Snapshot(Outgoing, frozen=True, tag="snapshot"):
     leader_id: str | None
     members: list[MemberView]
     chat: list[ChatView]
-    settings: Settings
+    settings: SessionSettings
     created_at: float
     last_active_at: float
     you: You | UnsetType = UNSET

@@ -15,8 +15,8 @@ from bandsync.decide import Actor, Command, Decision, decide
 from bandsync.draft import Here
 from bandsync.frames import text_frame
 from bandsync.messages import RoleChanged, encode
+from bandsync.model.session import Member, Session, Tip, tip
 from bandsync.reconcile import Adopt, Write, reconcile
-from bandsync.session import Member, Session, Tip, tip
 from bandsync.storage.base import (
     CONFLICT,
     MAX_ATTEMPTS,

@@ -11,9 +11,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.draft import Here
-from bandsync.merge import merge, same_content
 from bandsync.messages import RoleChanged
-from bandsync.session import (
+from bandsync.model.merge import merge, same_content
+from bandsync.model.session import (
     TOMBSTONE_MS,
     Member,
     Session,

@@ -24,9 +24,10 @@ from bandsync.messages import (
     encode,
 )
 from bandsync.mirror import Mirror, Outcome
+from bandsync.model.session import Member, Session, present
+from bandsync.model.transport import beat_at, in_force, position_at
 from bandsync.reconcile import audit, superseded
 from bandsync.seats import Peer, Seats
-from bandsync.session import Member, Session, present
 from bandsync.storage.changes import (
     read_change,
     read_report,
@@ -35,7 +36,6 @@ from bandsync.storage.changes import (
     write_whisper,
 )
 from bandsync.storage.era import Era
-from bandsync.transport import beat_at, in_force, position_at
 from bandsync.views import room_stats, snapshot
 
 if TYPE_CHECKING:

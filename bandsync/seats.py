@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from bandsync.session import Member
+from bandsync.model.session import Member
 
 
 class Peer(Protocol):

@@ -4,11 +4,11 @@ import os
 
 import trio
 
-from bandsync.clock import SessionClock
 from bandsync.hub import Hub
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session
 from bandsync.net.connections import Connections
 from bandsync.ops.process import machine
-from bandsync.session import Session
 from bandsync.storage.base import Presence
 from bandsync.storage.manager import StorageManager
 
@@ -30,7 +30,7 @@ class ServerState:
         hub: Hub,
         connections: Connections,
         storage: StorageManager,
-        clock: SessionClock,
+        clock: ServerClock,
         stopping: trio.Event,
         url: str,
     ) -> None:

@@ -3,8 +3,8 @@
 import trio
 
 from bandsync.hub import Hub
+from bandsync.model.session import Member, present
 from bandsync.rooms import Room
-from bandsync.session import Member, present
 from bandsync.storage.base import Lost, Presence, Unreadable
 from bandsync.storage.era import Era
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bandsync.commands import DisplayName
-from bandsync.session import Role
+from bandsync.model.session import Role
 
 
 class ResumeToken(Struct, frozen=True):

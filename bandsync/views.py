@@ -14,8 +14,8 @@ from bandsync.messages import (
     You,
     quality,
 )
-from bandsync.session import Member, Session, leader_of, present, role_of
-from bandsync.transport import in_force, position_at
+from bandsync.model.session import Member, Session, leader_of, present, role_of
+from bandsync.model.transport import in_force, position_at
 
 
 def member_view(session: Session, member: Member) -> MemberView:

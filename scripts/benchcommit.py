@@ -21,10 +21,10 @@ from bandsync.commands import Seek
 from bandsync.decide import Actor, Bind, Decision, decide
 from bandsync.draft import Here
 from bandsync.messages import encode
+from bandsync.model.session import Session
 from bandsync.redis_link.address import parse_address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
-from bandsync.session import Session
 from bandsync.storage.base import Committed
 from bandsync.storage.redis import Keys, RedisStorage
 

@@ -11,7 +11,7 @@ from benchserver import now_s, wall_ms
 from benchtruth import MOVES, Document, Truth, read_move
 from benchwire import Address, Line, Loop
 
-from bandsync.transport import Transport, in_force, position_at
+from bandsync.model.transport import Transport, in_force, position_at
 
 # As the pages do.
 _FIRST_RETRY_S = 0.3

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import msgspec
 from benchscore import Score
 
-from bandsync.transport import Transport, beat_at, in_force, position_at
+from bandsync.model.transport import Transport, beat_at, in_force, position_at
 
 Document = dict[str, Any]
 

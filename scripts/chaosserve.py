@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from bandsync.mirror import Mirror
-from bandsync.session import Session
+from bandsync.model.session import Session
 from bandsync.storage.base import Committed
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import RedisStorage

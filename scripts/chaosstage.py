@@ -16,7 +16,7 @@ import trio
 from chaosjudge import Message
 from chaosplayer import HOST, ChaosError, patience
 
-from bandsync.session import present, role_of
+from bandsync.model.session import present, role_of
 from bandsync.settings import OPTIONS
 from bandsync.storage.records import read_session
 

@@ -21,7 +21,7 @@ from bandsync.commands import (
 from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
 from bandsync.draft import Here
 from bandsync.messages import Event, Snapshot, You
-from bandsync.session import Session
+from bandsync.model.session import Session
 from bandsync.tokens import parse_resume_token
 
 NOW = 1_800_000_000_000.0

@@ -6,7 +6,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync import transport as arithmetic
 from bandsync.client.inbound import UnknownMessage, decode
 from bandsync.client.view import SessionView, Step, advance, instant_of_beat, view_of
 from bandsync.commands import Play
@@ -23,8 +22,9 @@ from bandsync.messages import (
     Snapshot,
     encode,
 )
-from bandsync.session import CHAT_RING, Session
-from bandsync.transport import Transport
+from bandsync.model import transport as arithmetic
+from bandsync.model.session import CHAT_RING, Session
+from bandsync.model.transport import Transport
 from bandsync.views import snapshot
 from tests.states import HERE, NOW, Stage, step, steps
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandsync.clock import SessionClock
+from bandsync.model.clock import ServerClock
 
 WALL_MS = 1_790_000_000_000.0  # In 2026.
 START_S = 654_321.0  # Trio's clock starts anywhere up to a million.
@@ -30,7 +30,7 @@ class Redis:
 
     def ask(
         self,
-        clock: SessionClock,
+        clock: ServerClock,
         sent_s: float,
         *,
         there_s: float = 0.0001,
@@ -41,8 +41,8 @@ class Redis:
         clock.observe(sent_s, sent_s + there_s + back_s, whole_microseconds / 1000, serving=serving)
 
 
-def new_clock() -> SessionClock:
-    return SessionClock(wall_ms=WALL_MS, monotonic_s=START_S)
+def new_clock() -> ServerClock:
+    return ServerClock(wall_ms=WALL_MS, monotonic_s=START_S)
 
 
 def checks(seconds: float, start_s: float = START_S) -> Iterator[float]:
@@ -200,7 +200,7 @@ def test_a_drift_is_followed(ppm: float) -> None:
 
 def test_servers_with_one_redis_agree() -> None:
     redis, rng = Redis(), random.Random(4)
-    clocks = [SessionClock(WALL_MS + wrong_ms, START_S) for wrong_ms in (-7000, -3, 0, 3, 7000)]
+    clocks = [ServerClock(WALL_MS + wrong_ms, START_S) for wrong_ms in (-7000, -3, 0, 3, 7000)]
     for clock in clocks:
         redis.ask(clock, START_S, serving=False)
     for sent in checks(60):
@@ -280,7 +280,7 @@ def test_precision_is_that_of_the_float(
     start: float, ahead_ms: float, rtt_s: float, waits: list[float]
 ) -> None:
     """Neither slews nor weeks add up to rounding errors."""
-    clock = SessionClock(WALL_MS, start)
+    clock = ServerClock(WALL_MS, start)
     now = start
     for wait in waits:
         clock.observe(now, now + rtt_s, WALL_MS + (now + rtt_s / 2 - start) * 1000 + ahead_ms)
@@ -319,7 +319,7 @@ WAIT_S = st.floats(1e-6, 1e-5) | st.floats(1e-6, 5) | st.floats(1e-6, 1e5)
 def test_it_is_monotone_and_never_hurries(
     start_s: float, history: list[tuple[float, Asked | None]]
 ) -> None:
-    clock = SessionClock(WALL_MS, start_s)
+    clock = ServerClock(WALL_MS, start_s)
     before_s, before_ms = start_s, clock.at(start_s)
     disciplined = False
     for wait_s, asked in history:
@@ -345,7 +345,7 @@ def test_it_does_not_run_backwards_between_neighbouring_floats() -> None:
     rng = random.Random(5)
     for _ in range(1000):
         start_s = rng.uniform(0, 1e6)
-        clock, undisciplined = SessionClock(WALL_MS, start_s), SessionClock(WALL_MS, start_s)
+        clock, undisciplined = ServerClock(WALL_MS, start_s), ServerClock(WALL_MS, start_s)
         clock.observe(start_s, start_s, WALL_MS)
         clock.reset_filter()
         sent_s, received_s = start_s + 1, start_s + 1 + rng.uniform(0, 0.001)

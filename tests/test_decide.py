@@ -33,7 +33,7 @@ from bandsync.messages import (
     UserLeft,
     encode,
 )
-from bandsync.session import (
+from bandsync.model.session import (
     CHAT_RING,
     MAX_TOMBSTONES,
     TOMBSTONE_MS,
@@ -42,8 +42,8 @@ from bandsync.session import (
     leader_of,
     present,
 )
+from bandsync.model.transport import in_force
 from bandsync.tokens import ResumeToken, parse_resume_token
-from bandsync.transport import in_force
 from tests.states import HERE, NOW, Stage, step, steps
 
 

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from bandsync.clock import SessionClock
+from bandsync.model.clock import ServerClock
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
@@ -19,11 +19,11 @@ from tests.states import NOW
 KEY = KEYS.server("stage")
 
 
-def health(boot_id: str, clock: SessionClock | None = None) -> HealthCheck:
+def health(boot_id: str, clock: ServerClock | None = None) -> HealthCheck:
     return HealthCheck(
         interval_s=1,
         timeout_s=1,
-        clock=clock or SessionClock(NOW, 0),
+        clock=clock or ServerClock(NOW, 0),
         presence_key=KEY,
         presence=lambda: Presence(boot_id, NOW, f"http://{boot_id}", ["song"], 2),
         is_gone=lambda _: False,
@@ -91,7 +91,7 @@ class Reference:
 async def test_another_node_with_the_time_is_followed_without_a_jump(
     autojump_clock: MockClock,
 ) -> None:
-    clock = SessionClock(NOW, trio.current_time())
+    clock = ServerClock(NOW, trio.current_time())
     checks = health("boot-1", clock)
     node = Reference()
 

@@ -10,9 +10,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from bandsync.commands import ChatMessage, LeaveSession, SetRole, UpdateMessage
 from bandsync.decide import Actor, Command, Decision, Drop, decide
 from bandsync.messages import Outgoing, encode
+from bandsync.model.session import Session, find, leader_of, tip
 from bandsync.reconcile import Write, reconcile
 from bandsync.rooms import MAX_HEARD
-from bandsync.session import Session, find, leader_of, tip
 from bandsync.storage.base import Committed
 from bandsync.storage.changes import write_change, write_whisper
 from bandsync.storage.memory import MemoryStorage

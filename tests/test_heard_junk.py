@@ -7,8 +7,8 @@ from msgspec import Raw
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from bandsync.model.session import Member, Tip
 from bandsync.rooms import Room
-from bandsync.session import Member, Tip
 from bandsync.storage.changes import Change
 from tests.states import NOW
 from tests.test_heard import Band, chat

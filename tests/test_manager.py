@@ -12,9 +12,9 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
-from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.draft import new_session
+from bandsync.model.clock import ServerClock
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError
@@ -193,7 +193,7 @@ class Stage:
         self.gate.set()
         self.recoveries: list[float] = []
         self.memory = MemoryStorage(boot_id, "for a test")
-        clock = SessionClock(NOW, trio.current_time())
+        clock = ServerClock(NOW, trio.current_time())
         self.manager = StorageManager(
             settings,
             self.redis,

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from bandsync.commands import ChatMessage, LeaveSession, Play, SetRole, UpdateMessage
 from bandsync.decide import Audit, Drop
 from bandsync.draft import Here, new_session
-from bandsync.merge import merge, same_content
 from bandsync.messages import encode
-from bandsync.session import (
+from bandsync.model.merge import merge, same_content
+from bandsync.model.session import (
     CHAT_RING,
     TOMBSTONE_MS,
     Chat,
@@ -21,13 +21,13 @@ from bandsync.session import (
     Member,
     Rank,
     Session,
-    Settings,
+    SessionSettings,
     SettingsRegister,
     Stamp,
     TransportRegister,
     leader_of,
 )
-from bandsync.transport import initial
+from bandsync.model.transport import initial
 from bandsync.views import snapshot
 from tests.states import NAMES, NOW, WHAT, Stage, step
 
@@ -89,7 +89,7 @@ any_session = st.builds(
         TransportRegister, stamps, st.floats(0, 2).map(lambda at: initial(NOW + at))
     ),
     headline=st.builds(HeadlineRegister, stamps, st.sampled_from(["", "a", "ä"])),
-    settings=st.builds(SettingsRegister, stamps, st.integers(1, 3).map(Settings)),
+    settings=st.builds(SettingsRegister, stamps, st.integers(1, 3).map(SessionSettings)),
     members=st.dictionaries(member_ids, members).map(
         lambda drawn: {key: replace(member, member_id=key) for key, member in drawn.items()}
     ),

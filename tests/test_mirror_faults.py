@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.clock import SessionClock
 from bandsync.commands import (
     ChatMessage,
     LeaveSession,
@@ -27,8 +26,9 @@ from bandsync.decide import Actor, Bind, Command, Decision, Drop, decide
 from bandsync.draft import Here
 from bandsync.hub import Hub
 from bandsync.messages import MemberConnection, encode
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import TOMBSTONE_MS, Session, Tip, find, leader_of, present, tip
 from bandsync.rooms import Room
-from bandsync.session import TOMBSTONE_MS, Session, Tip, find, leader_of, present, tip
 from bandsync.storage.base import (
     Committed,
     Conflict,
@@ -145,7 +145,7 @@ class Stage:
         self.hub = Hub(
             nursery,
             stores=self.stores,
-            clock=SessionClock(NOW, trio.current_time()),
+            clock=ServerClock(NOW, trio.current_time()),
             here=HERE,
             counters=Counters(),
             log=structlog.wrap_logger(self.log, processors=[structlog.processors.format_exc_info]),
@@ -589,7 +589,7 @@ async def test_members_found_without_a_connection_get_their_grace(
     again = Hub(
         stage.hub._nursery,  # noqa: SLF001 (the rooms are forgotten, the process is the same)
         stores=stage.stores,
-        clock=SessionClock(NOW, trio.current_time()),
+        clock=ServerClock(NOW, trio.current_time()),
         here=HERE,
         counters=Counters(),
         log=structlog.wrap_logger(stage.log),

@@ -8,10 +8,11 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
-from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.decide import Drop
 from bandsync.draft import Here
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session
 from bandsync.ops.recorder import KEPT, Recorder
 from bandsync.ops.samples import (
     Durations,
@@ -23,7 +24,6 @@ from bandsync.ops.samples import (
     sample,
     unpacked,
 )
-from bandsync.session import Session
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.status import HISTORY, Change, Failover, History, Mode, Recovery
 from tests.states import Stage
@@ -67,7 +67,7 @@ class Observed:
     def __init__(self) -> None:
         self.storage = Storage()
         self.hosting: list[Session] = []
-        self.clock = SessionClock(1_000_000.0, trio.current_time())
+        self.clock = ServerClock(1_000_000.0, trio.current_time())
         self.offset_ms = 0.0
 
     def now(self) -> float:

@@ -14,17 +14,9 @@ from bandsync.commands import (
 )
 from bandsync.decide import Audit, Decision, Drop, Expire
 from bandsync.draft import Here
-from bandsync.merge import merge, same_content
 from bandsync.messages import MemberConnection, RoleChanged, UserJoined
-from bandsync.reconcile import (
-    FORGETTABLE_MS,
-    Adopt,
-    Write,
-    audit,
-    reconcile,
-    superseded,
-)
-from bandsync.session import (
+from bandsync.model.merge import merge, same_content
+from bandsync.model.session import (
     TOMBSTONE_MS,
     Member,
     Session,
@@ -32,6 +24,14 @@ from bandsync.session import (
     find,
     leader_of,
     role_of,
+)
+from bandsync.reconcile import (
+    FORGETTABLE_MS,
+    Adopt,
+    Write,
+    audit,
+    reconcile,
+    superseded,
 )
 from tests.states import NOW, Stage
 

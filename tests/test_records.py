@@ -22,7 +22,7 @@ from bandsync.commands import (
     UpdateMessage,
 )
 from bandsync.decide import Command, Drop
-from bandsync.session import CHAT_RING, TOMBSTONE_MS, Session, tip
+from bandsync.model.session import CHAT_RING, TOMBSTONE_MS, Session, tip
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.changes import (
     Change,

@@ -17,10 +17,10 @@ from msgspec.structs import replace
 from bandsync.commands import ChatMessage, LeaveSession, Play, UpdateMessage
 from bandsync.decide import Command
 from bandsync.messages import encode
+from bandsync.model.session import TOMBSTONE_MS, Session, tip
 from bandsync.redis_link.address import parse_address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
-from bandsync.session import TOMBSTONE_MS, Session, tip
 from bandsync.storage.base import (
     Committed,
     Conflict,

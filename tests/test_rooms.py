@@ -10,13 +10,13 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.clock import SessionClock
 from bandsync.commands import ChatMessage, Play, Refusal, UpdateMessage
 from bandsync.counters import Counters
 from bandsync.decide import Actor, Bind, Decision, decide
 from bandsync.hub import Hub
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session, leader_of, present
 from bandsync.rooms import Room
-from bandsync.session import Session, leader_of, present
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
 from bandsync.tokens import ResumeToken
@@ -109,7 +109,7 @@ class Stage:
         self.hub = Hub(
             nursery,
             stores=FixedStores(self.storage),
-            clock=SessionClock(NOW, trio.current_time()),
+            clock=ServerClock(NOW, trio.current_time()),
             here=HERE,
             counters=Counters(),
             log=structlog.wrap_logger(structlog.testing.CapturingLogger()),

@@ -17,7 +17,7 @@ from bandsync.commands import (
 from bandsync.decide import Actor, Bind, Command, Decision, decide
 from bandsync.draft import new_session
 from bandsync.messages import Snapshot
-from bandsync.session import Session, find, present, tip
+from bandsync.model.session import Session, find, present, tip
 from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
 from bandsync.storage.memory import MemoryStorage
 from tests.redis_storages import open_cluster, redis_storage, storage_over

@@ -16,14 +16,14 @@ from trio.testing import MockClock, memory_stream_pair
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 from websockets.frames import Frame, Opcode
 
-from bandsync.clock import SessionClock
 from bandsync.counters import Counters
 from bandsync.hub import Hub
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session
 from bandsync.net.connection import Connection
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.head import read_head
-from bandsync.session import Session
 from bandsync.settings import Settings
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
@@ -72,7 +72,7 @@ class House:
         self.hub = Hub(
             nursery,
             stores=self.stores,
-            clock=SessionClock(NOW, trio.current_time()),
+            clock=ServerClock(NOW, trio.current_time()),
             here=HERE,
             counters=Counters(),
             log=structlog.wrap_logger(structlog.testing.CapturingLogger()),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.transport import (
+from bandsync.model.transport import (
     At,
     Transport,
     auto_lead,

@@ -9,7 +9,6 @@ from typing import TypeVar
 import trio
 from msgspec import UNSET, UnsetType
 
-from bandsync import transport as arithmetic
 from bandsync.client.address import OpenStream, address_of
 from bandsync.client.clock import SessionClock
 from bandsync.client.conversation import Tap
@@ -37,8 +36,9 @@ from bandsync.commands import (
     UpdateMessage,
 )
 from bandsync.messages import MemberStats, MemberView, StorageStatus, Welcome, You
-from bandsync.session import Role
-from bandsync.transport import At, Segment
+from bandsync.model import transport as arithmetic
+from bandsync.model.session import Role
+from bandsync.model.transport import At, Segment
 
 _T = TypeVar("_T")
 

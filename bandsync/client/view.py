@@ -18,8 +18,8 @@ from bandsync.messages import (
     UserJoined,
     UserLeft,
 )
-from bandsync.session import CHAT_RING, Role, Settings
-from bandsync.transport import Segment, Transport, in_force
+from bandsync.model.session import CHAT_RING, Role, SessionSettings
+from bandsync.model.transport import Segment, Transport, in_force
 
 
 class SessionView(Struct, frozen=True):
@@ -43,7 +43,7 @@ class SessionView(Struct, frozen=True):
     leader_id: str | None
     members: Mapping[str, MemberView]
     chat: tuple[ChatView, ...]
-    settings: Settings
+    settings: SessionSettings
     created_at: float
 
 

@@ -11,10 +11,10 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.frames import text_frame
 from bandsync.hub import Hub
 from bandsync.messages import ConnectionLimits, StorageStatus, Welcome, encode
+from bandsync.model.transport import MAX_TEMPO_BPM, MIN_TEMPO_BPM
 from bandsync.net.outbox import OutboxPolicy
 from bandsync.rota import Rota
 from bandsync.settings import Settings
-from bandsync.transport import MAX_TEMPO_BPM, MIN_TEMPO_BPM
 
 if TYPE_CHECKING:
     from bandsync.net.connection import Connection

@@ -6,18 +6,18 @@ from typing import Protocol
 from msgspec import Struct
 
 from bandsync import __version__
-from bandsync.clock import SessionClock
 from bandsync.http import HttpRequest, HttpResponse, json_response, problem
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session
+from bandsync.model.transport import in_force
 from bandsync.ops.admission import is_admitted, unauthorized
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.overview import BadQueryError, Overview, StorageStatus, event, since_of
 from bandsync.ops.pages import Pages
 from bandsync.ops.recorder import KEPT, PERIOD_S, Recorder
 from bandsync.ops.verdict import RECENT_MS, Facts, Verdict, judge
-from bandsync.session import Session
 from bandsync.storage.base import StorageHealth
 from bandsync.storage.manager import StorageManager
-from bandsync.transport import in_force
 from bandsync.views import member_count
 
 # What is true for a second is not kept by anybody in between.
@@ -44,7 +44,7 @@ class Server(Protocol):
         """How many WebSocket connections are taken."""
 
     @property
-    def clock(self) -> SessionClock:
+    def clock(self) -> ServerClock:
         """The session clock."""
 
     def now(self) -> float:

@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from bandsync import __version__
-from bandsync.clock import SessionClock
 from bandsync.counters import Counters
+from bandsync.model.clock import ServerClock
 from bandsync.storage.manager import StorageManager
 
 _COMMAND_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
@@ -38,7 +38,7 @@ class Gauges(Protocol):
         """Where sessions are kept."""
 
     @property
-    def clock(self) -> SessionClock:
+    def clock(self) -> ServerClock:
         """The session clock."""
 
 

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import trio
 
-from bandsync.clock import SessionClock
 from bandsync.counters import Counters
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session
 from bandsync.ops.process import resident_bytes
 from bandsync.ops.samples import Durations, Sample, State, Totals, packed, sample, unpacked
-from bandsync.session import Session
 from bandsync.storage.manager import StorageManager
 
 PERIOD_S = 1.0
@@ -32,7 +32,7 @@ class Observed(Protocol):
         """Where sessions are kept."""
 
     @property
-    def clock(self) -> SessionClock:
+    def clock(self) -> ServerClock:
         """The session clock."""
 
     def now(self) -> float:

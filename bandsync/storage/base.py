@@ -10,7 +10,7 @@ from bandsync.commands import LeaveSession, Refusal
 from bandsync.decide import NOT_JOINED, NOT_MEMBER, Actor, Bind, Decision, decide
 from bandsync.draft import Here
 from bandsync.messages import encode
-from bandsync.session import Session, Tip, find
+from bandsync.model.session import Session, Tip, find
 
 StorageType = Literal["redis", "memory"]
 

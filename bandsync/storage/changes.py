@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from msgspec import Raw, Struct
 
-from bandsync.session import Tip
+from bandsync.model.session import Tip
 
 # What decoding raises for what is no JSON, not ours, or nested as only an enemy nests.
 JUNK = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

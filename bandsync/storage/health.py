@@ -7,7 +7,7 @@ from importlib import resources
 import trio
 from redis.exceptions import RedisError
 
-from bandsync.clock import SessionClock
+from bandsync.model.clock import ServerClock
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.executor import Executor
 from bandsync.redis_link.script import Script
@@ -48,7 +48,7 @@ class HealthCheck:
         *,
         interval_s: float,
         timeout_s: float,
-        clock: SessionClock,
+        clock: ServerClock,
         presence_key: str,
         presence: Callable[[], Presence],
         is_gone: Callable[[Presence], bool],

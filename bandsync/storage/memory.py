@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
-from bandsync.session import Session, Tip, is_blank, tip
+from bandsync.model.session import Session, Tip, is_blank, tip
 from bandsync.storage.base import (
     Committed,
     Conflict,

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from bandsync.session import (
+from bandsync.model.session import (
     CHAT_RING,
     Chat,
     Epoch,
@@ -19,9 +19,9 @@ from bandsync.session import (
     Tip,
     TransportRegister,
 )
+from bandsync.model.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.changes import JUNK, Change
-from bandsync.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 
 # Raised by whatever an older server could not read, or would drop when it writes.
 FORMAT = 1

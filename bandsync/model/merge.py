@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from bandsync.session import (
+from bandsync.model.session import (
     CHAT_RING,
     Chat,
     HeadlineRegister,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from bandsync.transport import Transport
+from bandsync.model.transport import Transport
 
 # Far above what is counted, and still exact in every JSON.
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
@@ -82,7 +82,7 @@ class HeadlineRegister(Struct, frozen=True, rename="camel"):
     value: str
 
 
-class Settings(Struct, frozen=True, rename="camel"):
+class SessionSettings(Struct, frozen=True, rename="camel"):
     """What was agreed when the session was created."""
 
     max_members: int
@@ -92,7 +92,7 @@ class SettingsRegister(Struct, frozen=True, rename="camel"):
     """The session's settings and their stamp."""
 
     stamp: Stamp
-    value: Settings
+    value: SessionSettings
 
 
 class Member(Struct, frozen=True, rename="camel"):

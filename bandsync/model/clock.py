@@ -48,7 +48,7 @@ class _Sample(Struct, frozen=True):
         return self.half_ms + (now_s - self.received_s) * _DRIFT_MS_PER_S
 
 
-class SessionClock:
+class ServerClock:
     """Maps the monotonic clock to instants.
 
     Once a time has been told to anybody, the clock runs forwards only, at its own rate ± 500 ppm,
