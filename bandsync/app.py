@@ -14,7 +14,6 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.counters import Counters
 from bandsync.draft import Here
 from bandsync.hub import Hub
-from bandsync.messages import StorageStatus
 from bandsync.model.clock import ServerClock
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
@@ -32,6 +31,7 @@ from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys
 from bandsync.sweeper import Sweeper
+from bandsync.wire.messages import StorageStatus
 
 _EXPIRY_PERIOD_S = 1.0
 

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 
 from msgspec import UNSET, Struct
 
-from bandsync.commands import (
+from bandsync.draft import Draft, Here, new_session
+from bandsync.model import transport as arithmetic
+from bandsync.model.session import Member, Session, bound, find, leader_of, role_of
+from bandsync.reconcile import audit
+from bandsync.tokens import ResumeToken, hash_secret, proves
+from bandsync.wire.commands import (
     ChatMessage,
     DenyLeader,
     LeaveSession,
@@ -26,8 +31,7 @@ from bandsync.commands import (
     UpdateMessage,
     invalid_field,
 )
-from bandsync.draft import Draft, Here, new_session
-from bandsync.messages import (
+from bandsync.wire.messages import (
     ChatSent,
     DriftCorrection,
     Event,
@@ -46,11 +50,7 @@ from bandsync.messages import (
     UserJoined,
     You,
 )
-from bandsync.model import transport as arithmetic
-from bandsync.model.session import Member, Session, bound, find, leader_of, role_of
-from bandsync.reconcile import audit
-from bandsync.tokens import ResumeToken, hash_secret, proves
-from bandsync.views import member_count, member_view, snapshot, sync_response
+from bandsync.wire.snapshots import member_count, member_view, snapshot, sync_response
 
 LEADER_RESYNC_MS = 20.0
 FOLLOWER_DRIFT_MS = 25.0

@@ -6,14 +6,6 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from bandsync.messages import (
-    Event,
-    LeaveReason,
-    MemberConnection,
-    RoleChanged,
-    RoleReason,
-    UserLeft,
-)
 from bandsync.model.session import (
     CHAT_RING,
     EPSILON_MS,
@@ -40,7 +32,15 @@ from bandsync.model.session import (
     without_old_tombstones,
 )
 from bandsync.model.transport import Transport, initial
-from bandsync.views import member_count
+from bandsync.wire.messages import (
+    Event,
+    LeaveReason,
+    MemberConnection,
+    RoleChanged,
+    RoleReason,
+    UserLeft,
+)
+from bandsync.wire.snapshots import member_count
 
 
 class Here(Struct, frozen=True):

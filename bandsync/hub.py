@@ -8,11 +8,9 @@ from msgspec import Struct, UnsetType
 from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.commands import Refusal
 from bandsync.counters import Counters
 from bandsync.decide import Bind
 from bandsync.draft import Here
-from bandsync.messages import LeaveReason, You
 from bandsync.mirror import House, Stores
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Tip
@@ -21,6 +19,8 @@ from bandsync.rota import Rota
 from bandsync.seats import Peer
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
+from bandsync.wire.commands import Refusal
+from bandsync.wire.messages import LeaveReason, You
 
 STATS_PERIOD_S = 5.0
 # Anti-entropy: how often the tips of all hosted sessions are compared with what is stored.

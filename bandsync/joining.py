@@ -2,9 +2,9 @@
 
 from msgspec import UNSET, Struct
 
-from bandsync.commands import JoinSession, Refusal, invalid_field, is_session_id
 from bandsync.decide import UNAUTHORIZED, Bind
 from bandsync.tokens import ResumeToken, expired, parse_resume_token, verify_join_token
+from bandsync.wire.commands import JoinSession, Refusal, invalid_field, is_session_id
 
 DEFAULT_DISPLAY_NAME = "Musician"
 

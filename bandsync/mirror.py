@@ -9,12 +9,9 @@ import trio
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.commands import Refusal
 from bandsync.counters import Counters
 from bandsync.decide import Actor, Command, Decision, decide
 from bandsync.draft import Here
-from bandsync.frames import text_frame
-from bandsync.messages import RoleChanged, encode
 from bandsync.model.session import Member, Session, Tip, tip
 from bandsync.reconcile import Adopt, Write, reconcile
 from bandsync.storage.base import (
@@ -31,6 +28,9 @@ from bandsync.storage.changes import Change
 from bandsync.storage.era import Era
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import UnreadableError, patch_session
+from bandsync.wire.commands import Refusal
+from bandsync.wire.frames import text_frame
+from bandsync.wire.messages import RoleChanged, encode
 
 # Told in the log once each, as far as this goes.
 _MAX_UNREADABLE = 10_000

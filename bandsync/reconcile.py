@@ -11,7 +11,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.draft import Here
-from bandsync.messages import RoleChanged
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import (
     TOMBSTONE_MS,
@@ -23,6 +22,7 @@ from bandsync.model.session import (
     settle,
     tip,
 )
+from bandsync.wire.messages import RoleChanged
 
 # What another server has pruned just now is not yet due by a clock that is a little behind, and
 # must not be put back either.

@@ -10,19 +10,7 @@ import trio
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from bandsync.commands import LeaveSession, Play, Refusal
 from bandsync.decide import Audit, Bind, Command, Drop, Expire
-from bandsync.frames import text_frame
-from bandsync.messages import (
-    Ack,
-    LeaveReason,
-    Outgoing,
-    RoleChanged,
-    ScrollTick,
-    Snapshot,
-    You,
-    encode,
-)
 from bandsync.mirror import Mirror, Outcome
 from bandsync.model.session import Member, Session, present
 from bandsync.model.transport import beat_at, in_force, position_at
@@ -36,7 +24,19 @@ from bandsync.storage.changes import (
     write_whisper,
 )
 from bandsync.storage.era import Era
-from bandsync.views import room_stats, snapshot
+from bandsync.wire.commands import LeaveSession, Play, Refusal
+from bandsync.wire.frames import text_frame
+from bandsync.wire.messages import (
+    Ack,
+    LeaveReason,
+    Outgoing,
+    RoleChanged,
+    ScrollTick,
+    Snapshot,
+    You,
+    encode,
+)
+from bandsync.wire.snapshots import room_stats, snapshot
 
 if TYPE_CHECKING:
     from bandsync.hub import Hub

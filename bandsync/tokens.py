@@ -8,8 +8,8 @@ import jwt
 import msgspec
 from msgspec import Meta, Struct
 
-from bandsync.commands import DisplayName
 from bandsync.model.session import Role
+from bandsync.wire.commands import DisplayName
 
 
 class ResumeToken(Struct, frozen=True):

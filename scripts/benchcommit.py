@@ -17,16 +17,16 @@ from benchserver import ROOT, BenchError, all_cores, clean_environment, now_s
 from msgspec.structs import replace
 from serve import relax_garbage_collection
 
-from bandsync.commands import Seek
 from bandsync.decide import Actor, Bind, Decision, decide
 from bandsync.draft import Here
-from bandsync.messages import encode
 from bandsync.model.session import Session
 from bandsync.redis_link.address import parse_address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
 from bandsync.storage.base import Committed
 from bandsync.storage.redis import Keys, RedisStorage
+from bandsync.wire.commands import Seek
+from bandsync.wire.messages import encode
 
 _SLICE_S = 2.0
 _WARM_UP_S = 0.5

@@ -12,7 +12,7 @@ from chaosjudge import Asked, ClockSample, Message, Record, essence
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from bandsync import client
-from bandsync.commands import Undecodable, decode
+from bandsync.wire.commands import Undecodable, decode
 
 HOST = "127.0.0.1"
 PATIENCE_S = 30.0

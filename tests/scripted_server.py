@@ -9,7 +9,7 @@ import trio
 from trio.testing import memory_stream_pair
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
-from bandsync.limits import RateLimits
+from bandsync.wire.rate_limits import RateLimits
 
 Message = dict[str, Any]
 

@@ -3,7 +3,11 @@
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.commands import (
+from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
+from bandsync.draft import Here
+from bandsync.model.session import Session
+from bandsync.tokens import parse_resume_token
+from bandsync.wire.commands import (
     ChatMessage,
     DenyLeader,
     LeaveSession,
@@ -18,11 +22,7 @@ from bandsync.commands import (
     Stop,
     UpdateMessage,
 )
-from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
-from bandsync.draft import Here
-from bandsync.messages import Event, Snapshot, You
-from bandsync.model.session import Session
-from bandsync.tokens import parse_resume_token
+from bandsync.wire.messages import Event, Snapshot, You
 
 NOW = 1_800_000_000_000.0
 HERE = Here(server_id="stage", boot_id="boot-1", max_members=8)

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from websockets.sync.client import connect
 
-from bandsync.frames import text_frame
+from bandsync.wire.frames import text_frame
 from tests.server_processes import ServerProcess
 
 ROOT = Path(__file__).parent.parent

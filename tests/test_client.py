@@ -10,8 +10,8 @@ import trustme
 from bandsync import client
 from bandsync.client import Band, CommandRefused, JoinRefused, NotConnected, Superseded, Unreachable
 from bandsync.client.address import address_of
-from bandsync.commands import Heartbeat, Play
-from bandsync.messages import (
+from bandsync.wire.commands import Heartbeat, Play
+from bandsync.wire.messages import (
     ChatSent,
     DriftCorrection,
     LeaderDenied,

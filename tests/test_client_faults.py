@@ -16,7 +16,7 @@ from bandsync.client import (
     StatusChanged,
     Unreachable,
 )
-from bandsync.messages import ServerDraining, Snapshot
+from bandsync.wire.messages import ServerDraining, Snapshot
 from tests.fault_proxy import FaultProxy
 from tests.redis_servers import RedisServer, free_port
 from tests.servers import PATIENCE_S, Server, musician, start_server

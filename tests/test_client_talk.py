@@ -13,8 +13,8 @@ from trio.testing import MockClock
 from bandsync import client
 from bandsync.client import EventsDropped, EventStream, JoinRefused, UnknownMessage
 from bandsync.client.events import MAX_WAITING, EventHub
-from bandsync.commands import Heartbeat, JoinSession, LeaveSession
-from bandsync.messages import (
+from bandsync.wire.commands import Heartbeat, JoinSession, LeaveSession
+from bandsync.wire.messages import (
     ChatSent,
     LeaderRequested,
     MessageUpdated,

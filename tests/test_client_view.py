@@ -8,10 +8,13 @@ from msgspec.structs import replace
 
 from bandsync.client.inbound import UnknownMessage, decode
 from bandsync.client.view import SessionView, Step, advance, instant_of_beat, view_of
-from bandsync.commands import Play
 from bandsync.decide import Decision
 from bandsync.draft import Here
-from bandsync.messages import (
+from bandsync.model import transport as arithmetic
+from bandsync.model.session import CHAT_RING, Session
+from bandsync.model.transport import Transport
+from bandsync.wire.commands import Play
+from bandsync.wire.messages import (
     ChatSent,
     Event,
     LeaderRequested,
@@ -22,10 +25,7 @@ from bandsync.messages import (
     Snapshot,
     encode,
 )
-from bandsync.model import transport as arithmetic
-from bandsync.model.session import CHAT_RING, Session
-from bandsync.model.transport import Transport
-from bandsync.views import snapshot
+from bandsync.wire.snapshots import snapshot
 from tests.states import HERE, NOW, Stage, step, steps
 
 HERES = [HERE, replace(HERE, isolated=False), replace(HERE, leadership="open")]

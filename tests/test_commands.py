@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandsync.commands import (
+from bandsync.wire.commands import (
     TYPES,
     LatencyProbe,
     PositionSync,

@@ -14,15 +14,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync import draft as draft_module
-from bandsync.commands import ChatMessage, LeaveSession, Play, Refusal, SetRole, UpdateMessage
 from bandsync.decide import Actor, Audit, Bind, Command, Decision, Drop, Expire, decide
 from bandsync.draft import Here
-from bandsync.messages import Event, Snapshot, You
 from bandsync.model import merge as merge_module
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import Member, Session, Stamp, Tip, leader_of, present, settle, tip
 from bandsync.reconcile import Adopt, Write, reconcile, superseded
 from bandsync.tokens import parse_resume_token
+from bandsync.wire.commands import ChatMessage, LeaveSession, Play, Refusal, SetRole, UpdateMessage
+from bandsync.wire.messages import Event, Snapshot, You
 from tests.states import NOW
 
 RING = 4  # Fifty messages are more than a short history has.

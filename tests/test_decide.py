@@ -7,7 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.commands import (
+from bandsync.decide import Actor, Bind, Decision, Drop, Expire, decide
+from bandsync.draft import Here
+from bandsync.model.session import (
+    CHAT_RING,
+    MAX_TOMBSTONES,
+    TOMBSTONE_MS,
+    Session,
+    find,
+    leader_of,
+    present,
+)
+from bandsync.model.transport import in_force
+from bandsync.tokens import ResumeToken, parse_resume_token
+from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,
     Play,
@@ -20,9 +33,7 @@ from bandsync.commands import (
     Stop,
     SyncRequest,
 )
-from bandsync.decide import Actor, Bind, Decision, Drop, Expire, decide
-from bandsync.draft import Here
-from bandsync.messages import (
+from bandsync.wire.messages import (
     Event,
     MemberConnection,
     Played,
@@ -33,17 +44,6 @@ from bandsync.messages import (
     UserLeft,
     encode,
 )
-from bandsync.model.session import (
-    CHAT_RING,
-    MAX_TOMBSTONES,
-    TOMBSTONE_MS,
-    Session,
-    find,
-    leader_of,
-    present,
-)
-from bandsync.model.transport import in_force
-from bandsync.tokens import ResumeToken, parse_resume_token
 from tests.states import HERE, NOW, Stage, step, steps
 
 

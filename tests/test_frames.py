@@ -13,7 +13,7 @@ from wsproto import ConnectionType
 from wsproto.connection import Connection
 from wsproto.events import TextMessage
 
-from bandsync.frames import (
+from bandsync.wire.frames import (
     FrameReader,
     Opcode,
     ProtocolError,

@@ -13,7 +13,7 @@ from websockets.frames import Frame, Opcode
 from websockets.trio.client import connect
 
 from bandsync import __version__
-from bandsync.http import HttpRequest, origin_allowed
+from bandsync.wire.http_messages import HttpRequest, origin_allowed
 from tests.servers import PATIENCE_S, Server, band, musician, start_server
 
 

@@ -3,11 +3,11 @@
 import jwt
 import pytest
 
-from bandsync.commands import JoinSession, Refusal
 from bandsync.decide import Bind
 from bandsync.joining import Doorway, admit
-from bandsync.messages import quality
 from bandsync.tokens import ResumeToken
+from bandsync.wire.commands import JoinSession, Refusal
+from bandsync.wire.messages import quality
 from tests.states import NOW
 
 SECRET = "a secret of thirty-two characters"

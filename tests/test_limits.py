@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandsync.limits import AbuseCounter, RateLimits
+from bandsync.wire.rate_limits import AbuseCounter, RateLimits
 
 RATES = {"position_sync": 50, "set_tempo": 10, "join_session": 2, "chat_message": 10, "play": 20}
 

@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.commands import ChatMessage, LeaveSession, Play, SetRole, UpdateMessage
 from bandsync.decide import Audit, Drop
 from bandsync.draft import Here, new_session
-from bandsync.messages import encode
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import (
     CHAT_RING,
@@ -28,7 +26,9 @@ from bandsync.model.session import (
     leader_of,
 )
 from bandsync.model.transport import initial
-from bandsync.views import snapshot
+from bandsync.wire.commands import ChatMessage, LeaveSession, Play, SetRole, UpdateMessage
+from bandsync.wire.messages import encode
+from bandsync.wire.snapshots import snapshot
 from tests.states import NAMES, NOW, WHAT, Stage, step
 
 HERES = [Here(f"server-{n}", f"boot-{n}", 8, isolated=n != 0) for n in range(3)]

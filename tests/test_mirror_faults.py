@@ -12,20 +12,10 @@ from msgspec.structs import replace
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.commands import (
-    ChatMessage,
-    LeaveSession,
-    Pause,
-    Play,
-    Refusal,
-    SetTempo,
-    UpdateMessage,
-)
 from bandsync.counters import Counters
 from bandsync.decide import Actor, Bind, Command, Decision, Drop, decide
 from bandsync.draft import Here
 from bandsync.hub import Hub
-from bandsync.messages import MemberConnection, encode
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import TOMBSTONE_MS, Session, Tip, find, leader_of, present, tip
 from bandsync.rooms import Room
@@ -43,6 +33,16 @@ from bandsync.storage.records import changed_fields
 from bandsync.storage.relay import Relay
 from bandsync.sweeper import Sweeper
 from bandsync.tokens import ResumeToken
+from bandsync.wire.commands import (
+    ChatMessage,
+    LeaveSession,
+    Pause,
+    Play,
+    Refusal,
+    SetTempo,
+    UpdateMessage,
+)
+from bandsync.wire.messages import MemberConnection, encode
 from tests.states import HERE, NOW
 from tests.stores import FixedStores
 from tests.test_rooms import Listener, cancel_when_all_wait

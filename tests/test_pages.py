@@ -7,8 +7,8 @@ from importlib import resources
 import httpx
 import pytest
 
-from bandsync.http import HttpRequest, HttpResponse
 from bandsync.ops.pages import Pages
+from bandsync.wire.http_messages import HttpRequest, HttpResponse
 from tests.servers import Server
 
 WEB = resources.files("bandsync").joinpath("web")

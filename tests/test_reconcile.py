@@ -3,18 +3,8 @@
 import pytest
 from msgspec.structs import replace
 
-from bandsync.commands import (
-    ChatMessage,
-    LeaveSession,
-    Pause,
-    Play,
-    SetRole,
-    SetTempo,
-    UpdateMessage,
-)
 from bandsync.decide import Audit, Decision, Drop, Expire
 from bandsync.draft import Here
-from bandsync.messages import MemberConnection, RoleChanged, UserJoined
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import (
     TOMBSTONE_MS,
@@ -33,6 +23,16 @@ from bandsync.reconcile import (
     reconcile,
     superseded,
 )
+from bandsync.wire.commands import (
+    ChatMessage,
+    LeaveSession,
+    Pause,
+    Play,
+    SetRole,
+    SetTempo,
+    UpdateMessage,
+)
+from bandsync.wire.messages import MemberConnection, RoleChanged, UserJoined
 from tests.states import NOW, Stage
 
 ONE = Here("one", "boot-one", 8, isolated=False)

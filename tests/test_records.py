@@ -10,17 +10,6 @@ from hypothesis import given, settings
 from msgspec import Raw
 from msgspec.structs import replace
 
-from bandsync.commands import (
-    ChatMessage,
-    LeaveSession,
-    Pause,
-    Play,
-    Seek,
-    SetRole,
-    SetTempo,
-    Stop,
-    UpdateMessage,
-)
 from bandsync.decide import Command, Drop
 from bandsync.model.session import CHAT_RING, TOMBSTONE_MS, Session, tip
 from bandsync.storage.base import Presence, Unreadable
@@ -40,6 +29,17 @@ from bandsync.storage.records import (
     read_session,
     read_tip,
     write_presence,
+)
+from bandsync.wire.commands import (
+    ChatMessage,
+    LeaveSession,
+    Pause,
+    Play,
+    Seek,
+    SetRole,
+    SetTempo,
+    Stop,
+    UpdateMessage,
 )
 from tests.states import NOW, Stage, step, steps
 

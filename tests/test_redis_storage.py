@@ -14,9 +14,7 @@ import redis
 import trio
 from msgspec.structs import replace
 
-from bandsync.commands import ChatMessage, LeaveSession, Play, UpdateMessage
 from bandsync.decide import Command
-from bandsync.messages import encode
 from bandsync.model.session import TOMBSTONE_MS, Session, tip
 from bandsync.redis_link.address import parse_address
 from bandsync.redis_link.connecting import Argument, Reply
@@ -31,6 +29,8 @@ from bandsync.storage.base import (
 )
 from bandsync.storage.records import read_session
 from bandsync.storage.redis import Keys, RedisStorage
+from bandsync.wire.commands import ChatMessage, LeaveSession, Play, UpdateMessage
+from bandsync.wire.messages import encode
 from tests.redis_servers import RedisServer
 from tests.redis_storages import KEYS, LossList, open_link, redis_storage
 from tests.servers import PATIENCE_S

@@ -12,7 +12,6 @@ from redis.exceptions import NoPermissionError, RedisError
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.commands import LeaveSession
 from bandsync.counters import Counters
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.errors import LinkLostError
@@ -21,6 +20,7 @@ from bandsync.rooms import Room
 from bandsync.storage.base import Lost
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
+from bandsync.wire.commands import LeaveSession
 from tests.test_heard import Band
 from tests.test_mirror_faults import Stage
 from tests.test_rooms import Listener, cancel_when_all_wait

@@ -10,7 +10,6 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.commands import ChatMessage, Play, Refusal, UpdateMessage
 from bandsync.counters import Counters
 from bandsync.decide import Actor, Bind, Decision, decide
 from bandsync.hub import Hub
@@ -20,6 +19,7 @@ from bandsync.rooms import Room
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
 from bandsync.tokens import ResumeToken
+from bandsync.wire.commands import ChatMessage, Play, Refusal, UpdateMessage
 from tests.states import HERE, NOW
 from tests.stores import FixedStores
 

@@ -6,7 +6,12 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from bandsync.commands import (
+from bandsync.decide import Actor, Bind, Command, Decision, decide
+from bandsync.draft import new_session
+from bandsync.model.session import Session, find, present, tip
+from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
+from bandsync.storage.memory import MemoryStorage
+from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,
     Play,
@@ -14,12 +19,7 @@ from bandsync.commands import (
     SetTempo,
     UpdateMessage,
 )
-from bandsync.decide import Actor, Bind, Command, Decision, decide
-from bandsync.draft import new_session
-from bandsync.messages import Snapshot
-from bandsync.model.session import Session, find, present, tip
-from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
-from bandsync.storage.memory import MemoryStorage
+from bandsync.wire.messages import Snapshot
 from tests.redis_storages import open_cluster, redis_storage, storage_over
 from tests.states import HERE, NOW, Stage
 

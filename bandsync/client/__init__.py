@@ -3,7 +3,7 @@
 ```python
 import trio
 from bandsync import client
-from bandsync.messages import TempoChanged
+from bandsync.wire.messages import TempoChanged
 
 
 async def main() -> None:
@@ -20,7 +20,7 @@ trio.run(main)
 
 `connect` keeps the connection: it resumes by itself, keeps the session clock, and asks again for
 what it missed. `Band` has the commands and what is known; the events are the structs of
-`bandsync.messages`, and a few of our own. `bandsync.client.errors` draws the tree of exceptions.
+`bandsync.wire.messages`, and a few of our own. `bandsync.client.errors` draws the tree of exceptions.
 """
 
 from bandsync.client.address import OpenStream

@@ -8,7 +8,7 @@ from urllib.parse import quote, urlsplit
 import trio
 from msgspec import Struct
 
-from bandsync.commands import is_session_id
+from bandsync.wire.commands import is_session_id
 
 _PORTS = {"ws": 80, "wss": 443}
 # RFC 3986 section 3.3, and what is encoded already.

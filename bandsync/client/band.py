@@ -19,7 +19,10 @@ from bandsync.client.line import CLOSE_TIMEOUT_S
 from bandsync.client.meaning import meant
 from bandsync.client.membership import Membership, Token
 from bandsync.client.view import SessionView, instant_of_beat
-from bandsync.commands import (
+from bandsync.model import transport as arithmetic
+from bandsync.model.session import Role
+from bandsync.model.transport import At, Segment
+from bandsync.wire.commands import (
     ChatMessage,
     ClientMessage,
     DenyLeader,
@@ -35,10 +38,7 @@ from bandsync.commands import (
     Stop,
     UpdateMessage,
 )
-from bandsync.messages import MemberStats, MemberView, StorageStatus, Welcome, You
-from bandsync.model import transport as arithmetic
-from bandsync.model.session import Role
-from bandsync.model.transport import At, Segment
+from bandsync.wire.messages import MemberStats, MemberView, StorageStatus, Welcome, You
 
 _T = TypeVar("_T")
 
@@ -158,7 +158,7 @@ class Band:
     def events(self) -> EventStream:
         """What happens from this call on: ``async for event in band.events()``.
 
-        The structs of `bandsync.messages`, each after `session` was updated, and `StatusChanged`,
+        The structs of `bandsync.wire.messages`, each after `session` was updated, and `StatusChanged`,
         `EventsDropped`, `UnknownMessage`. Every call is a stream of its own, with a buffer of its
         own: see `EventStream` for what happens to who is late.
         """
@@ -179,7 +179,7 @@ class Band:
     # Commands.
 
     async def command(self, message: ClientMessage) -> int | None:
-        """Give any command of `bandsync.commands`; the others are made of this one.
+        """Give any command of `bandsync.wire.commands`; the others are made of this one.
 
         Raises:
             ValueError: it is longer than the server allows, or its request id is that of another

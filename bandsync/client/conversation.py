@@ -14,8 +14,8 @@ from bandsync.client.inbound import News, ServerMessage, UnknownMessage, decode
 from bandsync.client.line import Line
 from bandsync.client.membership import Membership
 from bandsync.client.requests import Requests
-from bandsync.commands import ClientMessage, ClockSync, LeaveSession, SyncReport, SyncRequest
-from bandsync.messages import (
+from bandsync.wire.commands import ClientMessage, ClockSync, LeaveSession, SyncReport, SyncRequest
+from bandsync.wire.messages import (
     Ack,
     ClockSyncReply,
     Error,

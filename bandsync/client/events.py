@@ -8,7 +8,7 @@ import trio
 from msgspec import Struct
 
 from bandsync.client.inbound import News, UnknownMessage
-from bandsync.messages import RoomStats, ScrollTick
+from bandsync.wire.messages import RoomStats, ScrollTick
 
 MAX_WAITING = 1024
 # Ticks and statistics are worth something while they are fresh.

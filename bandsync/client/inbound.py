@@ -1,11 +1,11 @@
-"""From the text of a frame to a message of `bandsync.messages`, whatever the server's age."""
+"""From the text of a frame to a message of `bandsync.wire.messages`, whatever the server's age."""
 
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from bandsync.messages import (
+from bandsync.wire.messages import (
     Ack,
     ChatSent,
     ClockSyncReply,

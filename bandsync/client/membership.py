@@ -6,8 +6,8 @@ from bandsync.client.clock import SessionClock
 from bandsync.client.events import EventHub, Status, StatusChanged
 from bandsync.client.inbound import News, UnknownMessage
 from bandsync.client.view import SessionView, advance, view_of
-from bandsync.commands import JoinSession
-from bandsync.messages import MemberStats, RoomStats, Snapshot, StorageStatus, Welcome, You
+from bandsync.wire.commands import JoinSession
+from bandsync.wire.messages import MemberStats, RoomStats, Snapshot, StorageStatus, Welcome, You
 
 # A join token, or what gets a fresh one.
 Token = str | Callable[[], str | Awaitable[str]]

@@ -5,7 +5,7 @@ from itertools import count
 import trio
 
 from bandsync.client.errors import CommandRefused, ConnectionLost
-from bandsync.messages import Ack, Error
+from bandsync.wire.messages import Ack, Error
 
 
 class Request:

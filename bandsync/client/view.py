@@ -6,7 +6,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.client.inbound import Change, ServerMessage, UnknownMessage
-from bandsync.messages import (
+from bandsync.model.session import CHAT_RING, Role, SessionSettings
+from bandsync.model.transport import Segment, Transport, in_force
+from bandsync.wire.messages import (
     ChatSent,
     ChatView,
     MemberConnection,
@@ -18,8 +20,6 @@ from bandsync.messages import (
     UserJoined,
     UserLeft,
 )
-from bandsync.model.session import CHAT_RING, Role, SessionSettings
-from bandsync.model.transport import Segment, Transport, in_force
 
 
 class SessionView(Struct, frozen=True):

@@ -8,7 +8,15 @@ import trio
 from msgspec import UNSET, UnsetType
 from trio_websocket import WebSocketConnection, wrap_server_stream
 
-from bandsync.commands import (
+from bandsync.decide import NOT_JOINED
+from bandsync.joining import Doorway, admit
+from bandsync.net.connections import Connections
+from bandsync.net.head import Head
+from bandsync.net.outbox import Outbox
+from bandsync.net.wire import Wire, end_parser
+from bandsync.rooms import Room
+from bandsync.tokens import ResumeToken, parse_resume_token
+from bandsync.wire.commands import (
     ChatMessage,
     ClientMessage,
     ClockSync,
@@ -24,8 +32,7 @@ from bandsync.commands import (
     kind_of,
     out_of_range,
 )
-from bandsync.decide import NOT_JOINED
-from bandsync.frames import (
+from bandsync.wire.frames import (
     FrameReader,
     Opcode,
     ProtocolError,
@@ -33,9 +40,7 @@ from bandsync.frames import (
     pong_frame,
     text_frame,
 )
-from bandsync.joining import Doorway, admit
-from bandsync.limits import AbuseCounter, RateLimits
-from bandsync.messages import (
+from bandsync.wire.messages import (
     Ack,
     ClockSyncReply,
     Error,
@@ -46,12 +51,7 @@ from bandsync.messages import (
     ServerDraining,
     encode,
 )
-from bandsync.net.connections import Connections
-from bandsync.net.head import Head
-from bandsync.net.outbox import Outbox
-from bandsync.net.wire import Wire, end_parser
-from bandsync.rooms import Room
-from bandsync.tokens import ResumeToken, parse_resume_token
+from bandsync.wire.rate_limits import AbuseCounter, RateLimits
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.frames import text_frame
 from bandsync.hub import Hub
-from bandsync.messages import ConnectionLimits, StorageStatus, Welcome, encode
 from bandsync.model.transport import MAX_TEMPO_BPM, MIN_TEMPO_BPM
 from bandsync.net.outbox import OutboxPolicy
 from bandsync.rota import Rota
 from bandsync.settings import Settings
+from bandsync.wire.frames import text_frame
+from bandsync.wire.messages import ConnectionLimits, StorageStatus, Welcome, encode
 
 if TYPE_CHECKING:
     from bandsync.net.connection import Connection

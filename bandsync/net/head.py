@@ -6,7 +6,7 @@ import h11
 import trio
 from msgspec import Struct
 
-from bandsync.http import HttpRequest, HttpResponse, problem
+from bandsync.wire.http_messages import HttpRequest, HttpResponse, problem
 
 MAX_HEAD_BYTES = 16_384
 

@@ -12,12 +12,18 @@ import trio
 from structlog.typing import FilteringBoundLogger
 from trio_websocket import ConnectionClosed
 
-from bandsync.http import HttpRequest, HttpResponse, is_upgrade, origin_allowed, problem
 from bandsync.net.connection import Connection
 from bandsync.net.connections import Connections
 from bandsync.net.head import BadHeadError, Head, next_exchange, read_head, response_bytes
 from bandsync.net.neighbours import Neighbours
 from bandsync.net.stream import SEND_BUFFER_BYTES, TcpStream
+from bandsync.wire.http_messages import (
+    HttpRequest,
+    HttpResponse,
+    is_upgrade,
+    origin_allowed,
+    problem,
+)
 
 HEAD_TIMEOUT_S = 10.0
 RESPONSE_TIMEOUT_S = 10.0

@@ -4,7 +4,7 @@ import base64
 import binascii
 import hmac
 
-from bandsync.http import HttpRequest, HttpResponse, problem
+from bandsync.wire.http_messages import HttpRequest, HttpResponse, problem
 
 # A browser that is sent this asks for the token by itself (RFC 7617).
 _BASIC = 'Basic realm="BandSync operators", charset="UTF-8"'

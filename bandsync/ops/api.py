@@ -6,7 +6,6 @@ from typing import Protocol
 from msgspec import Struct
 
 from bandsync import __version__
-from bandsync.http import HttpRequest, HttpResponse, json_response, problem
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
 from bandsync.model.transport import in_force
@@ -18,7 +17,8 @@ from bandsync.ops.recorder import KEPT, PERIOD_S, Recorder
 from bandsync.ops.verdict import RECENT_MS, Facts, Verdict, judge
 from bandsync.storage.base import StorageHealth
 from bandsync.storage.manager import StorageManager
-from bandsync.views import member_count
+from bandsync.wire.http_messages import HttpRequest, HttpResponse, json_response, problem
+from bandsync.wire.snapshots import member_count
 
 # What is true for a second is not kept by anybody in between.
 _NOT_STORED = (("Cache-Control", "no-store"),)

@@ -6,7 +6,7 @@ from importlib import resources
 
 from msgspec import Struct
 
-from bandsync.http import HttpRequest, HttpResponse
+from bandsync.wire.http_messages import HttpRequest, HttpResponse
 
 _CONTENT_TYPES = {
     "html": "text/html; charset=utf-8",

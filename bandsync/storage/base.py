@@ -6,11 +6,11 @@ from typing import Literal
 
 from msgspec import Struct
 
-from bandsync.commands import LeaveSession, Refusal
 from bandsync.decide import NOT_JOINED, NOT_MEMBER, Actor, Bind, Decision, decide
 from bandsync.draft import Here
-from bandsync.messages import encode
 from bandsync.model.session import Session, Tip, find
+from bandsync.wire.commands import LeaveSession, Refusal
+from bandsync.wire.messages import encode
 
 StorageType = Literal["redis", "memory"]
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from msgspec import UNSET
 
-from bandsync.messages import (
+from bandsync.model.session import Member, Session, leader_of, present, role_of
+from bandsync.model.transport import in_force, position_at
+from bandsync.wire.messages import (
     ChatView,
     MemberStats,
     MemberView,
@@ -14,8 +16,6 @@ from bandsync.messages import (
     You,
     quality,
 )
-from bandsync.model.session import Member, Session, leader_of, present, role_of
-from bandsync.model.transport import in_force, position_at
 
 
 def member_view(session: Session, member: Member) -> MemberView:

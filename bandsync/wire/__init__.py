@@ -1,0 +1,1 @@
+"""The wire contract: messages, commands, snapshots, WebSocket frames, limits. Pure."""
