@@ -12,7 +12,6 @@ from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
-from bandsync.draft import Here
 from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.net.connections import Connections
@@ -23,6 +22,7 @@ from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.process import is_gone
 from bandsync.ops.recorder import Recorder
+from bandsync.rules.draft import ServerContext
 from bandsync.settings import Settings
 from bandsync.state import ServerState
 from bandsync.storage.access import Access
@@ -141,7 +141,7 @@ async def _serve(
             nursery,
             stores=manager,
             clock=clock,
-            here=Here(server_id, boot_id, settings.max_members, settings.leadership),
+            here=ServerContext(server_id, boot_id, settings.max_members, settings.leadership),
             counters=counters,
             log=log,
             grace_s=settings.resume_grace_ms / 1000,

@@ -9,13 +9,13 @@ from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
-from bandsync.decide import Bind
-from bandsync.draft import Here
 from bandsync.mirror import House, Stores
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Tip
 from bandsync.rooms import CLOSED, Room
 from bandsync.rota import Rota
+from bandsync.rules.actions import Bind
+from bandsync.rules.draft import ServerContext
 from bandsync.seats import Peer
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
@@ -69,7 +69,7 @@ class Hub:
         *,
         stores: Stores,
         clock: ServerClock,
-        here: Here,
+        here: ServerContext,
         counters: Counters,
         log: FilteringBoundLogger,
         grace_s: float,

@@ -10,10 +10,11 @@ from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
-from bandsync.decide import Actor, Command, Decision, decide
-from bandsync.draft import Here
 from bandsync.model.session import Member, Session, Tip, tip
-from bandsync.reconcile import Adopt, Write, reconcile
+from bandsync.rules.actions import Actor, Command, Decision
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.reconcile import Adopt, Write, reconcile
 from bandsync.storage.base import (
     CONFLICT,
     MAX_ATTEMPTS,
@@ -68,7 +69,7 @@ class Audience(Protocol):
         """`Mirror.catch_up` under the room's lock, for a commit whose caller is cancelled."""
 
     def own(self) -> Mapping[str, Member]:
-        """The members bound to connections of this server: see `bandsync.reconcile`."""
+        """The members bound to connections of this server: see `bandsync.rules.reconcile`."""
 
     def listen(self) -> None:
         """Take what the relay has brought meanwhile; see `Mirror.hear`."""
@@ -92,8 +93,8 @@ class House(Struct, frozen=True):
     """
 
     stores: Stores
-    isolated: Here
-    connected: Here
+    isolated: ServerContext
+    connected: ServerContext
     now: Callable[[], float]
     timer: Callable[[], float]
     finish: Callable[[Callable[[], Awaitable[None]]], None]

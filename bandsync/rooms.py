@@ -10,11 +10,11 @@ import trio
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from bandsync.decide import Audit, Bind, Command, Drop, Expire
 from bandsync.mirror import Mirror, Outcome
 from bandsync.model.session import Member, Session, present
 from bandsync.model.transport import beat_at, in_force, position_at
-from bandsync.reconcile import audit, superseded
+from bandsync.rules.actions import Audit, Bind, Command, Drop, Expire
+from bandsync.rules.reconcile import audit, superseded
 from bandsync.seats import Peer, Seats
 from bandsync.storage.changes import (
     read_change,

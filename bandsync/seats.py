@@ -43,7 +43,7 @@ class Seats:
 
     Attributes:
         peers: their connections, by member id.
-        bound: the members as they were bound, for the audit (see `bandsync.reconcile`).
+        bound: the members as they were bound, for the audit (see `bandsync.rules.reconcile`).
     """
 
     __slots__ = ("_ticks", "bound", "peers")

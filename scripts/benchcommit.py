@@ -17,12 +17,13 @@ from benchserver import ROOT, BenchError, all_cores, clean_environment, now_s
 from msgspec.structs import replace
 from serve import relax_garbage_collection
 
-from bandsync.decide import Actor, Bind, Decision, decide
-from bandsync.draft import Here
 from bandsync.model.session import Session
 from bandsync.redis_link.address import parse_address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
+from bandsync.rules.actions import Actor, Bind, Decision
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
 from bandsync.storage.base import Committed
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import Seek
@@ -165,7 +166,7 @@ class Band:
 
     def __init__(self, storage: RedisStorage, number: int, members: int) -> None:
         self._storage = storage
-        self._here = Here(server_id="bench", boot_id="boot", max_members=members)
+        self._here = ServerContext(server_id="bench", boot_id="boot", max_members=members)
         self._session = self._filled(f"band-{number}", members)
         self.commits = 0
 

@@ -3,10 +3,11 @@
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.decide import Actor, Bind, Command, Decision, Drop, Expire, decide
-from bandsync.draft import Here
 from bandsync.model.session import Session
-from bandsync.tokens import parse_resume_token
+from bandsync.rules.actions import Actor, Bind, Command, Decision, Drop, Expire
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.tokens import parse_resume_token
 from bandsync.wire.commands import (
     ChatMessage,
     DenyLeader,
@@ -25,7 +26,7 @@ from bandsync.wire.commands import (
 from bandsync.wire.messages import Event, Snapshot, You
 
 NOW = 1_800_000_000_000.0
-HERE = Here(server_id="stage", boot_id="boot-1", max_members=8)
+HERE = ServerContext(server_id="stage", boot_id="boot-1", max_members=8)
 
 
 class Stage:
@@ -40,7 +41,7 @@ class Stage:
         events: all there ever were; that of version n is at n - 1.
     """
 
-    def __init__(self, here: Here = HERE, now: float = NOW, prefix: str = "") -> None:
+    def __init__(self, here: ServerContext = HERE, now: float = NOW, prefix: str = "") -> None:
         self.prefix = prefix
         self.here = here
         self.now = now

@@ -8,11 +8,11 @@ from msgspec.structs import replace
 
 from bandsync.client.inbound import UnknownMessage, decode
 from bandsync.client.view import SessionView, Step, advance, instant_of_beat, view_of
-from bandsync.decide import Decision
-from bandsync.draft import Here
 from bandsync.model import transport as arithmetic
 from bandsync.model.session import CHAT_RING, Session
 from bandsync.model.transport import Transport
+from bandsync.rules.actions import Decision
+from bandsync.rules.draft import ServerContext
 from bandsync.wire.commands import Play
 from bandsync.wire.messages import (
     ChatSent,
@@ -54,7 +54,7 @@ def comparable(view: SessionView) -> SessionView:
 @example([("Ann", "down", 0, 0.0), ("Bob", "join", 0, 0.0)], HERE)
 @given(steps, st.sampled_from(HERES))
 def test_a_view_is_what_a_fresh_snapshot_shows(
-    plan: list[tuple[str, str, int, float]], here: Here
+    plan: list[tuple[str, str, int, float]], here: ServerContext
 ) -> None:
     stage = Stage(here)
     stage.join("Ann")

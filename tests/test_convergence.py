@@ -13,14 +13,15 @@ import pytest
 from msgspec import Struct
 from msgspec.structs import replace
 
-from bandsync import draft as draft_module
-from bandsync.decide import Actor, Audit, Bind, Command, Decision, Drop, Expire, decide
-from bandsync.draft import Here
 from bandsync.model import merge as merge_module
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import Member, Session, Stamp, Tip, leader_of, present, settle, tip
-from bandsync.reconcile import Adopt, Write, reconcile, superseded
-from bandsync.tokens import parse_resume_token
+from bandsync.rules import draft as draft_module
+from bandsync.rules.actions import Actor, Audit, Bind, Command, Decision, Drop, Expire
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.reconcile import Adopt, Write, reconcile, superseded
+from bandsync.rules.tokens import parse_resume_token
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, Refusal, SetRole, UpdateMessage
 from bandsync.wire.messages import Event, Snapshot, You
 from tests.states import NOW
@@ -172,9 +173,11 @@ class Server:
         return self.link and self.world.now - self.linked_since >= STABLE_MS
 
     @property
-    def here(self) -> Here:
+    def here(self) -> ServerContext:
         isolated = not self.on_redis
-        return Here(f"server-{self.number}", self.boot_id, 8, self.world.leadership, isolated)
+        return ServerContext(
+            f"server-{self.number}", self.boot_id, 8, self.world.leadership, isolated
+        )
 
     # --- Redis
 

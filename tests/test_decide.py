@@ -7,8 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.decide import Actor, Bind, Decision, Drop, Expire, decide
-from bandsync.draft import Here
 from bandsync.model.session import (
     CHAT_RING,
     MAX_TOMBSTONES,
@@ -19,7 +17,10 @@ from bandsync.model.session import (
     present,
 )
 from bandsync.model.transport import in_force
-from bandsync.tokens import ResumeToken, parse_resume_token
+from bandsync.rules.actions import Actor, Bind, Decision, Drop, Expire
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.tokens import ResumeToken, parse_resume_token
 from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,
@@ -70,7 +71,7 @@ def registers(session: Session) -> dict[str, tuple[object, object]]:
 def test_whatever_a_band_does(
     script: list[tuple[str, str, int, float]], isolated: bool, leadership: str
 ) -> None:
-    stage = Stage(Here("stage", "boot-1", 3, leadership, isolated))
+    stage = Stage(ServerContext("stage", "boot-1", 3, leadership, isolated))
     vacated = False
     for name, what, number, passed in script:
         stage.now += passed
@@ -172,7 +173,7 @@ def test_a_claim_tells_of_the_old_leader_first() -> None:
 
 
 def test_open_leadership_can_be_claimed_at_any_time() -> None:
-    stage = Stage(Here("stage", "boot-1", 8, "open"))
+    stage = Stage(ServerContext("stage", "boot-1", 8, "open"))
     stage.join("Ann")
     stage.join("Bob")
     stage.do("Bob", SetRole(role="leader"))
@@ -180,13 +181,13 @@ def test_open_leadership_can_be_claimed_at_any_time() -> None:
 
 
 def test_in_memory_mode_a_leader_out_of_reach_can_be_replaced() -> None:
-    stage = Stage(Here("far", "boot-far", 8))
+    stage = Stage(ServerContext("far", "boot-far", 8))
     stage.join("Ann")
     stage.here = HERE
     stage.join("Bob")
     stage.do("Bob", SetRole(role="leader"))
     assert stage.leader == "Bob"
-    stage.here = Here("stage", "boot-1", 8, isolated=False)
+    stage.here = ServerContext("stage", "boot-1", 8, isolated=False)
     stage.join("Cid")
     refused = stage.attempt("Cid", SetRole(role="leader"))
     assert isinstance(refused, Refusal)
@@ -325,7 +326,7 @@ def test_a_connection_that_resumes_as_another_replaces_itself() -> None:
 
 
 def test_the_members_of_a_full_session_can_still_resume() -> None:
-    stage = Stage(Here("stage", "boot-1", 2))
+    stage = Stage(ServerContext("stage", "boot-1", 2))
     stage.join("Ann")
     stage.join("Bob")
     refused = stage.attempt_join("Cid")
@@ -501,7 +502,7 @@ def test_tombstones_are_few() -> None:
 
 
 def test_deciding_a_join_again_repeats_nothing() -> None:
-    stage = Stage(Here("stage", "boot-1", 1))
+    stage = Stage(ServerContext("stage", "boot-1", 1))
     bind = Bind("song", "e", "secret", "Ann")
     actor = Actor(stage.here, "connection", "", "member")
     once = decide(None, bind, actor, NOW)

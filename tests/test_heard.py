@@ -7,15 +7,16 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.decide import Actor, Command, Decision, Drop, decide
 from bandsync.model.session import Session, find, leader_of, tip
-from bandsync.reconcile import Write, reconcile
 from bandsync.rooms import MAX_HEARD
+from bandsync.rules.actions import Actor, Command, Decision, Drop
+from bandsync.rules.decide import decide
+from bandsync.rules.reconcile import Write, reconcile
+from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import Committed
 from bandsync.storage.changes import write_change, write_whisper
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import changed_fields
-from bandsync.tokens import ResumeToken
 from bandsync.wire.commands import ChatMessage, LeaveSession, SetRole, UpdateMessage
 from bandsync.wire.messages import Outgoing, encode
 from tests.test_mirror_faults import GRACE_S, OTHER, Stage, in_order, texts

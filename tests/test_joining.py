@@ -3,9 +3,9 @@
 import jwt
 import pytest
 
-from bandsync.decide import Bind
-from bandsync.joining import Doorway, admit
-from bandsync.tokens import ResumeToken
+from bandsync.rules.actions import Bind
+from bandsync.rules.admission import JoinContext, admit
+from bandsync.rules.tokens import ResumeToken
 from bandsync.wire.commands import JoinSession, Refusal
 from bandsync.wire.messages import quality
 from tests.states import NOW
@@ -15,27 +15,27 @@ OWN = ResumeToken("member-1", 3, "own")
 OTHER = ResumeToken("member-2", 1, "other")
 
 
-def admitted(message: JoinSession, doorway: Doorway) -> Bind:
+def admitted(message: JoinSession, doorway: JoinContext) -> Bind:
     command = admit(message, doorway, epoch_id="e", secret="s", now=NOW)
     assert isinstance(command, Bind), command
     return command
 
 
 def test_what_the_message_leaves_out() -> None:
-    command = admitted(JoinSession(), Doorway("song"))
+    command = admitted(JoinSession(), JoinContext("song"))
     assert command == Bind("song", "e", "s", "Musician")
-    assert admitted(JoinSession(session_id="mine"), Doorway("song")).session_id == "mine"
+    assert admitted(JoinSession(session_id="mine"), JoinContext("song")).session_id == "mine"
 
 
 @pytest.mark.parametrize("path", ["", "a b", "x" * 65])
 def test_no_session(path: str) -> None:
-    refused = admit(JoinSession(), Doorway(path), epoch_id="e", secret="s", now=NOW)
+    refused = admit(JoinSession(), JoinContext(path), epoch_id="e", secret="s", now=NOW)
     assert isinstance(refused, Refusal)
     assert refused.context == {"field": "sessionId"}
 
 
 def test_which_resume_tokens_are_tried_in_which_order() -> None:
-    there = Doorway("song", "song", OWN)
+    there = JoinContext("song", "song", OWN)
     assert admitted(JoinSession(), there).resume == (OWN,)
     assert admitted(JoinSession(resume_token=str(OTHER)), there).resume == (OTHER, OWN)
     assert admitted(JoinSession(resume_token="none"), there).resume == (OWN,)
@@ -44,7 +44,7 @@ def test_which_resume_tokens_are_tried_in_which_order() -> None:
 
 def test_claims_go_before_the_message() -> None:
     claims = {"sub": "u", "session": "song", "exp": NOW / 1000 + 60}
-    guarded = Doorway("song", join_secret=SECRET)
+    guarded = JoinContext("song", join_secret=SECRET)
 
     def join(**more: object) -> Bind | Refusal:
         token = jwt.encode({**claims, **more}, SECRET)
@@ -63,7 +63,7 @@ def test_claims_go_before_the_message() -> None:
 
 
 def test_a_token_that_has_expired_lets_nobody_in_but_back() -> None:
-    guarded = Doorway("song", join_secret=SECRET)
+    guarded = JoinContext("song", join_secret=SECRET)
     old = jwt.encode({"sub": "u", "session": "song", "exp": NOW / 1000 - 1}, SECRET)
     back = admitted(JoinSession(token=old, resume_token=str(OWN)), guarded)
     assert (back.resume, back.resume_only) == ((OWN,), True)

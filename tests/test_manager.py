@@ -13,13 +13,13 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
 from bandsync.counters import Counters
-from bandsync.draft import new_session
 from bandsync.model.clock import ServerClock
 from bandsync.redis_link.address import Address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.subscriber import Subscriber
+from bandsync.rules.draft import new_session
 from bandsync.settings import Settings
 from bandsync.storage.base import Presence
 from bandsync.storage.era import Era, Loss

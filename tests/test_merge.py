@@ -6,8 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bandsync.decide import Audit, Drop
-from bandsync.draft import Here, new_session
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import (
     CHAT_RING,
@@ -26,12 +24,14 @@ from bandsync.model.session import (
     leader_of,
 )
 from bandsync.model.transport import initial
+from bandsync.rules.actions import Audit, Drop
+from bandsync.rules.draft import ServerContext, new_session
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, SetRole, UpdateMessage
 from bandsync.wire.messages import encode
 from bandsync.wire.snapshots import snapshot
 from tests.states import NAMES, NOW, WHAT, Stage, step
 
-HERES = [Here(f"server-{n}", f"boot-{n}", 8, isolated=n != 0) for n in range(3)]
+HERES = [ServerContext(f"server-{n}", f"boot-{n}", 8, isolated=n != 0) for n in range(3)]
 
 # Few values, so that copies often agree, differ in one thing, or have equal stamps.
 times = st.sampled_from([NOW, NOW + 0.001, NOW + 1, NOW + 70_000])

@@ -13,12 +13,14 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.counters import Counters
-from bandsync.decide import Actor, Bind, Command, Decision, Drop, decide
-from bandsync.draft import Here
 from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import TOMBSTONE_MS, Session, Tip, find, leader_of, present, tip
 from bandsync.rooms import Room
+from bandsync.rules.actions import Actor, Bind, Command, Decision, Drop
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import (
     Committed,
     Conflict,
@@ -32,7 +34,6 @@ from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import changed_fields
 from bandsync.storage.relay import Relay
 from bandsync.sweeper import Sweeper
-from bandsync.tokens import ResumeToken
 from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,
@@ -48,7 +49,7 @@ from tests.stores import FixedStores
 from tests.test_rooms import Listener, cancel_when_all_wait
 
 GRACE_S = 10
-OTHER = Here(server_id="hall", boot_id="boot-2", max_members=8, isolated=False)
+OTHER = ServerContext(server_id="hall", boot_id="boot-2", max_members=8, isolated=False)
 
 
 class Remote(MemoryStorage):

@@ -9,8 +9,6 @@ from msgspec.structs import replace
 from trio.testing import MockClock
 
 from bandsync.counters import Counters
-from bandsync.decide import Drop
-from bandsync.draft import Here
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
 from bandsync.ops.recorder import KEPT, Recorder
@@ -24,6 +22,8 @@ from bandsync.ops.samples import (
     sample,
     unpacked,
 )
+from bandsync.rules.actions import Drop
+from bandsync.rules.draft import ServerContext
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.status import HISTORY, Change, Failover, History, Mode, Recovery
 from tests.states import Stage
@@ -93,7 +93,7 @@ def spread_over(*boot_ids: str, drop: str | None = None) -> Session:
     """A session with a member on each of these servers, one of whom may have dropped."""
     stage = Stage()
     for boot_id in boot_ids:
-        stage.here = Here(server_id=boot_id, boot_id=boot_id, max_members=8)
+        stage.here = ServerContext(server_id=boot_id, boot_id=boot_id, max_members=8)
         stage.join(boot_id)
     if drop is not None:
         stage.do(drop, Drop())

@@ -3,8 +3,6 @@
 import pytest
 from msgspec.structs import replace
 
-from bandsync.decide import Audit, Decision, Drop, Expire
-from bandsync.draft import Here
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import (
     TOMBSTONE_MS,
@@ -15,7 +13,9 @@ from bandsync.model.session import (
     leader_of,
     role_of,
 )
-from bandsync.reconcile import (
+from bandsync.rules.actions import Audit, Decision, Drop, Expire
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.reconcile import (
     FORGETTABLE_MS,
     Adopt,
     Write,
@@ -35,8 +35,8 @@ from bandsync.wire.commands import (
 from bandsync.wire.messages import MemberConnection, RoleChanged, UserJoined
 from tests.states import NOW, Stage
 
-ONE = Here("one", "boot-one", 8, isolated=False)
-TWO = Here("two", "boot-two", 8, isolated=False)
+ONE = ServerContext("one", "boot-one", 8, isolated=False)
+TWO = ServerContext("two", "boot-two", 8, isolated=False)
 ALONE = replace(ONE, isolated=True)
 TWO_ALONE = replace(TWO, isolated=True)
 AWAITING = replace(ALONE, awaited=True)
@@ -53,7 +53,7 @@ class Band(Stage):
         self.join("Bob")
         self.here = ONE
 
-    def at(self, here: Here, session: Session) -> None:
+    def at(self, here: ServerContext, session: Session) -> None:
         """Go on at a server that holds this copy, a millisecond later."""
         self.here = here
         self.session = session

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from msgspec import Raw
 from msgspec.structs import replace
 
-from bandsync.decide import Command, Drop
 from bandsync.model.session import CHAT_RING, TOMBSTONE_MS, Session, tip
+from bandsync.rules.actions import Command, Drop
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.changes import (
     Change,

@@ -14,11 +14,11 @@ import redis
 import trio
 from msgspec.structs import replace
 
-from bandsync.decide import Command
 from bandsync.model.session import TOMBSTONE_MS, Session, tip
 from bandsync.redis_link.address import parse_address
 from bandsync.redis_link.connecting import Argument, Reply
 from bandsync.redis_link.link import Link
+from bandsync.rules.actions import Command
 from bandsync.storage.base import (
     Committed,
     Conflict,

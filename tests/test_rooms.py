@@ -11,14 +11,15 @@ from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.counters import Counters
-from bandsync.decide import Actor, Bind, Decision, decide
 from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session, leader_of, present
 from bandsync.rooms import Room
+from bandsync.rules.actions import Actor, Bind, Decision
+from bandsync.rules.decide import decide
+from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
-from bandsync.tokens import ResumeToken
 from bandsync.wire.commands import ChatMessage, Play, Refusal, UpdateMessage
 from tests.states import HERE, NOW
 from tests.stores import FixedStores

@@ -6,9 +6,10 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from bandsync.decide import Actor, Bind, Command, Decision, decide
-from bandsync.draft import new_session
 from bandsync.model.session import Session, find, present, tip
+from bandsync.rules.actions import Actor, Bind, Command, Decision
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import new_session
 from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
 from bandsync.storage.memory import MemoryStorage
 from bandsync.wire.commands import (

@@ -8,14 +8,14 @@ import trio
 from msgspec import UNSET, UnsetType
 from trio_websocket import WebSocketConnection, wrap_server_stream
 
-from bandsync.decide import NOT_JOINED
-from bandsync.joining import Doorway, admit
 from bandsync.net.connections import Connections
 from bandsync.net.head import Head
 from bandsync.net.outbox import Outbox
 from bandsync.net.wire import Wire, end_parser
 from bandsync.rooms import Room
-from bandsync.tokens import ResumeToken, parse_resume_token
+from bandsync.rules.admission import JoinContext, admit
+from bandsync.rules.refusals import NOT_JOINED
+from bandsync.rules.tokens import ResumeToken, parse_resume_token
 from bandsync.wire.commands import (
     ChatMessage,
     ClientMessage,
@@ -365,7 +365,7 @@ class Connection:
 
     async def _join(self, message: JoinSession) -> Refusal | None:
         old_room, old_member = self._room, self.member_id
-        doorway = Doorway(
+        doorway = JoinContext(
             self._path_session,
             "" if old_room is None else old_room.session_id,
             self._token,

@@ -6,9 +6,11 @@ from typing import Literal
 
 from msgspec import Struct
 
-from bandsync.decide import NOT_JOINED, NOT_MEMBER, Actor, Bind, Decision, decide
-from bandsync.draft import Here
 from bandsync.model.session import Session, Tip, find
+from bandsync.rules.actions import Actor, Bind, Decision
+from bandsync.rules.decide import decide
+from bandsync.rules.draft import ServerContext
+from bandsync.rules.refusals import NOT_JOINED, NOT_MEMBER
 from bandsync.wire.commands import LeaveSession, Refusal
 from bandsync.wire.messages import encode
 
@@ -194,7 +196,7 @@ class Storage(ABC):
         )
 
     async def remove_member(
-        self, session_id: str, member_id: str, here: Here, now: float
+        self, session_id: str, member_id: str, here: ServerContext, now: float
     ) -> Decision | Refusal | Unusable:
         """Remove a member at the instant ``now``, whatever connection it is bound to."""
 

@@ -4,15 +4,15 @@ One implementation for every storage. Pure: ``now`` is an argument, ids are draw
 once per command, so that deciding again on another base repeats nothing.
 """
 
-from collections.abc import Mapping
+from msgspec import UNSET
 
-from msgspec import UNSET, Struct
-
-from bandsync.draft import Draft, Here, new_session
 from bandsync.model import transport as arithmetic
 from bandsync.model.session import Member, Session, bound, find, leader_of, role_of
-from bandsync.reconcile import audit
-from bandsync.tokens import ResumeToken, hash_secret, proves
+from bandsync.rules.actions import Actor, Audit, Bind, Command, Decision, Drop, Expire
+from bandsync.rules.draft import Draft, ServerContext, new_session
+from bandsync.rules.reconcile import audit
+from bandsync.rules.refusals import LEADER_PRESENT, NOT_JOINED, NOT_LEADER, NOT_MEMBER, UNAUTHORIZED
+from bandsync.rules.tokens import ResumeToken, hash_secret, proves
 from bandsync.wire.commands import (
     ChatMessage,
     DenyLeader,
@@ -34,13 +34,10 @@ from bandsync.wire.commands import (
 from bandsync.wire.messages import (
     ChatSent,
     DriftCorrection,
-    Event,
     LeaderDenied,
     LeaderRequested,
-    LeaveReason,
     MemberConnection,
     MessageUpdated,
-    Outgoing,
     Paused,
     Played,
     PositionSynced,
@@ -54,110 +51,6 @@ from bandsync.wire.snapshots import member_count, member_view, snapshot, sync_re
 
 LEADER_RESYNC_MS = 20.0
 FOLLOWER_DRIFT_MS = 25.0
-
-
-class Actor(Struct, frozen=True):
-    """Who gives a command, where.
-
-    Attributes:
-        connection_id: the connection it came by; a command of one that is no longer the bound
-            one does nothing.
-        member_id: the member that connection joined as; empty before.
-        fresh_id: a random id, drawn once for this command, for what it creates.
-        latencies_ms: round trips of the connected members, by id, where known; only ``play``
-            looks at them.
-    """
-
-    here: Here
-    connection_id: str
-    member_id: str = ""
-    fresh_id: str = ""
-    latencies_ms: Mapping[str, float] = {}
-
-
-class Bind(Struct, frozen=True):
-    """Join or resume: bind a member to the actor's connection.
-
-    Attributes:
-        epoch_id: drawn for this command, for a session that it creates.
-        secret: drawn for this command; goes into the resume token of a new member.
-        wants_lead: claims the lead of a leader that is absent or in its grace.
-        resume: tokens to try, in order.
-        resume_only: may come back, but not come anew.
-    """
-
-    session_id: str
-    epoch_id: str
-    secret: str
-    display_name: str
-    wants_lead: bool = False
-    resume: tuple[ResumeToken, ...] = ()
-    resume_only: bool = False
-
-
-class Drop(Struct, frozen=True):
-    """The actor's connection is gone, or its server is; its member's grace starts."""
-
-
-class Expire(Struct, frozen=True):
-    """The grace of the actor's member is over."""
-
-    reason: LeaveReason
-
-
-class Audit(Struct, frozen=True):
-    """Assert what the actor's server knows of its own members: see `reconcile.audit`."""
-
-    own: Mapping[str, Member]
-
-
-Command = (
-    Bind
-    | Audit
-    | Drop
-    | Expire
-    | LeaveSession
-    | Play
-    | Pause
-    | Stop
-    | Seek
-    | SetTempo
-    | PositionSync
-    | SetRole
-    | RequestLeader
-    | DenyLeader
-    | UpdateMessage
-    | ChatMessage
-    | SyncRequest
-    | SyncReport
-)
-
-
-class Decision(Struct, frozen=True):
-    """What a command does.
-
-    Attributes:
-        session: the state afterwards; the very same object when nothing changes.
-        events: one for each version gained.
-        reply: for the actor alone, after the commit.
-        private: for one other member each: (member id, message).
-    """
-
-    session: Session
-    events: tuple[Event, ...] = ()
-    reply: Outgoing | None = None
-    private: tuple[tuple[str, Outgoing], ...] = ()
-
-
-NOT_JOINED = Refusal("not_joined", "Join a session first, with `join_session`.")
-NOT_LEADER = Refusal("not_leader", "Only the leader may do this; ask with `request_leader`.")
-NOT_MEMBER = Refusal("not_member", "No member has this id; the `snapshot` lists them.")
-UNAUTHORIZED = Refusal(
-    "unauthorized", "Joining needs a valid `token` for this session; get a new one."
-)
-LEADER_PRESENT = Refusal(
-    "leader_present", "Somebody leads; ask for the lead with `request_leader`."
-)
 
 
 def decide(
@@ -210,7 +103,7 @@ def decide(
     return Decision(*draft.done())
 
 
-def _audit(draft: Draft, command: Audit, here: Here) -> Decision:
+def _audit(draft: Draft, command: Audit, here: ServerContext) -> Decision:
     known = draft.session.members
     for member in audit(draft.session, command.own, here, draft.now).members.values():
         record = known.get(member.member_id)
@@ -403,7 +296,9 @@ def _chat(draft: Draft, command: ChatMessage, member: Member, actor: Actor) -> N
     )
 
 
-def _set_role(draft: Draft, command: SetRole, member: Member, here: Here) -> Refusal | None:
+def _set_role(
+    draft: Draft, command: SetRole, member: Member, here: ServerContext
+) -> Refusal | None:
     own = member.member_id
     leads = draft.session.leader.member_id == own
     target = own if command.member_id is UNSET else command.member_id
@@ -429,7 +324,7 @@ def _set_role(draft: Draft, command: SetRole, member: Member, here: Here) -> Ref
     return None
 
 
-def _claimable(session: Session, here: Here) -> bool:
+def _claimable(session: Session, here: ServerContext) -> bool:
     leader = leader_of(session)
     if leader is None or not leader.connected or here.leadership == "open":
         return True

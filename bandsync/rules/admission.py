@@ -2,14 +2,15 @@
 
 from msgspec import UNSET, Struct
 
-from bandsync.decide import UNAUTHORIZED, Bind
-from bandsync.tokens import ResumeToken, expired, parse_resume_token, verify_join_token
+from bandsync.rules.actions import Bind
+from bandsync.rules.refusals import UNAUTHORIZED
+from bandsync.rules.tokens import ResumeToken, expired, parse_resume_token, verify_join_token
 from bandsync.wire.commands import JoinSession, Refusal, invalid_field, is_session_id
 
 DEFAULT_DISPLAY_NAME = "Musician"
 
 
-class Doorway(Struct, frozen=True):
+class JoinContext(Struct, frozen=True):
     """What is known of a connection that asks to join.
 
     Attributes:
@@ -26,7 +27,7 @@ class Doorway(Struct, frozen=True):
 
 
 def admit(
-    message: JoinSession, doorway: Doorway, *, epoch_id: str, secret: str, now: float
+    message: JoinSession, doorway: JoinContext, *, epoch_id: str, secret: str, now: float
 ) -> Bind | Refusal:
     """What ``message`` asks for, if it may.
 

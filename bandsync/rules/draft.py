@@ -43,7 +43,7 @@ from bandsync.wire.messages import (
 from bandsync.wire.snapshots import member_count
 
 
-class Here(Struct, frozen=True):
+class ServerContext(Struct, frozen=True):
     """What a server knows of itself when it decides.
 
     Attributes:
@@ -63,7 +63,7 @@ class Here(Struct, frozen=True):
     awaited: bool = False
 
 
-def new_session(session_id: str, epoch_id: str, here: Here, now: float) -> Session:
+def new_session(session_id: str, epoch_id: str, here: ServerContext, now: float) -> Session:
     """A session as it is before its first join, which is version 1."""
     # Made without a look at Redis, it must not take the lead of a session that is there already:
     # its leader's term is one lower than that of any other first leader.
@@ -93,7 +93,7 @@ class Draft:
 
     __slots__ = ("_base", "_events", "_here", "now", "session")
 
-    def __init__(self, base: Session, here: Here, now: float) -> None:
+    def __init__(self, base: Session, here: ServerContext, now: float) -> None:
         self._base = base
         self._here = here
         self._events: list[Event] = []

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from bandsync.draft import Here
 from bandsync.model.merge import merge, same_content
 from bandsync.model.session import (
     TOMBSTONE_MS,
@@ -22,6 +21,7 @@ from bandsync.model.session import (
     settle,
     tip,
 )
+from bandsync.rules.draft import ServerContext
 from bandsync.wire.messages import RoleChanged
 
 # What another server has pruned just now is not yet due by a clock that is a little behind, and
@@ -64,7 +64,7 @@ def superseded(session: Session, own: Mapping[str, Member]) -> list[str]:
     ]
 
 
-def audit(session: Session, own: Mapping[str, Member], here: Here, now: float) -> Session:
+def audit(session: Session, own: Mapping[str, Member], here: ServerContext, now: float) -> Session:
     """``session`` with what this server knows best: whether its own members are connected.
 
     Members whose connection is here are asserted again, unless they are bound elsewhere by now
@@ -90,7 +90,7 @@ def reconcile(
     mine: Session | None,
     stored: Session | None,
     own: Mapping[str, Member],
-    here: Here,
+    here: ServerContext,
     now: float,
 ) -> Adopt | Write | None:
     """What becomes of a mirror and of the stored state that was read.
@@ -140,7 +140,7 @@ def _holds(record: Member, mine: Member) -> bool:
     return record.connected and record.connection_id == mine.connection_id
 
 
-def _asserted(record: Member, mine: Member, here: Here, now: float) -> Member:
+def _asserted(record: Member, mine: Member, here: ServerContext, now: float) -> Member:
     return replace(
         mine,
         # Larger than the record's if this connection was bound once more than is known here.
@@ -155,7 +155,7 @@ def _asserted(record: Member, mine: Member, here: Here, now: float) -> Member:
     )
 
 
-def _without_forgotten(mine: Session, stored: Session, here: Here, now: float) -> Session:
+def _without_forgotten(mine: Session, stored: Session, here: ServerContext, now: float) -> Session:
     """``mine`` without what the stored state has pruned.
 
     Old tombstones: to put them back would be a change, and another server would prune them again.
