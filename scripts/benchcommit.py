@@ -18,9 +18,9 @@ from msgspec.structs import replace
 from serve import relax_garbage_collection
 
 from bandsync.model.session import Session
-from bandsync.redis_link.address import parse_address
-from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import parse_address
 from bandsync.rules.actions import Actor, Bind, Decision
 from bandsync.rules.decide import decide
 from bandsync.rules.draft import ServerContext

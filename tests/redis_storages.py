@@ -9,10 +9,10 @@ import trio
 from msgspec.structs import replace
 from redis.exceptions import RedisError
 
-from bandsync.redis_link.address import parse_address
-from bandsync.redis_link.cluster import ClusterLink
-from bandsync.redis_link.executor import Executor
+from bandsync.redis_link.cluster.link import ClusterLink
+from bandsync.redis_link.interfaces import Executor
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import parse_address
 from bandsync.settings import Settings
 from bandsync.storage.access import Access
 from bandsync.storage.redis import Keys, RedisStorage

@@ -8,11 +8,11 @@ import trio
 import trio.testing
 from redis.exceptions import RedisError
 
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.line import Line
+from bandsync.redis_link.multiplexer import Multiplexer
+from bandsync.redis_link.redis_address import RedisAddress
 from tests.servers import PATIENCE_S
 
-ADDRESS = Address(host="stage.example")
+ADDRESS = RedisAddress(host="stage.example")
 
 
 class Wire(anyio.abc.ByteStream):
@@ -102,7 +102,7 @@ class Outcome:
         assert self.error is not None
         return self.error
 
-    async def run(self, line: Line, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, line: Multiplexer, *, task_status: trio.TaskStatus[None]) -> None:
         try:
             await line.run(task_status=task_status)
         except RedisError as error:
@@ -112,7 +112,7 @@ class Outcome:
 
 
 async def start(
-    nursery: trio.Nursery, line: Line, scripted: ScriptedRedis | None = None
+    nursery: trio.Nursery, line: Multiplexer, scripted: ScriptedRedis | None = None
 ) -> Outcome:
     """Run a line; a scripted one answers the introduction."""
     outcome = Outcome()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bandsync.redis_link.cluster import ClusterLink
+from bandsync.redis_link.cluster.link import ClusterLink
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.sentinel import MasterLink
 from bandsync.settings import Settings

@@ -8,12 +8,12 @@ import trio
 from redis.crc import key_slot
 from redis.exceptions import RedisError, ResponseError
 
-from bandsync.redis_link.address import parse_address
-from bandsync.redis_link.cluster import ClusterLink
+from bandsync.redis_link.cluster.link import ClusterLink
+from bandsync.redis_link.cluster.nodes import NodeLink, Seeds
+from bandsync.redis_link.cluster.slots import Endpoint, slot_of
 from bandsync.redis_link.errors import loss_reason
-from bandsync.redis_link.node import NodeLink, Seeds
+from bandsync.redis_link.redis_address import parse_address
 from bandsync.redis_link.script import Script
-from bandsync.redis_link.slots import Endpoint, slot_of
 from tests.redis_clusters import RedisCluster
 from tests.redis_sentinels import wait_until
 from tests.redis_servers import HOST, RedisServer, bundled_redis_server, free_port
@@ -203,7 +203,7 @@ async def test_a_command_is_not_sent_on_for_ever(mended: RedisCluster) -> None:
 async def test_a_node_may_come_and_another_may_go(
     redis_binary: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 0.05)
+    monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 0.05)
     with RedisCluster(last=20) as cluster:
         last = cluster.masters[2]
         slots = range(16_364, 16_384)
@@ -305,7 +305,7 @@ async def test_a_master_that_hangs_is_a_loss_although_nobody_asks_it(
 async def test_a_master_that_is_full_is_a_loss_although_nobody_writes_to_it(
     mended: RedisCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 0.05)
+    monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 0.05)
     link = open_link_to(mended.url())
     outcome = await start(nursery, link)
     mended.masters[2].cli("CONFIG", "SET", "maxmemory", 1)
@@ -320,8 +320,8 @@ async def test_a_node_that_misses_a_master_for_a_moment_is_asked_again(
 ) -> None:
     # For as long as this machine may need.
     delays = (0.0, *[0.05] * round(PATIENCE_S / 0.05))
-    monkeypatch.setattr("bandsync.redis_link.cluster.REDIRECT_DELAYS_S", delays)
-    monkeypatch.setattr("bandsync.redis_link.cluster._TRIES_WHILE_DOWN", len(delays))
+    monkeypatch.setattr("bandsync.redis_link.cluster.link.REDIRECT_DELAYS_S", delays)
+    monkeypatch.setattr("bandsync.redis_link.cluster.link._TRIES_WHILE_DOWN", len(delays))
     node = mended.masters[0]
     keys = [key for key in KEYS if mended.owner(key) is node]
     slot = next(slot for slot in range(5000) if slot not in map(slot_of, keys))
@@ -358,7 +358,7 @@ async def test_a_node_that_misses_a_master_for_a_moment_is_asked_again(
 async def test_a_node_that_misses_a_master_for_longer_is_not_asked_again_for_each_command(
     mended: RedisCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 3600.0)
+    monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 3600.0)
     node = mended.masters[0]
     keys = [key for key in KEYS if mended.owner(key) is node]
     slot = next(slot for slot in range(5000) if slot not in map(slot_of, keys))
@@ -382,7 +382,7 @@ async def test_a_node_that_misses_a_master_for_longer_is_not_asked_again_for_eac
 async def test_slots_without_a_master_are_a_loss(
     cluster: RedisCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.cluster._ROUND_S", 0.05)
+    monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 0.05)
     link = open_link_to(cluster.url())
     outcome = await start(nursery, link)
     for node in cluster.masters:

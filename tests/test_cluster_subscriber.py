@@ -7,10 +7,10 @@ import trio
 from redis.crc import key_slot
 from redis.exceptions import MovedError
 
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.cluster import ClusterLink
-from bandsync.redis_link.cluster_subscriber import MISSED, ClusterSubscriber
+from bandsync.redis_link.cluster.link import ClusterLink
+from bandsync.redis_link.cluster.subscriber import MISSED, ClusterSubscriber
 from bandsync.redis_link.errors import LinkLostError, loss_reason
+from bandsync.redis_link.redis_address import RedisAddress
 from tests.redis_clusters import RedisCluster
 from tests.redis_storages import cluster_access, open_cluster
 from tests.scripted_redis import Outcome, ScriptedRedis
@@ -188,7 +188,7 @@ async def test_a_channel_that_is_taken_away_while_it_is_left(
     """The node's word comes before the answer, which is an error then, or after it."""
     gone: list[bytes] = []
     scripted = ScriptedRedis(monkeypatch)
-    subscriber = subscriber_to(Address("stage.example"), gone=gone.append)
+    subscriber = subscriber_to(RedisAddress("stage.example"), gone=gone.append)
 
     async def begin() -> None:
         await scripted.answer(b"+OK\r\n", _push(b"ssubscribe", PROBE))

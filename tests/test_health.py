@@ -7,9 +7,9 @@ import trio
 from trio.testing import MockClock
 
 from bandsync.model.clock import ServerClock
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.storage.base import Presence
 from bandsync.storage.health import PRESENCE_EXPIRY_MS, HealthCheck, NameTakenError
 from tests.redis_servers import RedisServer
@@ -76,7 +76,7 @@ class Reference:
     """
 
     def __init__(self) -> None:
-        self.address = Address("one")
+        self.address = RedisAddress("one")
         self.ahead_ms = 0.0
         self.slow_s = 0.001
 
@@ -104,7 +104,7 @@ async def test_another_node_with_the_time_is_followed_without_a_jump(
     assert clock.error_ms is not None
     assert abs(clock.error_ms) < 1
     # Another master has slot 0 by now: further away, and its clock is 20 ms ahead.
-    node.address, node.ahead_ms, node.slow_s = Address("two"), 20.0, 0.004
+    node.address, node.ahead_ms, node.slow_s = RedisAddress("two"), 20.0, 0.004
     before_ms = clock.at(trio.current_time())
     await look()
     after_ms = clock.at(trio.current_time())

@@ -14,10 +14,10 @@ from trio.testing import MockClock
 
 from bandsync.counters import Counters
 from bandsync.model.clock import ServerClock
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.rules.draft import new_session
 from bandsync.settings import Settings
@@ -40,7 +40,7 @@ class ObedientLink(Link):
 
     def __init__(self, redis: "ObedientRedis") -> None:
         super().__init__(
-            Address(), name="test", connect_timeout_s=1, command_timeout_s=1, silence_s=1
+            RedisAddress(), name="test", connect_timeout_s=1, command_timeout_s=1, silence_s=1
         )
         self.redis = redis
         self.died = trio.Event()
@@ -148,7 +148,7 @@ class ObedientRedis:
     def subscriber(self, link: Link, heard: Callable[[bytes, bytes], None]) -> Subscriber:
         """Nobody is heard, and nobody speaks."""
         return DeafSubscriber(
-            Address(),
+            RedisAddress(),
             name="test",
             connect_timeout_s=1,
             command_timeout_s=1,

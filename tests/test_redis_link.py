@@ -25,9 +25,9 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from bandsync.redis_link.address import Address, TLSOptions, parse_address
 from bandsync.redis_link.errors import LinkLostError, UnusableError, loss_reason, reply_error
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import RedisAddress, TLSOptions, parse_address
 from bandsync.redis_link.script import Script
 from tests.fault_proxy import FaultProxy
 from tests.redis_servers import HOST, RedisServer, free_port
@@ -51,7 +51,7 @@ async def proxy(shared_redis: RedisServer, nursery: trio.Nursery) -> AsyncIterat
     nursery.cancel_scope.cancel()
 
 
-def link_to(target: str | Address, **changes: Any) -> Link:
+def link_to(target: str | RedisAddress, **changes: Any) -> Link:
     address = parse_address(target) if isinstance(target, str) else target
     options: dict[str, Any] = {
         "name": "bandsync-test",
@@ -62,7 +62,7 @@ def link_to(target: str | Address, **changes: Any) -> Link:
     return Link(address, **options | changes)
 
 
-async def why_not(target: str | Address, **changes: Any) -> RedisError:
+async def why_not(target: str | RedisAddress, **changes: Any) -> RedisError:
     """The error with which a link does not come up."""
     link = link_to(target, **changes)
     with trio.fail_after(PATIENCE_S), pytest.raises(RedisError) as raised:
@@ -73,8 +73,8 @@ async def why_not(target: str | Address, **changes: Any) -> RedisError:
     return raised.value
 
 
-def proxied(proxy: FaultProxy) -> Address:
-    return Address(host=HOST, port=proxy.port)
+def proxied(proxy: FaultProxy) -> RedisAddress:
+    return RedisAddress(host=HOST, port=proxy.port)
 
 
 # Errors
@@ -135,24 +135,24 @@ def test_other_errors_say_nothing_about_the_link() -> None:
 @pytest.mark.parametrize(
     ("url", "address", "text"),
     [
-        ("redis://", Address(), "redis://localhost:6379/0"),
-        ("redis://r:7/3", Address(host="r", port=7, db=3), "redis://r:7/3"),
-        ("redis://r?db=4", Address(host="r", db=4), "redis://r:6379/4"),
+        ("redis://", RedisAddress(), "redis://localhost:6379/0"),
+        ("redis://r:7/3", RedisAddress(host="r", port=7, db=3), "redis://r:7/3"),
+        ("redis://r?db=4", RedisAddress(host="r", db=4), "redis://r:6379/4"),
         (
             "redis://me:p%40s%2F%3As@[::1]:7/",
-            Address(host="::1", port=7, username="me", password="p@s/:s"),
+            RedisAddress(host="::1", port=7, username="me", password="p@s/:s"),
             "redis://[::1]:7/0",
         ),
-        ("redis://:pw@r", Address(host="r", password="pw"), "redis://r:6379/0"),
+        ("redis://:pw@r", RedisAddress(host="r", password="pw"), "redis://r:6379/0"),
         (
             "unix:///run/r.sock?db=2&password=pw",
-            Address(path="/run/r.sock", db=2, password="pw"),
+            RedisAddress(path="/run/r.sock", db=2, password="pw"),
             "unix:///run/r.sock?db=2",
         ),
-        ("rediss://r", Address(host="r", tls=TLSOptions()), "rediss://r:6379/0"),
+        ("rediss://r", RedisAddress(host="r", tls=TLSOptions()), "rediss://r:6379/0"),
         (
             "rediss://r?ssl_cert_reqs=none&ssl_check_hostname=false&ssl_ca_certs=/ca",
-            Address(
+            RedisAddress(
                 host="r",
                 tls=TLSOptions(cert_reqs="none", check_hostname=False, ca_certs="/ca"),
             ),
@@ -160,7 +160,7 @@ def test_other_errors_say_nothing_about_the_link() -> None:
         ),
     ],
 )
-def test_addresses(url: str, address: Address, text: str) -> None:
+def test_addresses(url: str, address: RedisAddress, text: str) -> None:
     assert parse_address(url) == address
     assert str(address) == repr(address) == text
 
@@ -373,12 +373,12 @@ async def test_tls_to_one_that_does_not_speak_it(
     scripted = ScriptedRedis(monkeypatch)
     await scripted.send(said)
     await scripted.stream.send_eof()
-    assert loss_reason(await why_not(Address(tls=TLSOptions()))) == "tls"
+    assert loss_reason(await why_not(RedisAddress(tls=TLSOptions()))) == "tls"
 
 
 async def test_tls_that_does_not_come_about(shared_redis: RedisServer) -> None:
     # A Redis in the clear takes our hello for the beginning of a long line.
-    address = Address(host=HOST, port=shared_redis.port, tls=TLSOptions())
+    address = RedisAddress(host=HOST, port=shared_redis.port, tls=TLSOptions())
     assert isinstance(await why_not(address, connect_timeout_s=0.1), TimeoutError)
 
 
@@ -942,7 +942,7 @@ def test_on_asyncio_a_reset_is_a_reset() -> None:
                     peer.recv(1000)
                     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
-            link = link_to(Address(host=HOST, port=listener.getsockname()[1]))
+            link = link_to(RedisAddress(host=HOST, port=listener.getsockname()[1]))
             with anyio.fail_after(PATIENCE_S), pytest.raises(ExceptionGroup) as raised:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(anyio.to_thread.run_sync, serve)

@@ -15,9 +15,9 @@ import trio
 from msgspec.structs import replace
 
 from bandsync.model.session import TOMBSTONE_MS, Session, tip
-from bandsync.redis_link.address import parse_address
-from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import parse_address
 from bandsync.rules.actions import Command
 from bandsync.storage.base import (
     Committed,

@@ -13,8 +13,8 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.counters import Counters
-from bandsync.redis_link.address import Address
 from bandsync.redis_link.errors import LinkLostError
+from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.rooms import Room
 from bandsync.storage.base import Lost
@@ -33,7 +33,7 @@ class ScriptedSubscriber(Subscriber):
 
     def __init__(self, channel: "Channel", heard: Callable[[bytes, bytes], None]) -> None:
         super().__init__(
-            Address(),
+            RedisAddress(),
             name="test",
             connect_timeout_s=1,
             command_timeout_s=1,

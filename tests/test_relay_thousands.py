@@ -10,8 +10,8 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
 from bandsync.counters import Counters
-from bandsync.redis_link.address import Address, parse_address
 from bandsync.redis_link.errors import LinkLostError
+from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
@@ -32,7 +32,7 @@ class CountingSubscriber(Subscriber):
 
     def __init__(self, heard: Callable[[bytes, bytes], None]) -> None:
         super().__init__(
-            Address(),
+            RedisAddress(),
             name="test",
             connect_timeout_s=1,
             command_timeout_s=1,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import trio
 
-from bandsync.redis_link.address import Address, TLSOptions
 from bandsync.redis_link.errors import LinkLostError, loss_reason
+from bandsync.redis_link.redis_address import RedisAddress, TLSOptions
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from tests.fault_proxy import FaultProxy
 from tests.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
@@ -51,16 +51,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asking(hosts: list[int], *, master: str = MASTER, **changes: Any) -> Sentinels:
     options = {"password": "hush", "timeout_s": PATIENCE_S} | changes
-    return Sentinels([(HOST, port) for port in hosts], master, Address(db=3), **options)
+    return Sentinels([(HOST, port) for port in hosts], master, RedisAddress(db=3), **options)
 
 
 async def test_the_master_is_found_with_credentials_of_its_own(calm: Watched) -> None:
-    like = Address("nowhere", 1, username="u", password="p", db=3)
+    like = RedisAddress("nowhere", 1, username="u", password="p", db=3)
     ports = [sentinel.port for sentinel in calm.sentinels]
     found = await Sentinels(
         [(HOST, port) for port in ports], MASTER, like, password="hush", timeout_s=PATIENCE_S
     ).find()
-    assert found == Address(HOST, calm.servers[0].port, username="u", password="p", db=3)
+    assert found == RedisAddress(HOST, calm.servers[0].port, username="u", password="p", db=3)
 
 
 async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(calm: Watched) -> None:
@@ -100,7 +100,7 @@ async def test_what_is_told_when_there_is_no_master(
 
 async def test_sentinels_are_spoken_to_with_the_tls_of_the_master(tls_redis: RedisServer) -> None:
     for ca_file, words in ((str(tls_redis.ca_file), "unknown command"), (None, "certificate")):
-        like = Address(tls=TLSOptions(ca_certs=ca_file))
+        like = RedisAddress(tls=TLSOptions(ca_certs=ca_file))
         hosts = [("localhost", tls_redis.port)]
         sentinels = Sentinels(hosts, MASTER, like, password=None, timeout_s=PATIENCE_S)
         with pytest.raises(LinkLostError, match=words):
@@ -133,7 +133,7 @@ async def test_hanging_sentinels_cost_no_more_than_the_connect_timeout(calm: Wat
         sentinels = asking([sentinel.port for sentinel in calm.sentinels])
         link = MasterLink(
             sentinels,
-            Address(),
+            RedisAddress(),
             found=lambda _: None,
             name="test",
             connect_timeout_s=0.1,

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 from redis.exceptions import AskError, InvalidResponse, MovedError, ResponseError, TryAgainError
 
-from bandsync.redis_link.errors import again, loss_reason, reply_error
-from bandsync.redis_link.slots import (
+from bandsync.redis_link.cluster.slots import (
     Endpoint,
     Topology,
     read_topology,
     slot_of,
     slot_of_command,
 )
+from bandsync.redis_link.errors import again, loss_reason, reply_error
 
 A, B, C = Endpoint("a", 1), Endpoint("b", 2), Endpoint("c", 3)
 # As Redis 7 says it, and Redis 6.

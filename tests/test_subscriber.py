@@ -8,9 +8,9 @@ import trio
 import trio.testing
 from redis.exceptions import NoPermissionError, RedisError, TimeoutError  # noqa: A004
 
-from bandsync.redis_link.address import Address, parse_address
 from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.subscriber import Subscriber
 from tests.fault_proxy import FaultProxy
 from tests.redis_servers import HOST, RedisServer
@@ -82,7 +82,7 @@ class Prober:
 
 
 def subscriber_to(
-    address: Address,
+    address: RedisAddress,
     *,
     on_message: Callable[[bytes, bytes], None] = ignore,
     probe: Callable[[bytes], Awaitable[object]] = no_probe,
@@ -189,7 +189,7 @@ async def test_a_connection_that_carries_nothing_any_more(
     await nursery.start(proxy.run)
     prober = Prober(link)
     subscriber = subscriber_to(
-        Address(host=HOST, port=proxy.port), probe=prober, probe_interval_s=0.1
+        RedisAddress(host=HOST, port=proxy.port), probe=prober, probe_interval_s=0.1
     )
     outcome = await start(nursery, subscriber)
     proxy.black_hole("down")

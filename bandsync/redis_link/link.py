@@ -5,13 +5,13 @@ from typing import Final
 
 from redis.exceptions import InvalidResponse, RedisError
 
-from bandsync.redis_link.connecting import Argument, Reply, pack
+from bandsync.redis_link.connection import Argument, Reply, pack
 from bandsync.redis_link.errors import again
-from bandsync.redis_link.executor import Executor, PublishVerb
-from bandsync.redis_link.line import Line
+from bandsync.redis_link.interfaces import Executor, PublishVerb
+from bandsync.redis_link.multiplexer import Multiplexer
 
 
-class Link(Line):
+class Link(Multiplexer):
     """Commands from any number of tasks; those of one pass of the event loop leave in one write.
 
     Error replies are for their caller, also those that mean that Redis is of no use now: whether

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from redis.exceptions import NoScriptError
 
-from bandsync.redis_link.connecting import Argument, Reply
-from bandsync.redis_link.executor import Executor
+from bandsync.redis_link.connection import Argument, Reply
+from bandsync.redis_link.interfaces import Executor
 
 
 class Script:

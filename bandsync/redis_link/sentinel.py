@@ -13,9 +13,9 @@ from redis.exceptions import RedisError, TimeoutError  # noqa: A004
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from bandsync.redis_link.address import Address
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
+from bandsync.redis_link.redis_address import RedisAddress
 
 # How often the Sentinels are asked whether the master is still the one in use; and while it does
 # not even let us in: whoever hangs is replaced long before a connection is given up.
@@ -60,7 +60,7 @@ class Sentinels:
         self,
         hosts: Sequence[tuple[str, int]],
         master: str,
-        like: Address,
+        like: RedisAddress,
         *,
         password: str | None,
         timeout_s: float,
@@ -89,7 +89,7 @@ class Sentinels:
         hosts = ", ".join(f"{host}:{port}" for host, port in self._hosts)
         return f"the master {self._master!r} of the Sentinels {hosts}"
 
-    async def find(self) -> Address:
+    async def find(self) -> RedisAddress:
         """Where the master is, as the first Sentinel says that answers and believes it alive.
 
         Who has not heard of a failover that is known here has its say only when nobody else has:
@@ -102,7 +102,7 @@ class Sentinels:
         self._epoch = state.epoch
         return self._address(state)
 
-    async def find_later(self) -> Address | None:
+    async def find_later(self) -> RedisAddress | None:
         """The master after a failover later than what is known; None if no Sentinel has one.
 
         A Sentinel that was cut off may name an old master for some seconds: the first `find`
@@ -119,7 +119,7 @@ class Sentinels:
             self._threads = anyio.CapacityLimiter(1)
         return await anyio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._threads)
 
-    def _address(self, state: _State) -> Address:
+    def _address(self, state: _State) -> RedisAddress:
         return replace(self._like, host=state.host, port=state.port, path=None)
 
     def _discover(self) -> _State:
@@ -188,9 +188,9 @@ class MasterLink(Link):
     def __init__(
         self,
         sentinels: Sentinels,
-        like: Address,
+        like: RedisAddress,
         *,
-        found: Callable[[Address], None],
+        found: Callable[[RedisAddress], None],
         name: str,
         connect_timeout_s: float,
         command_timeout_s: float,

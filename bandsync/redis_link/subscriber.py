@@ -14,14 +14,14 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.connecting import Reply, pack
+from bandsync.redis_link.cluster.slots import slot_of
+from bandsync.redis_link.connection import Reply, pack
 from bandsync.redis_link.errors import LinkLostError, again
-from bandsync.redis_link.line import Line
-from bandsync.redis_link.slots import slot_of
+from bandsync.redis_link.multiplexer import Multiplexer
+from bandsync.redis_link.redis_address import RedisAddress
 
 
-class Subscriber(Line):
+class Subscriber(Multiplexer):
     """Messages of channels, for as long as they come.
 
     A subscription can be dead while its connection is not. So the subscriber has a message
@@ -38,12 +38,12 @@ class Subscriber(Line):
         probes_missed: how many unheard in a row are a loss.
         gone: for the sharded channels of one node of a Cluster: called with each channel that the
             node takes away, because its slot moves to another one. Must not block.
-        name, connect_timeout_s, command_timeout_s, silence_s, max_queued: as for a `Line`.
+        name, connect_timeout_s, command_timeout_s, silence_s, max_queued: as for a `Multiplexer`.
     """
 
     def __init__(
         self,
-        address: Address,
+        address: RedisAddress,
         *,
         name: str,
         connect_timeout_s: float,

@@ -6,14 +6,14 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from bandsync.redis_link.address import Address, parse_address
-from bandsync.redis_link.cluster import ClusterLink
-from bandsync.redis_link.cluster_subscriber import ClusterSubscriber
-from bandsync.redis_link.executor import Executor, Listener
+from bandsync.redis_link.cluster.link import ClusterLink
+from bandsync.redis_link.cluster.nodes import NodeLink, Seeds
+from bandsync.redis_link.cluster.slots import Endpoint
+from bandsync.redis_link.cluster.subscriber import ClusterSubscriber
+from bandsync.redis_link.interfaces import Executor, Listener
 from bandsync.redis_link.link import Link
-from bandsync.redis_link.node import NodeLink, Seeds
+from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
-from bandsync.redis_link.slots import Endpoint
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.settings import Settings, sentinel_hosts
 from bandsync.storage.redis import Keys
@@ -43,7 +43,7 @@ class Access:
         self._silence_s = settings.redis_health_timeout_ms / 1000
         self._seeds = Seeds(self._address) if settings.redis_cluster else None
         self._sentinels = _sentinels(settings, self._address)
-        self._master: Address | None = None
+        self._master: RedisAddress | None = None
 
     def __str__(self) -> str:
         if self._sentinels is not None:
@@ -94,7 +94,7 @@ class Access:
         # Up to Redis 6 a Cluster sends every message to every node: one of them is enough.
         return self._subscriber(link, link.address, self.keys.probe(self._server_id), heard)
 
-    def _node_link(self, address: Address, connect_timeout_s: float) -> NodeLink:
+    def _node_link(self, address: RedisAddress, connect_timeout_s: float) -> NodeLink:
         return NodeLink(
             address,
             name=self._client_name("link"),
@@ -119,7 +119,7 @@ class Access:
     def _subscriber(
         self,
         link: Executor,
-        address: Address,
+        address: RedisAddress,
         probe_channel: str,
         heard: Callable[[bytes, bytes], None],
         gone: Callable[[bytes], None] | None = None,
@@ -136,7 +136,7 @@ class Access:
             gone=gone,
         )
 
-    def _found(self, master: Address) -> None:
+    def _found(self, master: RedisAddress) -> None:
         self._master = master
 
     def _client_name(self, role: str) -> str:
@@ -144,9 +144,9 @@ class Access:
         return re.sub(r"[^!-~]", "-", f"bandsync-{role}-{self._server_id}")
 
 
-def _address(settings: Settings) -> Address:
+def _address(settings: Settings) -> RedisAddress:
     if settings.redis_url is None:
-        return Address(
+        return RedisAddress(
             host=settings.redis_host,
             port=settings.redis_port,
             username=settings.redis_username,
@@ -166,7 +166,7 @@ def _address(settings: Settings) -> Address:
     )
 
 
-def _sentinels(settings: Settings, like: Address) -> Sentinels | None:
+def _sentinels(settings: Settings, like: RedisAddress) -> Sentinels | None:
     if settings.redis_sentinels is None or settings.redis_sentinel_master is None:
         return None
     hosts = sentinel_hosts(settings.redis_sentinels)

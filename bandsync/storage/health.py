@@ -8,8 +8,8 @@ import trio
 from redis.exceptions import RedisError
 
 from bandsync.model.clock import ServerClock
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.executor import Executor
+from bandsync.redis_link.interfaces import Executor
+from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.redis_link.script import Script
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.records import read_presence, write_presence
@@ -64,7 +64,7 @@ class HealthCheck:
         self._serving = serving
         self._written = -PRESENCE_PERIOD_S
         self._owned = False
-        self._reference: Address | None = None
+        self._reference: RedisAddress | None = None
 
     async def claim(self, link: Executor) -> None:
         """Make sure that no other live server has our name.

@@ -19,7 +19,7 @@ from bandsync.counters import Counters
 from bandsync.model.session import Session
 from bandsync.redis_link.backoff import Backoff
 from bandsync.redis_link.errors import LossReason, loss_reason
-from bandsync.redis_link.executor import Executor, Listener
+from bandsync.redis_link.interfaces import Executor, Listener
 from bandsync.settings import Settings
 from bandsync.storage.base import Lost, RedisStatus, StorageType
 from bandsync.storage.era import Era, Loss

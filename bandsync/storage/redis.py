@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from redis.exceptions import RedisError
 
 from bandsync.model.session import Session, Tip, tip
-from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.errors import LossReason, loss_reason
-from bandsync.redis_link.executor import Executor
+from bandsync.redis_link.interfaces import Executor
 from bandsync.redis_link.script import Script
 from bandsync.storage.base import (
     Committed,

@@ -9,7 +9,7 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.counters import Counters
 from bandsync.redis_link.backoff import Backoff
 from bandsync.redis_link.errors import loss_reason
-from bandsync.redis_link.executor import Listener
+from bandsync.redis_link.interfaces import Listener
 from bandsync.storage.redis import Keys
 
 _RETRY_BASE_S = 0.05

@@ -18,8 +18,8 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from bandsync.redis_link.address import Address, TLSOptions
 from bandsync.redis_link.errors import LinkLostError, LossReason, loss_reason, reply_error
+from bandsync.redis_link.redis_address import RedisAddress, TLSOptions
 
 Argument: TypeAlias = bytes | str | int | float
 # Within an array an error is an element, as in the reply to EXEC.
@@ -32,12 +32,12 @@ _RECEIVE_BYTES = 65_536
 _NOTHING: Final = object()
 
 
-class Connection:
+class RedisConnection:
     """A stream to Redis, and the parser of what comes from it."""
 
     __slots__ = ("_address", "_reader", "_stream")
 
-    def __init__(self, stream: ByteStream, address: Address) -> None:
+    def __init__(self, stream: ByteStream, address: RedisAddress) -> None:
         self._stream = stream
         self._address = address
         self._reader = hiredis.Reader(
@@ -85,7 +85,7 @@ class Connection:
         return LinkLostError(f"{self._address}: {error.__cause__ or 'the connection broke'}")
 
 
-async def connect(address: Address, *, name: str, timeout_s: float) -> Connection:
+async def connect(address: RedisAddress, *, name: str, timeout_s: float) -> RedisConnection:
     """Open a connection, authenticate, choose the database and give it its name.
 
     Args:
@@ -96,7 +96,7 @@ async def connect(address: Address, *, name: str, timeout_s: float) -> Connectio
         RedisError: Redis cannot be reached, or refuses us; `loss_reason` says why.
     """
     with anyio.move_on_after(timeout_s):
-        connection = Connection(await _open(address), address)
+        connection = RedisConnection(await _open(address), address)
         try:
             await _introduce(connection, address, name)
         except LinkLostError as error:
@@ -112,7 +112,7 @@ async def connect(address: Address, *, name: str, timeout_s: float) -> Connectio
     raise TimeoutError(f"{address}: no connection within {timeout_s:g} s")
 
 
-async def _open(address: Address) -> ByteStream:
+async def _open(address: RedisAddress) -> ByteStream:
     try:
         if address.path is not None:
             return await anyio.connect_unix(address.path)
@@ -139,7 +139,7 @@ async def _open(address: Address) -> ByteStream:
         raise
 
 
-def _context(address: Address, options: TLSOptions) -> ssl.SSLContext:
+def _context(address: RedisAddress, options: TLSOptions) -> ssl.SSLContext:
     try:
         return options.context()
     except OSError as error:
@@ -155,7 +155,7 @@ def _is_refusal(error: BaseException | None) -> bool:
     )
 
 
-async def _introduce(connection: Connection, address: Address, name: str) -> None:
+async def _introduce(connection: RedisConnection, address: RedisAddress, name: str) -> None:
     commands = _introduction(address, name)
     with contextlib.suppress(LinkLostError):
         # Redis may have hung up on us already: the reply that says why can still be read.
@@ -172,7 +172,7 @@ async def _introduce(connection: Connection, address: Address, name: str) -> Non
                 _refused(address, command, reply)
 
 
-def _introduction(address: Address, name: str) -> list[tuple[Argument, ...]]:
+def _introduction(address: RedisAddress, name: str) -> list[tuple[Argument, ...]]:
     commands: list[tuple[Argument, ...]] = []
     if address.username is not None:
         commands.append(("AUTH", address.username, address.password or ""))
@@ -184,7 +184,7 @@ def _introduction(address: Address, name: str) -> list[tuple[Argument, ...]]:
     return commands
 
 
-def _refused(address: Address, command: tuple[Argument, ...], error: RedisError) -> None:
+def _refused(address: RedisAddress, command: tuple[Argument, ...], error: RedisError) -> None:
     """Raise what the error reply to a command of the introduction means."""
     verb = command[0]
     if verb == "CLIENT" and isinstance(error, NoPermissionError):

@@ -8,9 +8,9 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from redis.exceptions import MovedError, RedisError
 
-from bandsync.redis_link.cluster import REDIRECT_DELAYS_S, ClusterLink
+from bandsync.redis_link.cluster.link import REDIRECT_DELAYS_S, ClusterLink
+from bandsync.redis_link.cluster.slots import Endpoint, slot_of
 from bandsync.redis_link.errors import LinkLostError, UnusableError, again
-from bandsync.redis_link.slots import Endpoint, slot_of
 from bandsync.redis_link.subscriber import Subscriber
 
 # What is heard of a channel when messages may have been missed: no message, so a gap.

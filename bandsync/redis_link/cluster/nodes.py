@@ -6,9 +6,9 @@ import anyio
 from anyio.abc import TaskStatus
 from msgspec.structs import replace
 
-from bandsync.redis_link.address import Address
+from bandsync.redis_link.cluster.slots import Endpoint
 from bandsync.redis_link.link import Link
-from bandsync.redis_link.slots import Endpoint
+from bandsync.redis_link.redis_address import RedisAddress
 
 # Of the nodes that were known last time so many are asked where the others are.
 _MAX_SEEDS = 8
@@ -21,17 +21,17 @@ class Seeds:
         configured: one node; its credentials and its TLS are those of all.
     """
 
-    def __init__(self, configured: Address) -> None:
+    def __init__(self, configured: RedisAddress) -> None:
         self.configured = configured
         self._known: tuple[Endpoint, ...] = ()
 
-    def addresses(self) -> list[Address]:
+    def addresses(self) -> list[RedisAddress]:
         """Nodes to ask, the configured one first."""
         first = Endpoint(self.configured.host, self.configured.port)
         known = (endpoint for endpoint in self._known if endpoint != first)
         return [self.configured, *(self.at(endpoint) for endpoint in known)][:_MAX_SEEDS]
 
-    def at(self, endpoint: Endpoint) -> Address:
+    def at(self, endpoint: Endpoint) -> RedisAddress:
         """The address of a node."""
         return replace(self.configured, host=endpoint.host, port=endpoint.port)
 
@@ -53,7 +53,7 @@ class NodeLink(Link):
 
     def __init__(
         self,
-        address: Address,
+        address: RedisAddress,
         *,
         name: str,
         connect_timeout_s: float,

@@ -13,9 +13,9 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from redis.exceptions import RedisError, TimeoutError  # noqa: A004
 
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.connecting import Connection, Reply, connect
+from bandsync.redis_link.connection import RedisConnection, Reply, connect
 from bandsync.redis_link.errors import LinkLostError, again
+from bandsync.redis_link.redis_address import RedisAddress
 
 
 class Batch:
@@ -54,7 +54,7 @@ class Call:
             self.event.set()
 
 
-class Line(ABC):
+class Multiplexer(ABC):
     """Calls over one connection.
 
     Replies come in order, so a deadline for the oldest call is one for all: there is a watch, and
@@ -70,7 +70,7 @@ class Line(ABC):
 
     def __init__(
         self,
-        address: Address,
+        address: RedisAddress,
         *,
         name: str,
         connect_timeout_s: float,
@@ -96,7 +96,7 @@ class Line(ABC):
         self._awaited: anyio.Event | None = None
 
     @property
-    def address(self) -> Address:
+    def address(self) -> RedisAddress:
         """Where it leads."""
         return self._address
 
@@ -137,7 +137,7 @@ class Line(ABC):
         finally:
             self._lose(LinkLostError(f"{self._address}: the link was closed"))
 
-    async def _serve(self, connection: Connection, task_status: TaskStatus[None]) -> None:
+    async def _serve(self, connection: RedisConnection, task_status: TaskStatus[None]) -> None:
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self._usable = True
@@ -210,13 +210,13 @@ class Line(ABC):
         pending.append(call)
         return call
 
-    async def _read(self, connection: Connection) -> None:
+    async def _read(self, connection: RedisConnection) -> None:
         while True:
             replies = await connection.receive()
             self._received_at = anyio.current_time()
             self._take(replies)
 
-    async def _write(self, connection: Connection) -> None:
+    async def _write(self, connection: RedisConnection) -> None:
         while True:
             batch = self._batch
             if batch is None:

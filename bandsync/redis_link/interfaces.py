@@ -7,17 +7,17 @@ import anyio
 from anyio.abc import TaskStatus
 from redis.exceptions import RedisError
 
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.connecting import Argument, Reply
+from bandsync.redis_link.connection import Argument, Reply
+from bandsync.redis_link.redis_address import RedisAddress
 
 PublishVerb = Literal["PUBLISH", "SPUBLISH"]
 
 
 class Executor(Protocol):
-    """Takes commands. Used once, as a `bandsync.redis_link.line.Line`."""
+    """Takes commands. Used once, as a `bandsync.redis_link.multiplexer.Line`."""
 
     @property
-    def address(self) -> Address:
+    def address(self) -> RedisAddress:
         """Who answers commands without a key, such as TIME; may change in a Cluster."""
 
     @property

@@ -23,18 +23,18 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from bandsync.redis_link.address import Address
-from bandsync.redis_link.connecting import Argument, Reply
-from bandsync.redis_link.errors import LinkLostError, UnusableError, again, loss_reason
-from bandsync.redis_link.executor import Executor, PublishVerb
-from bandsync.redis_link.node import Node, NodeLink, Seeds
-from bandsync.redis_link.slots import (
+from bandsync.redis_link.cluster.nodes import Node, NodeLink, Seeds
+from bandsync.redis_link.cluster.slots import (
     Endpoint,
     Topology,
     read_topology,
     slot_of,
     slot_of_command,
 )
+from bandsync.redis_link.connection import Argument, Reply
+from bandsync.redis_link.errors import LinkLostError, UnusableError, again, loss_reason
+from bandsync.redis_link.interfaces import Executor, PublishVerb
+from bandsync.redis_link.redis_address import RedisAddress
 
 # How a command that is sent on waits before each further try, seconds; 1.3 in all. While a slot is
 # handed over two nodes may point at each other for a moment.
@@ -56,7 +56,7 @@ _NUMBERS_AT_ONCE = 500
 
 
 class ClusterLink:
-    """Commands to a whole Cluster: see `bandsync.redis_link.executor.Executor`.
+    """Commands to a whole Cluster: see `bandsync.redis_link.interfaces.Executor`.
 
     What a node refuses with MOVED, ASK, TRYAGAIN or CLUSTERDOWN was not carried out, and is sent
     on, or again.
@@ -73,7 +73,7 @@ class ClusterLink:
         self,
         seeds: Seeds,
         *,
-        make_link: Callable[[Address, float], NodeLink],
+        make_link: Callable[[RedisAddress, float], NodeLink],
         proof: Callable[[int], str],
         connect_timeout_s: float,
         silence_s: float,
@@ -101,7 +101,7 @@ class ClusterLink:
         self._turn = 0
 
     @property
-    def address(self) -> Address:
+    def address(self) -> RedisAddress:
         """Of the master of slot 0: the same for all servers, so they take the time from one."""
         return self._seeds.at(self._topology.owner(0))
 
@@ -365,7 +365,7 @@ class ClusterLink:
         found: list[Topology] = []
         errors: list[RedisError] = []
 
-        async def ask(address: Address, done: anyio.CancelScope) -> None:
+        async def ask(address: RedisAddress, done: anyio.CancelScope) -> None:
             link = self._make_link(address, self._connect_timeout_s)
             try:
                 async with anyio.create_task_group() as tasks:

@@ -67,7 +67,7 @@ class TLSOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return context
 
 
-class Address(msgspec.Struct, frozen=True):
+class RedisAddress(msgspec.Struct, frozen=True):
     """A Redis server and a database of it. As a text it shows no secret.
 
     Attributes:
@@ -93,7 +93,7 @@ class Address(msgspec.Struct, frozen=True):
     __repr__ = __str__
 
 
-def parse_address(url: str) -> Address:
+def parse_address(url: str) -> RedisAddress:
     """Read a ``redis://``, ``rediss://`` or ``unix://`` URL in redis-py's grammar.
 
     Raises:
@@ -124,7 +124,7 @@ def parse_address(url: str) -> Address:
     if options.get("db", 0) < 0:
         raise ValueError("must not have a negative database number")
     tls_options = {_TLS_OPTIONS[name]: options.pop(name) for name in set(options) & {*_TLS_OPTIONS}}
-    return Address(**options, tls=_tls(tls_options, wanted=url.startswith("rediss:")))
+    return RedisAddress(**options, tls=_tls(tls_options, wanted=url.startswith("rediss:")))
 
 
 def _tls(options: Mapping[str, Any], *, wanted: bool) -> TLSOptions | None:
