@@ -25,11 +25,11 @@ from bandsync.ops.recorder import Recorder
 from bandsync.rules.draft import ServerContext
 from bandsync.settings import Settings
 from bandsync.state import ServerState
-from bandsync.storage.access import Access
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys
+from bandsync.storage.redis_connector import RedisConnector
 from bandsync.sweeper import Sweeper
 from bandsync.wire.messages import StorageStatus
 
@@ -236,11 +236,11 @@ def _both(
     return tell
 
 
-def _access(settings: Settings, server_id: str) -> Access | None:
+def _access(settings: Settings, server_id: str) -> RedisConnector | None:
     if not settings.redis_enabled:
         return None
     try:
-        return Access(settings, server_id)
+        return RedisConnector(settings, server_id)
     except ValueError as error:
         raise StartError(f"REDIS_URL=(not shown): {error}") from error
 

@@ -25,7 +25,7 @@ from bandsync.storage.base import (
     Unreadable,
     Unusable,
 )
-from bandsync.storage.changes import Change
+from bandsync.storage.channel_messages import CommittedChange
 from bandsync.storage.era import Era
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import UnreadableError, patch_session
@@ -162,7 +162,7 @@ class Mirror:
             await self.move(stores.era)
         self.opened = True
 
-    def hear(self, change: Change) -> Literal["news", "known", "gap"]:
+    def hear(self, change: CommittedChange) -> Literal["news", "known", "gap"]:
         """Take over what another server committed, if it follows on what is known here."""
         session, known = self.session, self.tip
         if session is None or known is None or self.era is None:

@@ -16,7 +16,7 @@ from bandsync.model.transport import beat_at, in_force, position_at
 from bandsync.rules.actions import Audit, Bind, Command, Drop, Expire
 from bandsync.rules.reconcile import audit, superseded
 from bandsync.seats import Peer, Seats
-from bandsync.storage.changes import (
+from bandsync.storage.channel_messages import (
     read_change,
     read_report,
     read_whisper,

@@ -14,8 +14,8 @@ from bandsync.redis_link.interfaces import Executor
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import parse_address
 from bandsync.settings import Settings
-from bandsync.storage.access import Access
 from bandsync.storage.redis import Keys, RedisStorage
+from bandsync.storage.redis_connector import RedisConnector
 from tests.servers import PATIENCE_S
 
 KEYS = Keys("bandsync:")
@@ -80,7 +80,7 @@ async def open_cluster(url: str) -> AsyncIterator[ClusterLink]:
         nursery.cancel_scope.cancel()
 
 
-def cluster_access(url: str, **changes: Any) -> Access:
+def cluster_access(url: str, **changes: Any) -> RedisConnector:
     """How a server reaches a Cluster; it is patient."""
     patience_ms = round(PATIENCE_S * 1000)
     patient = Settings(
@@ -91,4 +91,4 @@ def cluster_access(url: str, **changes: Any) -> Access:
         redis_health_timeout_ms=patience_ms,
         redis_health_interval_ms=50,
     )
-    return Access(replace(patient, **changes), "stage")
+    return RedisConnector(replace(patient, **changes), "stage")

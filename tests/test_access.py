@@ -8,13 +8,13 @@ from bandsync.redis_link.cluster.link import ClusterLink
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.sentinel import MasterLink
 from bandsync.settings import Settings
-from bandsync.storage.access import Access
+from bandsync.storage.redis_connector import RedisConnector
 
 SENTINELS = {"redis_sentinels": "a:1,b:2", "redis_sentinel_master": "band"}
 
 
-def access(**settings: Any) -> Access:
-    return Access(Settings(**settings), "stage")
+def access(**settings: Any) -> RedisConnector:
+    return RedisConnector(Settings(**settings), "stage")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from bandsync.rules.decide import decide
 from bandsync.rules.reconcile import Write, reconcile
 from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import Committed
-from bandsync.storage.changes import write_change, write_whisper
+from bandsync.storage.channel_messages import write_change, write_whisper
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import changed_fields
 from bandsync.wire.commands import ChatMessage, LeaveSession, SetRole, UpdateMessage

@@ -9,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.model.session import Member, Tip
 from bandsync.rooms import Room
-from bandsync.storage.changes import Change
+from bandsync.storage.channel_messages import CommittedChange
 from tests.states import NOW
 from tests.test_heard import Band, chat
 from tests.test_mirror_faults import in_order
@@ -70,7 +70,7 @@ def crafted(room: Room, **changes: object) -> bytes:
     """A message that follows on what is known, apart from these changes."""
     known = room.mirror.tip
     assert known is not None
-    change = Change(known, known.version + 1, "crafted", "hall", {}, [])
+    change = CommittedChange(known, known.version + 1, "crafted", "hall", {}, [])
     return msgspec.json.encode(replace(change, **changes))
 
 

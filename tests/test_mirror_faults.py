@@ -28,7 +28,7 @@ from bandsync.storage.base import (
     Presence,
     Unreadable,
 )
-from bandsync.storage.changes import write_change
+from bandsync.storage.channel_messages import write_change
 from bandsync.storage.era import Era, Loss
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import changed_fields

@@ -25,7 +25,7 @@ from bandsync.ops.samples import (
 from bandsync.rules.actions import Drop
 from bandsync.rules.draft import ServerContext
 from bandsync.storage.base import RedisStatus
-from bandsync.storage.status import HISTORY, Change, Failover, History, Mode, Recovery
+from bandsync.storage.history import HISTORY, Failover, History, Mode, ModeChange, Recovery
 from tests.states import Stage
 
 NOTHING = Totals(
@@ -279,7 +279,7 @@ def test_the_last_failover_and_recovery_outlive_the_history() -> None:
     assert (history.mode, history.since, list(history.changes)) == (
         "memory",
         0,
-        [Change(0, "memory")],
+        [ModeChange(0, "memory")],
     )
     recovery = Recovery(2, None, 1, 3)
     history.enter("migrating", 1)

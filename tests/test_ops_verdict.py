@@ -8,7 +8,7 @@ from bandsync.ops.verdict import LATE_MS, LATE_SECONDS, Facts, degraded_since, j
 from bandsync.ops.words import in_words
 from bandsync.redis_link.errors import LossReason
 from bandsync.storage.era import Loss
-from bandsync.storage.status import Change, Failover, Migration, Recovery
+from bandsync.storage.history import Failover, Migration, ModeChange, Recovery
 
 NOW = 1_000_000.0
 
@@ -56,7 +56,7 @@ WELL = Facts(
     kept_in_memory=0,
     listening=True,
     migration=None,
-    changes=[Change(0, "memory"), Change(1, "migrating"), Change(2, "redis")],
+    changes=[ModeChange(0, "memory"), ModeChange(1, "migrating"), ModeChange(2, "redis")],
     draining=False,
     full=False,
     samples=seconds(*[SECOND] * 60),
@@ -67,7 +67,7 @@ LOST = replace(
     connected=False,
     listening=False,
     loss=Loss("timed_out", "no answer for 1.0 s"),
-    changes=[*WELL.changes, Change(50, "memory", failover=Failover(50, "reset", "gone"))],
+    changes=[*WELL.changes, ModeChange(50, "memory", failover=Failover(50, "reset", "gone"))],
 )
 
 
@@ -84,7 +84,7 @@ def test_memory_by_choice_is_well_and_says_what_it_costs() -> None:
         connected=False,
         listening=False,
         kept_in_memory=3,
-        changes=[Change(0, "memory (disabled)")],
+        changes=[ModeChange(0, "memory (disabled)")],
     )
     verdict = judge(chosen)
     assert verdict.level == "good"
@@ -109,7 +109,7 @@ def test_a_lost_redis_says_why_since_when_and_what_is_at_stake() -> None:
 
 
 def test_a_redis_that_was_never_there() -> None:
-    absent = replace(LOST, changes=[Change(7, "memory")], loss=Loss("refused", "nobody"))
+    absent = replace(LOST, changes=[ModeChange(7, "memory")], loss=Loss("refused", "nobody"))
     verdict = judge(absent)
     assert verdict.text.startswith("Redis is not there")
     assert verdict.since == 7
@@ -126,7 +126,7 @@ def test_the_way_back() -> None:
 
 def test_before_the_first_session_is_on_its_way() -> None:
     """The listening to other servers comes first: half a second, if it must."""
-    begun = [*LOST.changes, Change(60, "migrating")]
+    begun = [*LOST.changes, ModeChange(60, "migrating")]
     verdict = judge(replace(LOST, connected=True, changes=begun))
     assert verdict.text == "Redis is back: sessions are on their way to it."
     assert verdict.meaning.startswith("Members")
@@ -136,7 +136,7 @@ def test_before_the_first_session_is_on_its_way() -> None:
 
 
 def test_a_redis_that_was_never_there_is_not_back() -> None:
-    absent = replace(LOST, changes=[Change(7, "memory")])
+    absent = replace(LOST, changes=[ModeChange(7, "memory")])
     assert judge(replace(absent, connected=True)).text.startswith("Redis answers, ")
     moving = replace(absent, connected=True, migration=Migration(9, 4))
     assert judge(moving).text.startswith("Redis is there")
@@ -182,12 +182,16 @@ def test_nobody_trying_again_is_worse() -> None:
 def test_an_outage_begins_with_its_first_loss() -> None:
     flapping = [
         *WELL.changes,
-        Change(50, "memory", failover=Failover(50, "reset", "gone")),
-        Change(60, "migrating"),
-        Change(61, "memory", failover=Failover(61, "reset", "gone again")),
+        ModeChange(50, "memory", failover=Failover(50, "reset", "gone")),
+        ModeChange(60, "migrating"),
+        ModeChange(61, "memory", failover=Failover(61, "reset", "gone again")),
     ]
     assert degraded_since(flapping) == 50
-    healed = [*flapping, Change(70, "redis", recovery=Recovery(70, 20, 1, 1)), Change(90, "memory")]
+    healed = [
+        *flapping,
+        ModeChange(70, "redis", recovery=Recovery(70, 20, 1, 1)),
+        ModeChange(90, "memory"),
+    ]
     assert degraded_since(healed) == 90
 
 

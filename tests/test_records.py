@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from bandsync.model.session import CHAT_RING, TOMBSTONE_MS, Session, tip
 from bandsync.rules.actions import Command, Drop
 from bandsync.storage.base import Presence, Unreadable
-from bandsync.storage.changes import (
-    Change,
+from bandsync.storage.channel_messages import (
+    CommittedChange,
     read_change,
     read_whisper,
     write_change,
@@ -61,7 +61,7 @@ def stored(session: Session, base: Session | None = None, under: Fields | None =
     }
 
 
-def told(before: Session, after: Session) -> Change:
+def told(before: Session, after: Session) -> CommittedChange:
     """What the relay brings to other servers."""
     fields, gone = changed_fields(before, after)
     change = read_change(write_change(tip(before), tip(after), "hall", fields, gone, ()))
@@ -282,7 +282,7 @@ def test_a_value_that_is_nested_deeply_where_nobody_looks_is_unreadable(kind: st
     session = a_band().session
     assert session is not None
     delta = {name: Raw(fields[name])}
-    change = Change(tip(session), session.version + 1, "event", "hall", delta, [])
+    change = CommittedChange(tip(session), session.version + 1, "event", "hall", delta, [])
     with pytest.raises(UnreadableError, match=f"^{name}: "):
         patch_session(session, change)
 
@@ -425,7 +425,7 @@ def test_a_change_that_cannot_be_read_is_not_applied(delta: dict[str, object]) -
     session = a_band().session
     assert session is not None
     raw = {name: Raw(json.dumps(value).encode()) for name, value in delta.items()}
-    change = Change(tip(session), session.version + 1, "event", "hall", raw, [])
+    change = CommittedChange(tip(session), session.version + 1, "event", "hall", raw, [])
     with pytest.raises(UnreadableError):
         patch_session(session, change)
 
@@ -434,7 +434,7 @@ def test_a_change_that_deletes_what_is_not_there_changes_nothing_else() -> None:
     session = a_band().session
     assert session is not None
     gone = dict.fromkeys(("chat:x", "chat:", "chat:00", "member:", "note"), Raw(b"null"))
-    change = Change(tip(session), session.version + 1, "event", "hall", gone, [])
+    change = CommittedChange(tip(session), session.version + 1, "event", "hall", gone, [])
     after = replace(session, version=session.version + 1, event_id="event")
     assert patch_session(session, change) == after
 
@@ -444,6 +444,6 @@ def test_a_change_that_goes_nowhere_is_not_applied(version: int) -> None:
     session = a_band().session
     assert session is not None
     assert session.version > 5
-    change = Change(tip(session), version, "event", "hall", {}, [])
+    change = CommittedChange(tip(session), version, "event", "hall", {}, [])
     with pytest.raises(UnreadableError):
         patch_session(session, change)

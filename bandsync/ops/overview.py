@@ -11,7 +11,7 @@ from bandsync.ops.samples import Sample
 from bandsync.ops.verdict import Verdict
 from bandsync.ops.words import in_words
 from bandsync.storage.base import RedisStatus
-from bandsync.storage.status import Change, Failover, Migration, Mode, Recovery
+from bandsync.storage.history import Failover, Migration, Mode, ModeChange, Recovery
 
 # Python's float() reads more than that: 1_0, spaces, and the digits of every script.
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -106,7 +106,7 @@ class Overview(Struct, frozen=True, rename="camel"):
     samples: list[Sample]
 
 
-def event(change: Change) -> Event:
+def event(change: ModeChange) -> Event:
     """A change of mode as operators see it."""
     if change.failover is not None:
         reason = change.failover.reason

@@ -5,7 +5,7 @@ from typing import Any, overload
 from msgspec import Struct, msgpack
 from msgspec.structs import astuple, fields
 
-from bandsync.storage.status import Mode
+from bandsync.storage.history import Mode
 
 
 class Latency(Struct, frozen=True, rename="camel"):

@@ -12,7 +12,7 @@ from msgspec import Struct
 from bandsync.ops.samples import Sample
 from bandsync.ops.words import in_words
 from bandsync.storage.era import Loss
-from bandsync.storage.status import Change, Migration
+from bandsync.storage.history import Migration, ModeChange
 
 Level = Literal["good", "warn", "bad"]
 
@@ -88,7 +88,7 @@ class Facts(Struct, frozen=True):
     kept_in_memory: int
     listening: bool
     migration: Migration | None
-    changes: Sequence[Change]
+    changes: Sequence[ModeChange]
     draining: bool
     full: bool
     samples: Sequence[Sample]
@@ -118,7 +118,7 @@ def judge(facts: Facts) -> Verdict:
     return Verdict(worst.level, worst.text, worst.meaning, worst.since, others)
 
 
-def degraded_since(changes: Sequence[Change]) -> float:
+def degraded_since(changes: Sequence[ModeChange]) -> float:
     """When sessions left Redis, or would have been there: the start of the first stretch since."""
     since = changes[-1].at
     for change in reversed(changes):

@@ -144,7 +144,7 @@ class Storage(ABC):
         """Say something that is not kept to the other servers of a session, if any are in reach.
 
         Args:
-            message: see `bandsync.storage.changes`.
+            message: see `bandsync.storage.channel_messages`.
         """
 
     @abstractmethod

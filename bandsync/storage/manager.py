@@ -24,10 +24,10 @@ from bandsync.settings import Settings
 from bandsync.storage.base import Lost, RedisStatus, StorageType
 from bandsync.storage.era import Era, Loss
 from bandsync.storage.health import HealthCheck, NameTakenError
+from bandsync.storage.history import Failover, History, Migration, Mode, Recovery
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.storage.relay import Relay
-from bandsync.storage.status import Failover, History, Migration, Mode, Recovery
 
 # Redis is used again after so many health checks in a row, each with a write.
 STABLE_CHECKS = 3

@@ -21,7 +21,7 @@ from bandsync.model.session import (
 )
 from bandsync.model.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_BPM, Segment
 from bandsync.storage.base import Presence, Unreadable
-from bandsync.storage.changes import JUNK, Change
+from bandsync.storage.channel_messages import JUNK, CommittedChange
 
 # Raised by whatever an older server could not read, or would drop when it writes.
 FORMAT = 1
@@ -120,7 +120,7 @@ def read_session(session_id: str, fields: Mapping[str, bytes]) -> Session:
     )
 
 
-def patch_session(session: Session, change: Change) -> Session:
+def patch_session(session: Session, change: CommittedChange) -> Session:
     """What ``session`` is after a change that was made from it.
 
     Raises:

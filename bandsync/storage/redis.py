@@ -24,7 +24,7 @@ from bandsync.storage.base import (
     Unreadable,
     Unusable,
 )
-from bandsync.storage.changes import write_change
+from bandsync.storage.channel_messages import write_change
 from bandsync.storage.records import (
     UnreadableError,
     changed_fields,

@@ -43,7 +43,7 @@ class Migration(Struct, rename="camel"):
     moved: int = 0
 
 
-class Change(Struct, frozen=True, rename="camel"):
+class ModeChange(Struct, frozen=True, rename="camel"):
     """The beginning of a stretch in one mode, which lasts until the next change.
 
     Attributes:
@@ -72,12 +72,12 @@ class History:
     __slots__ = ("_changes", "last_failover", "last_recovery")
 
     def __init__(self, mode: Mode, at: float) -> None:
-        self._changes: deque[Change] = deque([Change(at, mode)], maxlen=HISTORY)
+        self._changes: deque[ModeChange] = deque([ModeChange(at, mode)], maxlen=HISTORY)
         self.last_failover: Failover | None = None
         self.last_recovery: Recovery | None = None
 
     @property
-    def changes(self) -> Sequence[Change]:
+    def changes(self) -> Sequence[ModeChange]:
         """What is remembered, the oldest first; the last began the stretch that lasts."""
         return tuple(self._changes)
 
@@ -93,14 +93,14 @@ class History:
 
     def enter(self, mode: Mode, at: float) -> None:
         """Begin a stretch."""
-        self._changes.append(Change(at, mode))
+        self._changes.append(ModeChange(at, mode))
 
     def fail_over(self, failover: Failover) -> None:
         """Begin a stretch in memory, because Redis was lost."""
         self.last_failover = failover
-        self._changes.append(Change(failover.at, "memory", failover=failover))
+        self._changes.append(ModeChange(failover.at, "memory", failover=failover))
 
     def recover(self, recovery: Recovery) -> None:
         """Begin a stretch on Redis, because it can be used again."""
         self.last_recovery = recovery
-        self._changes.append(Change(recovery.at, "redis", recovery=recovery))
+        self._changes.append(ModeChange(recovery.at, "redis", recovery=recovery))

@@ -19,7 +19,7 @@ from bandsync.settings import Settings, sentinel_hosts
 from bandsync.storage.redis import Keys
 
 
-class Access:
+class RedisConnector:
     """Makes the connections to one Redis. As a text it is the address, without secrets.
 
     Args:

@@ -11,7 +11,7 @@ from bandsync.model.session import Tip
 JUNK = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class Change(Struct, frozen=True, rename="camel"):
+class CommittedChange(Struct, frozen=True, rename="camel"):
     """What the channel of a session is told of one commit.
 
     Attributes:
@@ -28,7 +28,7 @@ class Change(Struct, frozen=True, rename="camel"):
     frames: list[Raw]
 
 
-class Whisper(Struct, frozen=True):
+class DirectMessage(Struct, frozen=True):
     """A message for one member, wherever it is: no change, and not kept.
 
     Attributes:
@@ -40,7 +40,7 @@ class Whisper(Struct, frozen=True):
     frame: Raw
 
 
-class Report(Struct, frozen=True):
+class ConnectionStats(Struct, frozen=True):
     """How well the members of one server are connected, for the others: not kept either.
 
     Attributes:
@@ -64,12 +64,12 @@ def write_change(
     if old is None or old.epoch != new.epoch:
         delta["epoch"] = Raw(_encode(new.epoch))
     frames = [Raw(event) for event in events]
-    return _encode(Change(old, new.version, new.event_id, server_id, delta, frames))
+    return _encode(CommittedChange(old, new.version, new.event_id, server_id, delta, frames))
 
 
 def write_whisper(to: str, frame: bytes) -> bytes:
     """The message for one member."""
-    return _encode(Whisper(to, Raw(frame)))
+    return _encode(DirectMessage(to, Raw(frame)))
 
 
 def write_report(
@@ -77,10 +77,10 @@ def write_report(
 ) -> bytes:
     """The message that tells of our members."""
     known = {id_: (ms, sync_errors_ms.get(id_)) for id_, ms in latencies_ms.items()}
-    return _encode(Report(known))
+    return _encode(ConnectionStats(known))
 
 
-def read_report(payload: bytes) -> Report | None:
+def read_report(payload: bytes) -> ConnectionStats | None:
     """The report in a message; None if it is something else."""
     if not payload.startswith(_REPORT):
         return None
@@ -90,7 +90,7 @@ def read_report(payload: bytes) -> Report | None:
         return None
 
 
-def read_change(payload: bytes) -> Change | None:
+def read_change(payload: bytes) -> CommittedChange | None:
     """The change in a message; None if there is none that can be read."""
     try:
         return _changes.decode(payload)
@@ -98,7 +98,7 @@ def read_change(payload: bytes) -> Change | None:
         return None
 
 
-def read_whisper(payload: bytes) -> Whisper | None:
+def read_whisper(payload: bytes) -> DirectMessage | None:
     """The whisper in a message; None if it is something else."""
     if not payload.startswith(_WHISPER):
         return None
@@ -109,9 +109,9 @@ def read_whisper(payload: bytes) -> Whisper | None:
 
 
 _encode = msgspec.json.Encoder().encode
-_changes = msgspec.json.Decoder(Change)
-_whispers = msgspec.json.Decoder(Whisper)
+_changes = msgspec.json.Decoder(CommittedChange)
+_whispers = msgspec.json.Decoder(DirectMessage)
 _NULL = Raw(b"null")
-_reports = msgspec.json.Decoder(Report)
+_reports = msgspec.json.Decoder(ConnectionStats)
 _REPORT = b'{"stats":'
 _WHISPER = b'{"to":'
