@@ -12,7 +12,6 @@ from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
-from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
@@ -22,6 +21,8 @@ from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.process import is_gone
 from bandsync.ops.recorder import Recorder
+from bandsync.rooms.failure_detector import FailureDetector
+from bandsync.rooms.hub import Hub
 from bandsync.rules.draft import ServerContext
 from bandsync.settings import Settings
 from bandsync.state import ServerState
@@ -30,7 +31,6 @@ from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys
 from bandsync.storage.redis_connector import RedisConnector
-from bandsync.sweeper import Sweeper
 from bandsync.wire.messages import StorageStatus
 
 _EXPIRY_PERIOD_S = 1.0
@@ -180,7 +180,7 @@ async def _serve(
         nursery.start_soon(connections.run_pings, loop_lag_seconds)
         nursery.start_soon(recorder.run, state)
         nursery.start_soon(hub.run_comparisons)
-        nursery.start_soon(Sweeper(hub).run)
+        nursery.start_soon(FailureDetector(hub).run)
         nursery.start_soon(_run_expiry, manager.memory, hub, settings, log)
         if signals:
             nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)

@@ -4,11 +4,11 @@ import os
 
 import trio
 
-from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
 from bandsync.net.connections import Connections
 from bandsync.ops.process import machine
+from bandsync.rooms.hub import Hub
 from bandsync.storage.base import Presence
 from bandsync.storage.manager import StorageManager
 

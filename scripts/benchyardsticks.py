@@ -14,7 +14,7 @@ from contextlib import suppress
 from benchserver import HOST, now_s
 from serve import relax_garbage_collection
 
-from bandsync.hub import TICK_SLOTS
+from bandsync.rooms.hub import TICK_SLOTS
 
 _TICK_S = 0.1
 # The bursts of the yardsticks are those of the server.

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from bandsync.mirror import Mirror
 from bandsync.model.session import Session
+from bandsync.rooms.mirror import Mirror
 from bandsync.storage.base import Committed
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import RedisStorage

@@ -16,9 +16,9 @@ import trustme
 from trio.testing import wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
-from bandsync.mirror import Mirror
 from bandsync.net.connection import Connection
-from bandsync.rooms import Room
+from bandsync.rooms.mirror import Mirror
+from bandsync.rooms.room import Room
 from tests.servers import PATIENCE_S, Musician, Server, band, musician, start_server
 
 UPGRADE = (
@@ -347,7 +347,7 @@ async def test_a_bug_is_told_with_an_id_and_ends_nothing(
 
     async with band(server, "Ann", "Bob") as (ann, bob):
         with monkeypatch.context() as patch:
-            patch.setattr("bandsync.mirror.decide", broken)
+            patch.setattr("bandsync.rooms.mirror.decide", broken)
             error = await ann.ask("play")
         assert error["code"] == "internal"
         (logged,) = server.events("command.failed")

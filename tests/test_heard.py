@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.model.session import Session, find, leader_of, tip
-from bandsync.rooms import MAX_HEARD
+from bandsync.rooms.room import MAX_HEARD
 from bandsync.rules.actions import Actor, Command, Decision, Drop
 from bandsync.rules.decide import decide
 from bandsync.rules.reconcile import Write, reconcile

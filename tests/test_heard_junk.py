@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.model.session import Member, Tip
-from bandsync.rooms import Room
+from bandsync.rooms.room import Room
 from bandsync.storage.channel_messages import CommittedChange
 from tests.states import NOW
 from tests.test_heard import Band, chat

@@ -13,10 +13,11 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.counters import Counters
-from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import TOMBSTONE_MS, Session, Tip, find, leader_of, present, tip
-from bandsync.rooms import Room
+from bandsync.rooms.failure_detector import FailureDetector
+from bandsync.rooms.hub import Hub
+from bandsync.rooms.room import Room
 from bandsync.rules.actions import Actor, Bind, Command, Decision, Drop
 from bandsync.rules.decide import decide
 from bandsync.rules.draft import ServerContext
@@ -33,7 +34,6 @@ from bandsync.storage.era import Era, Loss
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import changed_fields
 from bandsync.storage.relay import Relay
-from bandsync.sweeper import Sweeper
 from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,
@@ -851,7 +851,7 @@ async def test_what_was_heard_and_cannot_be_taken_does_not_keep_the_room_locked(
             await stage.say(room, ann, "first")
 
     with monkeypatch.context() as patched:
-        patched.setattr("bandsync.rooms.read_change", stumble)
+        patched.setattr("bandsync.rooms.room.read_change", stumble)
         nursery.start_soon(say)
         await wait_all_tasks_blocked()
         stage.hub.hear("song", b"{}")
@@ -922,7 +922,7 @@ class Watched(Stage):
 
     def __init__(self, nursery: trio.Nursery) -> None:
         super().__init__(nursery)
-        nursery.start_soon(Sweeper(self.hub).run)
+        nursery.start_soon(FailureDetector(self.hub).run)
 
     async def meet(self) -> Listener:
         ann, _ = await self.join("Ann")

@@ -16,7 +16,7 @@ from bandsync.counters import Counters
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.redis_link.subscriber import Subscriber
-from bandsync.rooms import Room
+from bandsync.rooms.room import Room
 from bandsync.storage.base import Lost
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay

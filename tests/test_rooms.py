@@ -11,10 +11,10 @@ from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.counters import Counters
-from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session, leader_of, present
-from bandsync.rooms import Room
+from bandsync.rooms.hub import Hub
+from bandsync.rooms.room import Room
 from bandsync.rules.actions import Actor, Bind, Decision
 from bandsync.rules.decide import decide
 from bandsync.rules.tokens import ResumeToken

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from bandsync.rota import Rota
+from bandsync.rooms.timer_wheel import TimerWheel
 
 PERIOD = 1.0
 
@@ -19,7 +19,7 @@ async def scenario(
     moves: Moves,
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Add (True) and discard things after waits; when each came and was visited."""
-    rota: Rota[str] = Rota(PERIOD, 5)
+    rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
     came: dict[str, list[float]] = {}
     visits: dict[str, list[float]] = {}
     present: set[str] = set()
@@ -69,7 +69,7 @@ def test_everything_is_visited_once_a_period_from_the_first_on(
 async def test_coming_and_going_before_anybody_looks(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    rota: Rota[str] = Rota(PERIOD, 5)
+    rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
     seen: list[str] = []
     nursery.start_soon(rota.run, seen.append)
     await trio.sleep(10)
@@ -83,7 +83,7 @@ async def test_coming_and_going_before_anybody_looks(
 
 
 async def test_what_was_missed_is_missed(nursery: trio.Nursery, mock_clock: MockClock) -> None:
-    rota: Rota[str] = Rota(PERIOD, 5)
+    rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
     seen: list[str] = []
     late: list[float] = []
     rota.add("a")
@@ -100,7 +100,7 @@ async def test_what_is_discarded_is_let_go_of(
 ) -> None:
     """Also the last that was visited, by the task that waits for the next."""
     visited: list[int] = []
-    rota: Rota[trio.Event] = Rota(PERIOD, 5)
+    rota: TimerWheel[trio.Event] = TimerWheel(PERIOD, 5)
     nursery.start_soon(rota.run, lambda thing: visited.append(id(thing)))
     # Any object that can be referred to weakly.
     thing = trio.Event()

@@ -17,13 +17,13 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 from websockets.frames import Frame, Opcode
 
 from bandsync.counters import Counters
-from bandsync.hub import Hub
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
 from bandsync.net.connection import Connection
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.head import read_head
+from bandsync.rooms.hub import Hub
 from bandsync.settings import Settings
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage

@@ -12,7 +12,7 @@ from bandsync.net.connections import Connections
 from bandsync.net.head import Head
 from bandsync.net.outbox import Outbox
 from bandsync.net.wire import Wire, end_parser
-from bandsync.rooms import Room
+from bandsync.rooms.room import Room
 from bandsync.rules.admission import JoinContext, admit
 from bandsync.rules.refusals import NOT_JOINED
 from bandsync.rules.tokens import ResumeToken, parse_resume_token
@@ -68,7 +68,7 @@ _RATE_LIMITED = Refusal("rate_limited", "Slow down: too many messages of this ty
 
 
 class Connection:
-    """A `bandsync.rooms.Peer` with a socket.
+    """A `bandsync.rooms.room.Peer` with a socket.
 
     Args:
         connections: all of them, and what this one shares with the others.

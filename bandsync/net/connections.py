@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.hub import Hub
 from bandsync.model.transport import MAX_TEMPO_BPM, MIN_TEMPO_BPM
 from bandsync.net.outbox import OutboxPolicy
-from bandsync.rota import Rota
+from bandsync.rooms.hub import Hub
+from bandsync.rooms.timer_wheel import TimerWheel
 from bandsync.settings import Settings
 from bandsync.wire.frames import text_frame
 from bandsync.wire.messages import ConnectionLimits, StorageStatus, Welcome, encode
@@ -50,7 +50,9 @@ class Connections:
         )
         self.open: set[Connection] = set()
         self.timeout_s = settings.connection_timeout_ms / 1000
-        self.pings: Rota[Connection] = Rota(settings.ping_interval_ms / 1000, PING_SLOTS)
+        self.pings: TimerWheel[Connection] = TimerWheel(
+            settings.ping_interval_ms / 1000, PING_SLOTS
+        )
         self.draining = False
         self._empty = trio.Event()
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import trio
 from msgspec import Struct
-from structlog.typing import FilteringBoundLogger
 
-from bandsync.counters import Counters
-from bandsync.model.session import Member, Session, Tip, tip
+from bandsync.model.session import Session, Tip, tip
+from bandsync.rooms.context import Audience, RoomContext
 from bandsync.rules.actions import Actor, Command, Decision
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
 from bandsync.rules.reconcile import Adopt, Write, reconcile
 from bandsync.storage.base import (
     CONFLICT,
@@ -21,13 +19,11 @@ from bandsync.storage.base import (
     Committed,
     Conflict,
     Storage,
-    StorageType,
     Unreadable,
     Unusable,
 )
 from bandsync.storage.channel_messages import CommittedChange
 from bandsync.storage.era import Era
-from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import UnreadableError, patch_session
 from bandsync.wire.commands import Refusal
 from bandsync.wire.frames import text_frame
@@ -38,70 +34,6 @@ _MAX_UNREADABLE = 10_000
 # How often the relay is asked for what was faster, and how long after the first time again.
 _LOOKS = 5
 _LOOK_S = 0.001
-
-
-class Stores(Protocol):
-    """Where sessions are kept.
-
-    Attributes:
-        memory: what is not in Redis, or not yet.
-    """
-
-    memory: MemoryStorage
-
-    @property
-    def era(self) -> Era | None:
-        """The era of Redis that sessions are opened in; None in memory mode."""
-
-    @property
-    def awaited(self) -> bool:
-        """Whether Redis is to be used, sooner or later."""
-
-    @property
-    def storage_type(self) -> StorageType:
-        """Where the sessions are kept."""
-
-
-class Audience(Protocol):
-    """Those for whom a mirror is held."""
-
-    async def catch_up(self) -> None:
-        """`Mirror.catch_up` under the room's lock, for a commit whose caller is cancelled."""
-
-    def own(self) -> Mapping[str, Member]:
-        """The members bound to connections of this server: see `bandsync.rules.reconcile`."""
-
-    def listen(self) -> None:
-        """Take what the relay has brought meanwhile; see `Mirror.hear`."""
-
-    def changed(self, session: Session) -> None:
-        """The mirror is another one; whoever is to be told is told by others."""
-
-    def jumped(self, shown: Session, events: Sequence[RoleChanged]) -> None:
-        """The mirror is one that did not come from a command: show it, then tell ``events``."""
-
-
-class House(Struct, frozen=True):
-    """What all mirrors of a server have in common.
-
-    Attributes:
-        isolated: what the rules need to know of this server in memory mode.
-        connected: the same for sessions that are in Redis.
-        unreadable: why, by the id of each session in Redis that could not be read.
-        finish: runs what must be finished although its caller is cancelled.
-        commit_seconds: told how long each commit took.
-    """
-
-    stores: Stores
-    isolated: ServerContext
-    connected: ServerContext
-    now: Callable[[], float]
-    timer: Callable[[], float]
-    finish: Callable[[Callable[[], Awaitable[None]]], None]
-    unreadable: dict[str, str]
-    counters: Counters
-    commit_seconds: Callable[[float], None]
-    log: FilteringBoundLogger
 
 
 class Outcome(Struct, frozen=True):
@@ -130,7 +62,7 @@ class Mirror:
         "uncertain",
     )
 
-    def __init__(self, session_id: str, house: House, audience: Audience) -> None:
+    def __init__(self, session_id: str, house: RoomContext, audience: Audience) -> None:
         self.session_id = session_id
         self.session: Session | None = None
         self.uncertain = False

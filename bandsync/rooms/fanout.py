@@ -38,7 +38,7 @@ class Peer(Protocol):
         """Close the connection soon; never blocks."""
 
 
-class Seats:
+class LocalPeers:
     """The members of a session whose connections are on this server.
 
     Attributes:

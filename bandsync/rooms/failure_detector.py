@@ -2,9 +2,9 @@
 
 import trio
 
-from bandsync.hub import Hub
 from bandsync.model.session import Member, present
-from bandsync.rooms import Room
+from bandsync.rooms.hub import Hub
+from bandsync.rooms.room import Room
 from bandsync.storage.base import Lost, Presence, Unreadable
 from bandsync.storage.era import Era
 
@@ -14,7 +14,7 @@ GLANCE_PERIOD_S = 2.0
 ABSENCE_S = 10.0
 
 
-class Sweeper:
+class FailureDetector:
     """Disconnects members whose server has not been seen to host their session for long."""
 
     def __init__(self, hub: Hub) -> None:

@@ -9,7 +9,7 @@ import trio
 T = TypeVar("T")
 
 
-class Rota(Generic[T]):
+class TimerWheel(Generic[T]):
     """Spreads things over a period, so that no moment has to bear them all.
 
     Moments are the multiples of a step of Trio's clock, and slot ``m % slots`` is due at moment

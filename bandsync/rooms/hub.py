@@ -9,14 +9,14 @@ from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
-from bandsync.mirror import House, Stores
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Tip
-from bandsync.rooms import CLOSED, Room
-from bandsync.rota import Rota
+from bandsync.rooms.context import RoomContext, Stores
+from bandsync.rooms.fanout import Peer
+from bandsync.rooms.room import CLOSED, Room
+from bandsync.rooms.timer_wheel import TimerWheel
 from bandsync.rules.actions import Bind
 from bandsync.rules.draft import ServerContext
-from bandsync.seats import Peer
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
 from bandsync.wire.commands import Refusal
@@ -78,7 +78,7 @@ class Hub:
     ) -> None:
         self.stores = stores
         self.here = here
-        self.house = House(
+        self.house = RoomContext(
             stores=stores,
             isolated=replace(here, isolated=True, awaited=stores.awaited),
             connected=replace(here, isolated=False),
@@ -93,8 +93,8 @@ class Hub:
         self.counters = counters
         self.log = log
         self.rooms: dict[str, Room] = {}
-        self.ticker: Rota[Room] | None = Rota(tick_s, TICK_SLOTS) if tick_s else None
-        self.stats: Rota[Room] = Rota(STATS_PERIOD_S, STATS_SLOTS)
+        self.ticker: TimerWheel[Room] | None = TimerWheel(tick_s, TICK_SLOTS) if tick_s else None
+        self.stats: TimerWheel[Room] = TimerWheel(STATS_PERIOD_S, STATS_SLOTS)
         self._nursery = nursery
         self._clock = clock
         self._grace_s = grace_s

@@ -10,12 +10,12 @@ import trio
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from bandsync.mirror import Mirror, Outcome
 from bandsync.model.session import Member, Session, present
 from bandsync.model.transport import beat_at, in_force, position_at
+from bandsync.rooms.fanout import LocalPeers, Peer
+from bandsync.rooms.mirror import Mirror, Outcome
 from bandsync.rules.actions import Audit, Bind, Command, Drop, Expire
 from bandsync.rules.reconcile import audit, superseded
-from bandsync.seats import Peer, Seats
 from bandsync.storage.channel_messages import (
     read_change,
     read_report,
@@ -39,7 +39,7 @@ from bandsync.wire.messages import (
 from bandsync.wire.snapshots import room_stats, snapshot
 
 if TYPE_CHECKING:
-    from bandsync.hub import Hub
+    from bandsync.rooms.hub import Hub
 
 
 # More than a room is behind in any lock's life: rather read it whole.
@@ -82,7 +82,7 @@ class Room:
         # What holds on to itself would stay, with the whole session, until the garbage collector
         # looks at old objects: a room that nobody is in any more is to be gone.
         self.mirror = Mirror(session_id, hub.house, weakref.proxy(self))
-        self.seats = Seats()
+        self.seats = LocalPeers()
         # Until when, on Trio's clock, the graces last that run, by connection id.
         self._graces: dict[str, float] = {}
         # How well members on other servers are connected, as those report it.

@@ -1,0 +1,1 @@
+"""Rooms: one per hosted session; they commit changes and broadcast them."""
