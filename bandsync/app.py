@@ -12,11 +12,11 @@ from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
+from bandsync.handoff.peers import HandoffPeers
 from bandsync.model.clock import ServerClock
 from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
-from bandsync.net.neighbours import Neighbours
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.process import is_gone
@@ -154,9 +154,9 @@ async def _serve(
         metrics.identify(server_id, place.worker)
         metrics.watch(counters, state)
         api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
-        neighbours: Neighbours | None = None
+        neighbours: HandoffPeers | None = None
         if place.crew is not None and tls is None:
-            neighbours = Neighbours(
+            neighbours = HandoffPeers(
                 place.crew, place.worker, settings.workers, lambda: hub.rooms, log
             )
         acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=neighbours, log=log)

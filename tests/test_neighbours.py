@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from bandsync import workers
-from bandsync.net import neighbours, way
-from bandsync.net.neighbours import Neighbours
-from bandsync.net.way import ANSWER_S, SHUN_S
-from bandsync.rendezvous import preference
+from bandsync.handoff import peers as neighbours
+from bandsync.handoff import way
+from bandsync.handoff.channel import ANSWER_S, SHUN_S
+from bandsync.handoff.peers import HandoffPeers
+from bandsync.handoff.rendezvous import preference
 from tests.crews import Crew, Diary, upgrade, working
 from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, Musician, musician
@@ -67,7 +68,9 @@ class Taker:
     def __init__(self, crew: str, worker: int, workers: int = 2) -> None:
         self.diary = Diary()
         self.hosted: set[str] = set()
-        self.neighbours = Neighbours(crew, worker, workers, lambda: self.hosted, self.diary.logger)
+        self.neighbours = HandoffPeers(
+            crew, worker, workers, lambda: self.hosted, self.diary.logger
+        )
         self.sockets: list[socket.socket] = []
         self.taken: list[bytes] = []
         self.has_room = True

@@ -23,7 +23,7 @@ from websockets.sync.client import connect
 
 from bandsync import workers
 from bandsync.app import StartError, serve
-from bandsync.rendezvous import preference
+from bandsync.handoff.rendezvous import preference
 from bandsync.settings import Settings, SettingsError, parse
 from bandsync.worker import LEAVE, Orders, Report, work
 from bandsync.workers import Pace, supervise

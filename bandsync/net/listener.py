@@ -12,10 +12,10 @@ import trio
 from structlog.typing import FilteringBoundLogger
 from trio_websocket import ConnectionClosed
 
+from bandsync.handoff.peers import HandoffPeers
 from bandsync.net.connection import Connection
 from bandsync.net.connections import Connections
 from bandsync.net.head import BadHeadError, Head, next_exchange, read_head, response_bytes
-from bandsync.net.neighbours import Neighbours
 from bandsync.net.stream import SEND_BUFFER_BYTES, TcpStream
 from bandsync.wire.http_messages import (
     HttpRequest,
@@ -101,7 +101,7 @@ class Acceptor:
         answer: Answer,
         *,
         tls: ssl.SSLContext | None,
-        neighbours: Neighbours | None,
+        neighbours: HandoffPeers | None,
         log: FilteringBoundLogger,
     ) -> None:
         settings = connections.settings

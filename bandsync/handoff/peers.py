@@ -21,9 +21,9 @@ import msgspec
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from bandsync.handoff.channel import ASK, NO, YES, HandoffChannel, address_of, close_now, is_ours
+from bandsync.handoff.rendezvous import preference
 from bandsync.net.head import MAX_HEAD_BYTES
-from bandsync.net.way import ASK, NO, YES, Way, address_of, close_now, is_ours
-from bandsync.rendezvous import preference
 
 # What can have been read of a connection: `read_head`.
 _MOST_BYTES = MAX_HEAD_BYTES + 1
@@ -44,7 +44,7 @@ Take = Callable[[socket.socket, bytes], None]
 HasRoom = Callable[[], bool]
 
 
-class Neighbours:
+class HandoffPeers:
     """The workers of one port, as one of them sees the others.
 
     Args:
@@ -69,7 +69,7 @@ class Neighbours:
         self._workers = workers
         self._own = address_of(crew, worker)
         self._ways = {
-            number: Way(address_of(crew, number), log.bind(neighbour=number))
+            number: HandoffChannel(address_of(crew, number), log.bind(neighbour=number))
             for number in range(1, workers + 1)
             if number != worker
         }
@@ -164,7 +164,7 @@ class Neighbours:
             with contextlib.suppress(OSError):
                 inlet.shutdown(socket.SHUT_RD)
 
-    async def _find(self, number: int, way: Way) -> None:
+    async def _find(self, number: int, way: HandoffChannel) -> None:
         """Ask a neighbour for the sessions that it has and that should live here."""
         answer = await way.ask(_AWAY + str(self._worker).encode())
         with contextlib.suppress(msgspec.MsgspecError):

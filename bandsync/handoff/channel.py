@@ -43,7 +43,7 @@ class _Asking:
         self.outlet: socket.socket | None = None
 
 
-class Way:
+class HandoffChannel:
     """The way to one neighbour."""
 
     def __init__(self, address: bytes, log: FilteringBoundLogger) -> None:

@@ -1,0 +1,1 @@
+"""Handoff of connections between the workers that share a port."""
