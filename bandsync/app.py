@@ -14,9 +14,9 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.counters import Counters
 from bandsync.handoff.peers import HandoffPeers
 from bandsync.model.clock import ServerClock
-from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
 from bandsync.net.listener import Acceptor, open_listeners
+from bandsync.net.registry import ConnectionRegistry
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
 from bandsync.ops.process import is_gone
@@ -149,7 +149,7 @@ async def _serve(
             commit_seconds=_both(metrics.commit_seconds.observe, recorder.commits.add),
         )
         command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
-        connections = Connections(hub, settings, log, command_seconds)
+        connections = ConnectionRegistry(hub, settings, log, command_seconds)
         state = ServerState(hub, connections, manager, clock, stopping, url_of(settings, port))
         metrics.identify(server_id, place.worker)
         metrics.watch(counters, state)

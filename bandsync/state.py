@@ -6,7 +6,7 @@ import trio
 
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
-from bandsync.net.connections import Connections
+from bandsync.net.registry import ConnectionRegistry
 from bandsync.ops.process import machine
 from bandsync.rooms.hub import Hub
 from bandsync.storage.base import Presence
@@ -28,7 +28,7 @@ class ServerState:
     def __init__(
         self,
         hub: Hub,
-        connections: Connections,
+        connections: ConnectionRegistry,
         storage: StorageManager,
         clock: ServerClock,
         stopping: trio.Event,

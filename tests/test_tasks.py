@@ -20,9 +20,9 @@ from bandsync.counters import Counters
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
 from bandsync.net.connection import Connection
-from bandsync.net.connections import Connections
 from bandsync.net.drain import drain
-from bandsync.net.head import read_head
+from bandsync.net.http_head import read_head
+from bandsync.net.registry import ConnectionRegistry
 from bandsync.rooms.hub import Hub
 from bandsync.settings import Settings
 from bandsync.storage.base import Committed, Conflict
@@ -79,7 +79,7 @@ class House:
             grace_s=settings.resume_grace_ms / 1000,
             tick_s=settings.tick_interval_ms / 1000,
         )
-        self.connections = Connections(self.hub, settings, self.hub.log, lambda _: None)
+        self.connections = ConnectionRegistry(self.hub, settings, self.hub.log, lambda _: None)
         nursery.start_soon(self.hub.run_ticker)
         nursery.start_soon(self.hub.run_stats)
         nursery.start_soon(self.hub.run_graces)

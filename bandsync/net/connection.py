@@ -8,10 +8,10 @@ import trio
 from msgspec import UNSET, UnsetType
 from trio_websocket import WebSocketConnection, wrap_server_stream
 
-from bandsync.net.connections import Connections
-from bandsync.net.head import Head
+from bandsync.net.http_head import Head
 from bandsync.net.outbox import Outbox
-from bandsync.net.wire import Wire, end_parser
+from bandsync.net.registry import ConnectionRegistry
+from bandsync.net.ws_handshake import Wire, end_parser
 from bandsync.rooms.room import Room
 from bandsync.rules.admission import JoinContext, admit
 from bandsync.rules.refusals import NOT_JOINED
@@ -110,7 +110,7 @@ class Connection:
 
     def __init__(
         self,
-        connections: Connections,
+        connections: ConnectionRegistry,
         nursery: trio.Nursery,
         stream: trio.abc.Stream,
         send_nowait: Callable[[bytes], int] | None,

@@ -5,14 +5,14 @@ import random
 import trio
 
 from bandsync.net.connection import RESTARTS, Connection
-from bandsync.net.connections import Connections
+from bandsync.net.registry import ConnectionRegistry
 
 # The rate at which clients are let go, and so come back elsewhere, as far as the time allows.
 _CLOSES_PER_S = 200.0
 _STEP_S = 0.05
 
 
-async def drain(connections: Connections, timeout_s: float) -> None:
+async def drain(connections: ConnectionRegistry, timeout_s: float) -> None:
     """Tell every client, close all connections with 1012, and wait until what they did is kept.
 
     Args:

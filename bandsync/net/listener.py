@@ -14,8 +14,8 @@ from trio_websocket import ConnectionClosed
 
 from bandsync.handoff.peers import HandoffPeers
 from bandsync.net.connection import Connection
-from bandsync.net.connections import Connections
-from bandsync.net.head import BadHeadError, Head, next_exchange, read_head, response_bytes
+from bandsync.net.http_head import BadHeadError, Head, next_exchange, read_head, response_bytes
+from bandsync.net.registry import ConnectionRegistry
 from bandsync.net.stream import SEND_BUFFER_BYTES, TcpStream
 from bandsync.wire.http_messages import (
     HttpRequest,
@@ -40,7 +40,7 @@ _RETRY_S = 0.1
 # Headers that the handshake reads as text.
 _HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
 
-Answer = Callable[[HttpRequest], Awaitable[HttpResponse]]
+HttpResponder = Callable[[HttpRequest], Awaitable[HttpResponse]]
 # What becomes of an accepted socket; and of one whose head names a session, or of any when there
 # is no place here.
 _Begin = Callable[[socket.socket], None]
@@ -97,8 +97,8 @@ class Acceptor:
 
     def __init__(
         self,
-        connections: Connections,
-        answer: Answer,
+        connections: ConnectionRegistry,
+        answer: HttpResponder,
         *,
         tls: ssl.SSLContext | None,
         neighbours: HandoffPeers | None,

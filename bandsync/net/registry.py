@@ -23,7 +23,7 @@ PROTOCOL_VERSION = 1
 PING_SLOTS = 20
 
 
-class Connections:
+class ConnectionRegistry:
     """All WebSocket connections of this server, and what they have in common.
 
     Args:
