@@ -24,8 +24,8 @@ from bandsync.ops.recorder import Recorder
 from bandsync.rooms.failure_detector import FailureDetector
 from bandsync.rooms.hub import Hub
 from bandsync.rules.draft import ServerContext
+from bandsync.server_state import ServerState
 from bandsync.settings import Settings
-from bandsync.state import ServerState
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage

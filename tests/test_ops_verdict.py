@@ -3,9 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
+from bandsync.ops.loss_reasons import in_words
 from bandsync.ops.samples import Sample
 from bandsync.ops.verdict import LATE_MS, LATE_SECONDS, Facts, degraded_since, judge
-from bandsync.ops.words import in_words
 from bandsync.redis_link.errors import LossReason
 from bandsync.storage.era import Loss
 from bandsync.storage.history import Failover, Migration, ModeChange, Recovery

@@ -9,9 +9,9 @@ from bandsync import __version__
 from bandsync.model.clock import ServerClock
 from bandsync.model.session import Session
 from bandsync.model.transport import in_force
-from bandsync.ops.admission import is_admitted, unauthorized
+from bandsync.ops.auth import is_admitted, unauthorized
 from bandsync.ops.metrics import Metrics
-from bandsync.ops.overview import BadQueryError, Overview, StorageStatus, event, since_of
+from bandsync.ops.overview import BadQueryError, Overview, StorageOverview, event, since_of
 from bandsync.ops.pages import Pages
 from bandsync.ops.recorder import KEPT, PERIOD_S, Recorder
 from bandsync.ops.verdict import RECENT_MS, Facts, Verdict, judge
@@ -157,11 +157,11 @@ class Api:
     def _storage_status(self) -> HttpResponse:
         return json_response(200, self._status())
 
-    def _status(self) -> StorageStatus:
+    def _status(self) -> StorageOverview:
         storage = self._storage
         history = storage.history
         clock = self._server.clock
-        return StorageStatus(
+        return StorageOverview(
             mode=history.mode,
             storage_type=storage.storage_type,
             since=history.since,

@@ -7,9 +7,9 @@ from urllib.parse import parse_qs
 
 from msgspec import Struct
 
+from bandsync.ops.loss_reasons import in_words
 from bandsync.ops.samples import Sample
 from bandsync.ops.verdict import Verdict
-from bandsync.ops.words import in_words
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.history import Failover, Migration, Mode, ModeChange, Recovery
 
@@ -21,7 +21,7 @@ class BadQueryError(Exception):
     """The query is none; the message says what one looks like."""
 
 
-class StorageStatus(Struct, frozen=True, rename="camel"):
+class StorageOverview(Struct, frozen=True, rename="camel"):
     """``/api/storage/status``; what never happened is null.
 
     Attributes:
@@ -51,7 +51,7 @@ class StorageStatus(Struct, frozen=True, rename="camel"):
     listening: bool
 
 
-class Event(Struct, frozen=True, rename="camel"):
+class TimelineEvent(Struct, frozen=True, rename="camel"):
     """A change of the storage's mode; what does not belong to its kind is null.
 
     Attributes:
@@ -99,23 +99,23 @@ class Overview(Struct, frozen=True, rename="camel"):
     draining: bool
     max_connections: int
     verdict: Verdict
-    storage: StorageStatus
-    events: list[Event]
+    storage: StorageOverview
+    events: list[TimelineEvent]
     period_ms: float
     kept_ms: float
     samples: list[Sample]
 
 
-def event(change: ModeChange) -> Event:
+def event(change: ModeChange) -> TimelineEvent:
     """A change of mode as operators see it."""
     if change.failover is not None:
         reason = change.failover.reason
-        return Event(
+        return TimelineEvent(
             change.at, "failover", change.mode, reason, in_words(reason), change.failover.detail
         )
     if change.recovery is not None:
         recovery = change.recovery
-        return Event(
+        return TimelineEvent(
             change.at,
             "recovery",
             change.mode,
@@ -123,7 +123,9 @@ def event(change: ModeChange) -> Event:
             migration_ms=recovery.migration_ms,
             sessions=recovery.sessions,
         )
-    return Event(change.at, "migration" if change.mode == "migrating" else "start", change.mode)
+    return TimelineEvent(
+        change.at, "migration" if change.mode == "migrating" else "start", change.mode
+    )
 
 
 def since_of(query: str) -> float | None:

@@ -9,8 +9,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from bandsync.ops.loss_reasons import in_words
 from bandsync.ops.samples import Sample
-from bandsync.ops.words import in_words
 from bandsync.storage.era import Loss
 from bandsync.storage.history import Migration, ModeChange
 
