@@ -19,8 +19,8 @@ from bandsync import __version__
 from bandsync.app import StartError, serve
 from bandsync.ops.logs import Sink, make_logger
 from bandsync.settings import OPTIONS, Settings, SettingsError, parse
-from bandsync.worker import work
-from bandsync.workers import supervise
+from bandsync.workers.supervisor import supervise
+from bandsync.workers.worker import work
 
 STOP_ON = (signal.SIGTERM, signal.SIGINT)
 REPLACE_ON = (signal.SIGHUP,)
@@ -91,7 +91,7 @@ def relax_garbage_collection() -> None:
 
 
 async def run_worker(sink: Sink) -> None:
-    """Serve as one of several workers: `bandsync.worker`."""
+    """Serve as one of several workers: `bandsync.workers.worker`."""
     inlet = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
     outlet = trio.lowlevel.FdStream(os.dup(sys.stdout.fileno()))
     # What some library may print is no report to the supervisor, and must not fill its pipe.

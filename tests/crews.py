@@ -10,7 +10,7 @@ import trio
 from msgspec.structs import replace
 
 from bandsync.settings import Settings
-from bandsync.workers import Pace, Supervising, supervise
+from bandsync.workers.supervisor import Pace, Supervising, supervise
 from tests.servers import PATIENCE_S, TEST_SETTINGS, Message
 from tests.test_serve import SCRIPT
 

@@ -22,12 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from bandsync import workers
 from bandsync.handoff import peers as neighbours
 from bandsync.handoff import way
 from bandsync.handoff.channel import ANSWER_S, SHUN_S
 from bandsync.handoff.peers import HandoffPeers
 from bandsync.handoff.rendezvous import preference
+from bandsync.workers import supervisor as workers
 from tests.crews import Crew, Diary, upgrade, working
 from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, Musician, musician

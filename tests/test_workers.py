@@ -21,12 +21,12 @@ from trio.testing import memory_stream_pair
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from bandsync import workers
 from bandsync.app import StartError, serve
 from bandsync.handoff.rendezvous import preference
 from bandsync.settings import Settings, SettingsError, parse
-from bandsync.worker import LEAVE, Orders, Report, work
-from bandsync.workers import Pace, supervise
+from bandsync.workers import supervisor as workers
+from bandsync.workers.supervisor import Pace, supervise
+from bandsync.workers.worker import LEAVE, Orders, WorkerReport, work
 from tests.crews import COMMAND, Crew, Diary, crew_settings, upgrade, working
 from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, TEST_SETTINGS, Message, Musician, play_along, start_server
@@ -598,7 +598,7 @@ async def test_a_worker_obeys_its_pipe(nursery: trio.Nursery) -> None:
     nursery.start_soon(run_worker)
     settings = replace(TEST_SETTINGS, worker_ports=free_port())
     await ours.send_all(msgspec.json.encode(Orders(settings, 1)) + b"\n")
-    report = msgspec.json.decode(await ours.receive_some(), type=Report)
+    report = msgspec.json.decode(await ours.receive_some(), type=WorkerReport)
     assert report.refused is None
     port = int(report.lines[0].rpartition(":")[2])
     own = f"http://{HOST}:{settings.worker_ports}"
@@ -664,5 +664,5 @@ async def test_a_worker_that_cannot_start_says_why() -> None:
         settings = replace(TEST_SETTINGS, port=taken.getsockname()[1])
         await ours.send_all(msgspec.json.encode(Orders(settings, 1)) + b"\n")
         await work(theirs, theirs, lambda settings: Diary().logger)
-    report = msgspec.json.decode(await ours.receive_some(), type=Report)
+    report = msgspec.json.decode(await ours.receive_some(), type=WorkerReport)
     assert "in use" in (report.refused or "")

@@ -2,7 +2,7 @@
 
 It shares two pipes with its supervisor. Its standard input brings its `Orders` and then stays open:
 a `LEAVE` in it gives up the shared port, and its end is the order to drain, whether the supervisor
-closed it or died. Its standard output carries one `Report`, and then a newline now and then.
+closed it or died. Its standard output carries one `WorkerReport`, and then a newline now and then.
 """
 
 from collections.abc import Callable, Collection
@@ -34,7 +34,7 @@ class Orders(Struct, frozen=True):
     crew: str | None = None
 
 
-class Report(Struct, frozen=True):
+class WorkerReport(Struct, frozen=True):
     """What a worker tells when it listens, or that it cannot start.
 
     Attributes:
@@ -93,14 +93,16 @@ async def work(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey)
             serving = await nursery.start(run)
-            await _tell(outlet, msgspec.json.encode(Report(lines)) + b"\n")
+            await _tell(outlet, msgspec.json.encode(WorkerReport(lines)) + b"\n")
             while True:
                 await trio.sleep(BEAT_S)
                 await _tell(outlet, b"\n")
     except* StartError as group:
         refused = group
     if refused is not None:
-        await _tell(outlet, msgspec.json.encode(Report(refused=str(first_of(refused)))) + b"\n")
+        await _tell(
+            outlet, msgspec.json.encode(WorkerReport(refused=str(first_of(refused)))) + b"\n"
+        )
 
 
 async def _tell(outlet: trio.abc.SendStream, line: bytes) -> None:

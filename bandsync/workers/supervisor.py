@@ -23,7 +23,7 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.app import StartError, listen, server_name, url_of
 from bandsync.redis_link.backoff import Backoff
 from bandsync.settings import Settings
-from bandsync.worker import LEAVE, Orders, Report, first_of, read_line
+from bandsync.workers.worker import LEAVE, Orders, WorkerReport, first_of, read_line
 
 # What a start may take besides its waiting for Redis, and a drain besides DRAIN_TIMEOUT_MS.
 START_MARGIN_S = 30.0
@@ -284,7 +284,7 @@ class _Worker:
     async def _live(self) -> "_Ending":
         """Have one process, from its start to its end."""
         listened: float | None = None
-        report: Report | None = None
+        report: WorkerReport | None = None
         silent = False
         # Whoever cannot be waited for any longer is killed by the end of this scope.
         with trio.CancelScope() as patience:
@@ -308,7 +308,7 @@ class _Worker:
                 async with process.stdout:
                     with trio.move_on_after(self._start_s()) as starting:
                         if (line := await read_line(process.stdout)) is not None:
-                            report = msgspec.json.decode(line, type=Report)
+                            report = msgspec.json.decode(line, type=WorkerReport)
                         if report is None or report.refused is not None:
                             await process.wait()
                     if starting.cancelled_caught:
