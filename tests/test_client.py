@@ -9,7 +9,7 @@ import trustme
 
 from bandsync import client
 from bandsync.client import Band, CommandRefused, JoinRefused, NotConnected, Superseded, Unreachable
-from bandsync.client.address import address_of
+from bandsync.client.server_address import address_of
 from bandsync.wire.commands import Heartbeat, Play
 from bandsync.wire.messages import (
     ChatSent,

@@ -11,7 +11,7 @@ from trio.testing import MockClock, memory_stream_pair
 
 from bandsync import client
 from bandsync.client import Band, ConnectionLost, StatusChanged, Unreachable
-from bandsync.client.backoff import delay_s
+from bandsync.client.retry_delay import delay_s
 from tests.scripted_server import START, Clogged, Message, ScriptedServer, Slow
 
 GRACE_S = 10.0

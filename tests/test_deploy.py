@@ -24,7 +24,7 @@ import trio
 import trustme
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from bandsync.client.line import HANDSHAKE_TIMEOUT_S
+from bandsync.client.websocket import HANDSHAKE_TIMEOUT_S
 from bandsync.settings import OPTIONS, Settings, parse
 from tests.redis_servers import HOST, RedisServer, find_redis_server, free_port, reaper_of
 from tests.servers import PATIENCE_S, Message, Musician, musician

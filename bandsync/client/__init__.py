@@ -20,14 +20,13 @@ trio.run(main)
 
 `connect` keeps the connection: it resumes by itself, keeps the session clock, and asks again for
 what it missed. `Band` has the commands and what is known; the events are the structs of
-`bandsync.wire.messages`, and a few of our own. `bandsync.client.errors` draws the tree of exceptions.
+`bandsync.wire.messages`, and a few of our own. `bandsync.client.exceptions` draws the tree of exceptions.
 """
 
-from bandsync.client.address import OpenStream
 from bandsync.client.band import Band, connect
-from bandsync.client.clock import SessionClock
 from bandsync.client.conversation import Tap
-from bandsync.client.errors import (
+from bandsync.client.events import BandEvent, EventsDropped, EventStream, Status, StatusChanged
+from bandsync.client.exceptions import (
     ClientError,
     CommandRefused,
     ConnectionLost,
@@ -37,9 +36,10 @@ from bandsync.client.errors import (
     Superseded,
     Unreachable,
 )
-from bandsync.client.events import BandEvent, EventsDropped, EventStream, Status, StatusChanged
 from bandsync.client.inbound import UnknownMessage
 from bandsync.client.membership import Token
+from bandsync.client.server_address import OpenStream
+from bandsync.client.session_clock import SessionClock
 from bandsync.client.view import SessionView
 
 __all__ = [

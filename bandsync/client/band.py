@@ -9,16 +9,16 @@ from typing import TypeVar
 import trio
 from msgspec import UNSET, UnsetType
 
-from bandsync.client.address import OpenStream, address_of
-from bandsync.client.clock import SessionClock
 from bandsync.client.conversation import Tap
-from bandsync.client.errors import ClientError, NotConnected
 from bandsync.client.events import EventStream, Status
-from bandsync.client.keeper import Keeper, Patience
-from bandsync.client.line import CLOSE_TIMEOUT_S
-from bandsync.client.meaning import meant
+from bandsync.client.exception_groups import meant
+from bandsync.client.exceptions import ClientError, NotConnected
 from bandsync.client.membership import Membership, Token
+from bandsync.client.reconnect import Patience, ReconnectLoop
+from bandsync.client.server_address import OpenStream, address_of
+from bandsync.client.session_clock import SessionClock
 from bandsync.client.view import SessionView, instant_of_beat
+from bandsync.client.websocket import CLOSE_TIMEOUT_S
 from bandsync.model import transport as arithmetic
 from bandsync.model.session import Role
 from bandsync.model.transport import At, Segment
@@ -56,7 +56,7 @@ class Band:
     To cancel one that is under way does not take it back.
     """
 
-    def __init__(self, membership: Membership, keeper: Keeper) -> None:
+    def __init__(self, membership: Membership, keeper: ReconnectLoop) -> None:
         self._membership = membership
         self._keeper = keeper
 
@@ -359,7 +359,9 @@ async def connect(
     )
     membership = Membership(join, token, resume_token)
     block = trio.CancelScope()
-    keeper = Keeper(address, membership, Patience(join_within, give_up_after), block.cancel, tap)
+    keeper = ReconnectLoop(
+        address, membership, Patience(join_within, give_up_after), block.cancel, tap
+    )
     failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:

@@ -8,12 +8,12 @@ import trio
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from bandsync.client.clock import local_ms
-from bandsync.client.errors import CommandRefused, ConnectionLost, NotConnected
+from bandsync.client.exceptions import CommandRefused, ConnectionLost, NotConnected
 from bandsync.client.inbound import News, ServerMessage, UnknownMessage, decode
-from bandsync.client.line import Line
 from bandsync.client.membership import Membership
 from bandsync.client.requests import Requests
+from bandsync.client.session_clock import local_ms
+from bandsync.client.websocket import ClientWebSocket
 from bandsync.wire.commands import ClientMessage, ClockSync, LeaveSession, SyncReport, SyncRequest
 from bandsync.wire.messages import (
     Ack,
@@ -64,7 +64,7 @@ class Conversation:
     def __init__(
         self,
         membership: Membership,
-        line: Line,
+        line: ClientWebSocket,
         on_joined: Callable[[], None],
         tap: Tap | None,
     ) -> None:

@@ -36,7 +36,7 @@ from bandsync.wire.messages import (
 )
 
 # Commits: each makes the next version of the session.
-Change = (
+SessionEvent = (
     UserJoined
     | UserLeft
     | MemberConnection
@@ -52,7 +52,7 @@ Change = (
 )
 # What a client hears without having asked.
 News = (
-    Change
+    SessionEvent
     | Snapshot
     | LeaderRequested
     | LeaderDenied
@@ -62,8 +62,10 @@ News = (
     | StorageStatus
     | ServerDraining
 )
-Answer = Welcome | Ack | Error | ClockSyncReply | LatencyResponse | HeartbeatReply | SyncResponse
-ServerMessage = News | Answer
+DirectReply = (
+    Welcome | Ack | Error | ClockSyncReply | LatencyResponse | HeartbeatReply | SyncResponse
+)
+ServerMessage = News | DirectReply
 
 
 class UnknownMessage(Struct, frozen=True):

@@ -2,9 +2,9 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from bandsync.client.clock import SessionClock
 from bandsync.client.events import EventHub, Status, StatusChanged
 from bandsync.client.inbound import News, UnknownMessage
+from bandsync.client.session_clock import SessionClock
 from bandsync.client.view import SessionView, advance, view_of
 from bandsync.wire.commands import JoinSession
 from bandsync.wire.messages import MemberStats, RoomStats, Snapshot, StorageStatus, Welcome, You

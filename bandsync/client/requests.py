@@ -4,7 +4,7 @@ from itertools import count
 
 import trio
 
-from bandsync.client.errors import CommandRefused, ConnectionLost
+from bandsync.client.exceptions import CommandRefused, ConnectionLost
 from bandsync.wire.messages import Ack, Error
 
 

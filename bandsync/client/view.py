@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from bandsync.client.inbound import Change, ServerMessage, UnknownMessage
+from bandsync.client.inbound import ServerMessage, SessionEvent, UnknownMessage
 from bandsync.model.session import CHAT_RING, Role, SessionSettings
 from bandsync.model.transport import Segment, Transport, in_force
 from bandsync.wire.messages import (
@@ -89,7 +89,7 @@ def advance(view: SessionView, message: ServerMessage | UnknownMessage) -> Step:
     if isinstance(message, UnknownMessage):
         version = message.version
         return Step(view, gap=version is not None and version > view.version)
-    if not isinstance(message, Change):
+    if not isinstance(message, SessionEvent):
         return Step(view)
     if message.version <= view.version:
         return Step(view, stale=True)
@@ -119,7 +119,7 @@ def _reaches(segment: Segment, beat: float, after: float) -> float | None:
     return instant if instant >= after else None
 
 
-def _follow(view: SessionView, event: Change) -> SessionView:
+def _follow(view: SessionView, event: SessionEvent) -> SessionView:
     """``view`` after the event that made the next version."""
     view = replace(view, version=event.version)
     match event:

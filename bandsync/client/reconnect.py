@@ -7,13 +7,13 @@ from collections.abc import Callable
 import trio
 from msgspec import Struct
 
-from bandsync.client.address import Address
-from bandsync.client.backoff import delay_s
 from bandsync.client.conversation import Conversation, Tap
-from bandsync.client.errors import Ended, JoinRefused, Superseded, Unreachable, first_of
 from bandsync.client.events import Status
-from bandsync.client.line import Line, LineEnd, converse
+from bandsync.client.exceptions import Ended, JoinRefused, Superseded, Unreachable, first_of
 from bandsync.client.membership import Membership
+from bandsync.client.retry_delay import delay_s
+from bandsync.client.server_address import ServerAddress
+from bandsync.client.websocket import ClientWebSocket, LineEnd, converse
 
 # A refusal that passes; every other one would be repeated for ever.
 _PASSING = frozenset({"rate_limited", "conflict", "internal"})
@@ -34,7 +34,7 @@ class Patience(Struct, frozen=True):
     resume_s: float
 
 
-class Keeper:
+class ReconnectLoop:
     """The one who keeps the connection.
 
     Args:
@@ -49,7 +49,7 @@ class Keeper:
 
     def __init__(
         self,
-        address: Address,
+        address: ServerAddress,
         membership: Membership,
         patience: Patience,
         on_end: Callable[[], None],
@@ -157,7 +157,7 @@ class Keeper:
         await trio.sleep(wait_s)
         return None
 
-    async def _converse(self, line: Line, limit: trio.CancelScope) -> None:
+    async def _converse(self, line: ClientWebSocket, limit: trio.CancelScope) -> None:
         def joined() -> None:
             limit.deadline = float("inf")
             self._failures = 0

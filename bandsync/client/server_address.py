@@ -19,7 +19,7 @@ _HOST = re.compile(r"[-\w.:%]+")
 OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
 
 
-class Address(Struct, frozen=True):
+class ServerAddress(Struct, frozen=True):
     """What a handshake needs.
 
     Attributes:
@@ -38,7 +38,7 @@ def address_of(
     session_id: str,
     ssl_context: ssl.SSLContext | None = None,
     open_stream: OpenStream | None = None,
-) -> Address:
+) -> ServerAddress:
     """The address of a session on a server.
 
     Args:
@@ -85,7 +85,7 @@ def address_of(
             raise
         return stream
 
-    return Address(
+    return ServerAddress(
         host=bracketed if port == default else f"{bracketed}:{port}",
         path=f"{quote(parts.path.rstrip('/'), safe=_IN_PATHS)}/ws/{session_id}",
         open_stream=open_stream or tcp,

@@ -2,7 +2,7 @@
 
 import trio
 
-from bandsync.client.errors import ClientError, ConnectionLost, NotConnected, first_of
+from bandsync.client.exceptions import ClientError, ConnectionLost, NotConnected, first_of
 
 
 def meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -> BaseException:

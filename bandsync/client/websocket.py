@@ -16,8 +16,8 @@ from trio_websocket import (
 )
 from wsproto.utilities import LocalProtocolError
 
-from bandsync.client.address import Address
-from bandsync.client.errors import first_of
+from bandsync.client.exceptions import first_of
+from bandsync.client.server_address import ServerAddress
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
@@ -36,7 +36,7 @@ _STATUS = re.compile(rb"HTTP/1\.[01] ([2-5]\d\d)[ \r\n]")
 _STATUS_BYTES = len(b"HTTP/1.1 403 ")
 
 # A message, or what makes it at the moment when it is sent.
-Text = str | Callable[[], str]
+TextMessage = str | Callable[[], str]
 
 
 class LineEnd(Struct, frozen=True):
@@ -55,7 +55,7 @@ class LineEnd(Struct, frozen=True):
     error: BaseException | None = None
 
 
-class Line:
+class ClientWebSocket:
     """A connection that is open.
 
     Attributes:
@@ -65,7 +65,7 @@ class Line:
     def __init__(self, websocket: WebSocketConnection, stream: "_WatchedStream") -> None:
         self._websocket = websocket
         self._stream = stream
-        self._to_send, self._sending = trio.open_memory_channel[Text](_MAX_TO_SEND)
+        self._to_send, self._sending = trio.open_memory_channel[TextMessage](_MAX_TO_SEND)
         self._written = trio.Event()
         self.end = LineEnd()
 
@@ -74,7 +74,7 @@ class Line:
         """When bytes last arrived, of whatever kind, on Trio's clock."""
         return self._stream.heard_s
 
-    async def send(self, text: Text) -> None:
+    async def send(self, text: TextMessage) -> None:
         """Queue a message; waits while too many are queued.
 
         Cancelling it never cuts a frame in two: writing is for a task of its own.
@@ -87,7 +87,7 @@ class Line:
         except trio.ClosedResourceError:
             raise trio.BrokenResourceError from None
 
-    def send_nowait(self, text: Text) -> bool:
+    def send_nowait(self, text: TextMessage) -> bool:
         """The same for a message that can as well be left out: False if it was."""
         try:
             self._to_send.send_nowait(text)
@@ -150,10 +150,12 @@ class Line:
                 await self._websocket.aclose()
 
 
-async def converse(address: Address, talk: Callable[[Line], Awaitable[None]]) -> LineEnd:
+async def converse(
+    address: ServerAddress, talk: Callable[[ClientWebSocket], Awaitable[None]]
+) -> LineEnd:
     """Connect, ``talk``, and close when that returns, or is cancelled.
 
-    ``talk`` is to return when `Line.receive` has come to its end.
+    ``talk`` is to return when `ClientWebSocket.receive` has come to its end.
     """
     with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as patience:
         try:
@@ -195,8 +197,8 @@ def _refused(status: int) -> LineEnd:
 
 
 async def _shake_hands(
-    nursery: trio.Nursery, address: Address, stream: "_WatchedStream"
-) -> Line | None:
+    nursery: trio.Nursery, address: ServerAddress, stream: "_WatchedStream"
+) -> ClientWebSocket | None:
     """None when the stream ended first, which trio-websocket would wait for in vain."""
     connected: WebSocketConnection | None = None
     with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as patience:
@@ -212,7 +214,7 @@ async def _shake_hands(
             receive_buffer_size=_RECEIVE_BYTES,
         )
     stream.on_end = None
-    return None if connected is None else Line(connected, stream)
+    return None if connected is None else ClientWebSocket(connected, stream)
 
 
 class _WatchedStream(trio.abc.Stream):
