@@ -7,7 +7,7 @@ from benchserver import ROOT
 # It is no part of the package, and a script sees only its own directory.
 sys.path.insert(0, str(ROOT))
 
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 
 __all__ = ["RedisServer", "new_redis"]
 

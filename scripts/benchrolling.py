@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchserver import BenchError, spread  # noqa: E402
 
-from tests.redis_servers import RedisServer  # noqa: E402
-from tests.server_processes import ServerProcess  # noqa: E402
+from scripts.testbed.redis_server import RedisServer  # noqa: E402
+from scripts.testbed.server_process import ServerProcess  # noqa: E402
 
 _SETTLE_S = 8.0
 _LOOK_S = 0.05

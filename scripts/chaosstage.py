@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # own directory.
 sys.path.insert(0, str(ROOT))
 
-from tests.fault_proxy import FaultProxy  # noqa: E402
-from tests.redis_servers import RedisServer, free_port, reaper_of  # noqa: E402
+from scripts.testbed.fault_proxy import FaultProxy  # noqa: E402
+from scripts.testbed.redis_server import RedisServer, free_port, reaper_of  # noqa: E402
 
 __all__ = ["BandSync", "FaultProxy", "RedisServer", "Stage", "stage"]
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
-from tests.redis_servers import RedisServer
-from tests.server_processes import ServerProcess
+from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.redis_server import RedisServer
+from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.browsers import LOST_CONNECTIONS, Pages, evaluate
+from scripts.testbed.browsers import LOST_CONNECTIONS, Pages, evaluate
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

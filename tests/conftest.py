@@ -10,12 +10,12 @@ import pytest
 import trio
 import trustme
 
-from tests.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.network import Network
+from scripts.testbed.redis_cluster import RedisCluster
+from scripts.testbed.redis_server import INSTALL, RedisError, RedisServer, find_redis_server
+from scripts.testbed.server_process import ServerProcess
 from tests.fake_redis import fake_redis_server
-from tests.network import Network
-from tests.redis_clusters import RedisCluster
-from tests.redis_servers import INSTALL, RedisError, RedisServer, find_redis_server
-from tests.server_processes import ServerProcess
 from tests.servers import Server, start_server
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from tests.redis_servers import HOST
+from scripts.testbed.redis_server import HOST
 
 Message = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browsers import LOST_CONNECTIONS, Pages, violations
+from scripts.testbed.browsers import LOST_CONNECTIONS, Pages, violations
 from tests.test_stage import PHONE, Start, enter, shows
 
 SCHEMES = ["dark", "light"]

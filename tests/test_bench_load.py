@@ -16,7 +16,7 @@ import pytest
 from websockets.sync.client import connect
 
 from bandsync.wire.frames import text_frame
-from tests.server_processes import ServerProcess
+from scripts.testbed.server_process import ServerProcess
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"

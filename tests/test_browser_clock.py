@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.browsers import Pages, evaluate
-from tests.network import Network
-from tests.redis_servers import RedisServer
-from tests.server_processes import ServerProcess
+from scripts.testbed.browsers import Pages, evaluate
+from scripts.testbed.network import Network
+from scripts.testbed.redis_server import RedisServer
+from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

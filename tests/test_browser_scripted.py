@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from scripts.testbed.browsers import Pages, evaluate
 from tests.browser_band import details, open_band, statuses, until
-from tests.browsers import Pages, evaluate
 from tests.scripted_band import (
     EPOCH_MS,
     TRANSPORT,

@@ -26,7 +26,7 @@ from bandsync.wire.messages import (
     UserJoined,
     UserLeft,
 )
-from tests.redis_servers import RedisServer, free_port
+from scripts.testbed.redis_server import RedisServer, free_port
 from tests.servers import PATIENCE_S, Message, Server, band, musician, start_server
 
 pytestmark = pytest.mark.usefixtures("_not_for_ever")

@@ -17,8 +17,8 @@ from bandsync.client import (
     Unreachable,
 )
 from bandsync.wire.messages import ServerDraining, Snapshot
-from tests.fault_proxy import FaultProxy
-from tests.redis_servers import RedisServer, free_port
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_server import RedisServer, free_port
 from tests.servers import PATIENCE_S, Server, musician, start_server
 
 

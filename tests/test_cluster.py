@@ -6,7 +6,7 @@ import httpx
 import pytest
 import trio
 
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 from tests.servers import PATIENCE_S, Message, Musician, Server, play_along, start_server
 
 QUICK = {

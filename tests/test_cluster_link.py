@@ -14,9 +14,9 @@ from bandsync.redis_link.cluster.slots import Endpoint, slot_of
 from bandsync.redis_link.errors import loss_reason
 from bandsync.redis_link.redis_address import parse_address
 from bandsync.redis_link.script import Script
-from tests.redis_clusters import RedisCluster
-from tests.redis_sentinels import wait_until
-from tests.redis_servers import HOST, RedisServer, bundled_redis_server, free_port
+from scripts.testbed.redis_cluster import RedisCluster
+from scripts.testbed.redis_sentinels import wait_until
+from scripts.testbed.redis_server import HOST, RedisServer, bundled_redis_server, free_port
 from tests.redis_storages import cluster_access, open_cluster, open_link
 from tests.scripted_redis import start
 from tests.servers import PATIENCE_S

@@ -11,7 +11,7 @@ from bandsync.redis_link.cluster.link import ClusterLink
 from bandsync.redis_link.cluster.subscriber import MISSED, ClusterSubscriber
 from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.redis_address import RedisAddress
-from tests.redis_clusters import RedisCluster
+from scripts.testbed.redis_cluster import RedisCluster
 from tests.redis_storages import cluster_access, open_cluster
 from tests.scripted_redis import Outcome, ScriptedRedis
 from tests.servers import PATIENCE_S

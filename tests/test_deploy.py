@@ -26,7 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from bandsync.client.websocket import HANDSHAKE_TIMEOUT_S
 from bandsync.settings import OPTIONS, Settings, parse
-from tests.redis_servers import HOST, RedisServer, find_redis_server, free_port, reaper_of
+from scripts.testbed.redis_server import HOST, RedisServer, find_redis_server, free_port, reaper_of
 from tests.servers import PATIENCE_S, Message, Musician, musician
 from tests.test_serve import SCRIPT, environment
 from tests.test_workers import MANY, UPGRADE

@@ -11,8 +11,8 @@ import trio
 from msgspec import Struct
 
 from bandsync.app import StartError
-from tests.fault_proxy import FaultProxy
-from tests.redis_servers import HOST, RedisServer, free_port
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, Message, Musician, Server, band, musician, start_server
 
 KEY = "bandsync:session:{song}"

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import trio
 
-from tests.fault_proxy import FaultProxy
+from scripts.testbed.fault_proxy import FaultProxy
 
 PATIENCE_S = 20.0
 # How long nothing must come before we believe that nothing comes.

@@ -12,7 +12,7 @@ from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.storage.base import Presence
 from bandsync.storage.health import PRESENCE_EXPIRY_MS, HealthCheck, NameTakenError
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 from tests.redis_storages import KEYS, open_link
 from tests.states import NOW
 

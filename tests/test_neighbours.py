@@ -28,8 +28,8 @@ from bandsync.handoff.channel import ANSWER_S, SHUN_S
 from bandsync.handoff.peers import HandoffPeers
 from bandsync.handoff.rendezvous import preference
 from bandsync.workers import supervisor as workers
+from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.crews import Crew, Diary, upgrade, working
-from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, Musician, musician
 
 SESSIONS = [f"song-{number}" for number in range(8)]

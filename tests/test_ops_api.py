@@ -10,7 +10,7 @@ import trio
 
 from bandsync import __version__
 from bandsync.ops.recorder import KEPT
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 from tests.servers import PATIENCE_S, Message, Server, band, start_server
 
 TOKEN = "höchst geheim: ja"  # With a colon: only the first one of Basic is a separator.

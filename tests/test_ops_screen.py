@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages, violations
-from tests.redis_servers import RedisServer, free_port
-from tests.server_processes import ServerProcess
+from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages, violations
+from scripts.testbed.redis_server import RedisServer, free_port
+from scripts.testbed.server_process import ServerProcess
 from tests.test_stage import shows, stage
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import trio
 from structlog.testing import CapturingLogger
 
 from bandsync.app import Serving
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 from tests.servers import PATIENCE_S, TEST_SETTINGS, Musician, Server, play_along, start_server
 from tests.test_cluster import QUICK, agree, current, in_order
 from tests.test_failover import Process, blocking, start_process, until

@@ -11,7 +11,7 @@ import pytest
 from websockets.sync.client import connect
 
 from bandsync.settings import OPTIONS
-from tests.browsers import Pages
+from scripts.testbed.browsers import Pages
 from tests.servers import PATIENCE_S, Server
 from tests.test_stage import Start
 

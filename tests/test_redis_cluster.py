@@ -8,8 +8,8 @@ import pytest
 import trio
 from redis.crc import key_slot
 
-from tests.redis_clusters import RedisCluster
-from tests.redis_servers import RedisServer, bundled_redis_server, find_redis_server
+from scripts.testbed.redis_cluster import RedisCluster
+from scripts.testbed.redis_server import RedisServer, bundled_redis_server, find_redis_server
 from tests.servers import Musician, Server, play_along, start_server
 from tests.test_cluster import agree
 from tests.test_failover import (

@@ -29,8 +29,8 @@ from bandsync.redis_link.errors import LinkLostError, UnusableError, loss_reason
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import RedisAddress, TLSOptions, parse_address
 from bandsync.redis_link.script import Script
-from tests.fault_proxy import FaultProxy
-from tests.redis_servers import HOST, RedisServer, free_port
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.scripted_redis import ADDRESS, ScriptedRedis, start
 from tests.servers import PATIENCE_S
 

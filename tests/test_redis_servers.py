@@ -12,8 +12,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests import redis_servers
-from tests.redis_servers import RedisServer, find_redis_server
+from scripts.testbed import redis_server as redis_servers
+from scripts.testbed.redis_server import RedisServer, find_redis_server
 
 pytestmark = pytest.mark.usefixtures("redis_binary")
 
@@ -114,7 +114,7 @@ def test_a_configuration_it_refuses() -> None:
 def test_it_does_not_outlive_a_test_run_that_is_killed() -> None:
     program = """
 import os, signal
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 server = RedisServer()
 server.start()
 print(server.pid, server._directory, flush=True)

@@ -31,7 +31,7 @@ from bandsync.storage.records import read_session
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, UpdateMessage
 from bandsync.wire.messages import encode
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 from tests.redis_storages import KEYS, LossList, open_link, redis_storage
 from tests.servers import PATIENCE_S
 from tests.states import Stage

@@ -15,7 +15,7 @@ from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.subscriber import Subscriber
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
-from tests.redis_servers import RedisServer
+from scripts.testbed.redis_server import RedisServer
 from tests.redis_storages import open_link
 from tests.servers import PATIENCE_S
 

@@ -11,9 +11,9 @@ import trio
 from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.redis_address import RedisAddress, TLSOptions
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
-from tests.fault_proxy import FaultProxy
-from tests.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
-from tests.redis_servers import HOST, RedisServer, free_port
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
+from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, Musician, band, start_server
 from tests.test_failover import (
     QUICK,

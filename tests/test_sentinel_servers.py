@@ -14,10 +14,10 @@ import pytest
 import trio
 from msgspec import Struct
 
-from tests.fault_proxy import FaultProxy
-from tests.redis_sentinels import MASTER, Watched
-from tests.redis_servers import HOST, RedisServer
-from tests.server_processes import ServerProcess
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_sentinels import MASTER, Watched
+from scripts.testbed.redis_server import HOST, RedisServer
+from scripts.testbed.server_process import ServerProcess
 from tests.servers import TEST_SETTINGS, Musician, play_along
 from tests.test_cluster import agree
 from tests.test_failover import Chatter, blocking, head, heard, in_order, stored_chat, until

@@ -11,10 +11,10 @@ import pytest
 import zxingcpp
 from PIL import Image
 
-from tests.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
-from tests.network import Network
-from tests.redis_servers import RedisServer
-from tests.server_processes import ServerProcess
+from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
+from scripts.testbed.network import Network
+from scripts.testbed.redis_server import RedisServer
+from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.browsers import Pages
-from tests.server_processes import ServerProcess
+from scripts.testbed.browsers import Pages
+from scripts.testbed.server_process import ServerProcess
 from tests.test_stage import Start, enter, shows, until
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.subscriber import Subscriber
-from tests.fault_proxy import FaultProxy
-from tests.redis_servers import HOST, RedisServer
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_server import HOST, RedisServer
 from tests.scripted_redis import ADDRESS, ScriptedRedis, start
 from tests.servers import PATIENCE_S
 

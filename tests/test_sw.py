@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
-from tests.server_processes import ServerProcess
+from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
+from scripts.testbed.server_process import ServerProcess
 from tests.test_stage import shows, stage
 
 if TYPE_CHECKING:

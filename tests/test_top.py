@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from tests.redis_servers import RedisServer, free_port
-from tests.server_processes import ServerProcess
+from scripts.testbed.redis_server import RedisServer, free_port
+from scripts.testbed.server_process import ServerProcess
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 30.0

@@ -27,8 +27,8 @@ from bandsync.settings import Settings, SettingsError, parse
 from bandsync.workers import supervisor as workers
 from bandsync.workers.supervisor import Pace, supervise
 from bandsync.workers.worker import LEAVE, Orders, WorkerReport, work
+from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.crews import COMMAND, Crew, Diary, crew_settings, upgrade, working
-from tests.redis_servers import HOST, RedisServer, free_port
 from tests.servers import PATIENCE_S, TEST_SETTINGS, Message, Musician, play_along, start_server
 from tests.test_serve import SCRIPT, environment
 

@@ -7,8 +7,8 @@ from typing import Any, Self
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import RedisError, ResponseError
 
-from tests.redis_sentinels import wait_until
-from tests.redis_servers import HOST, PORTS, RedisServer, free_port, is_free
+from scripts.testbed.redis_sentinels import wait_until
+from scripts.testbed.redis_server import HOST, PORTS, RedisServer, free_port, is_free
 
 
 class RedisCluster:

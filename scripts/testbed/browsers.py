@@ -2,7 +2,7 @@
 
 The fixtures are in conftest.py: `browser`, `open_page`. What uses them is a plain function, as
 playwright's synchronous interface wants it, and its servers are processes
-(`tests.server_processes`).
+(`scripts.testbed.server_process`).
 """
 
 import os

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import trio
 
-from tests.fault_proxy import Direction, FaultProxy
-from tests.redis_servers import HOST
+from scripts.testbed.fault_proxy import Direction, FaultProxy
+from scripts.testbed.redis_server import HOST
 
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 _PATIENCE_S = 20.0
 _LINE_BYTES = 65_536
 
@@ -41,7 +41,7 @@ class Network:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.network", str(self._upstream_port)],
+            [sys.executable, "-m", "scripts.testbed.network", str(self._upstream_port)],
             cwd=_ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Self
 
 from bandsync.settings import OPTIONS
-from tests.redis_servers import HOST, free_port, reaper_of
+from scripts.testbed.redis_server import HOST, free_port, reaper_of
 
-SERVE = Path(__file__).parent.parent / "scripts" / "serve.py"
+SERVE = Path(__file__).parents[2] / "scripts" / "serve.py"
 
 _PATIENCE_S = 30.0
 _ATTEMPTS = 10

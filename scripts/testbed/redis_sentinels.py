@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.redis_servers import (
+from scripts.testbed.redis_server import (
     HOST,
     INSTALL,
     RedisError,

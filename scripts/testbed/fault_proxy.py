@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 import trio
 
-from tests.redis_servers import HOST, free_port
+from scripts.testbed.redis_server import HOST, free_port
 
 Direction = Literal["up", "down"]
 
