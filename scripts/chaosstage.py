@@ -21,12 +21,9 @@ from bandsync.settings import OPTIONS
 from bandsync.storage.records import read_session
 
 ROOT = Path(__file__).resolve().parent.parent
-# The Redis and the proxy of the tests. They are no part of the package, and a script sees only its
-# own directory.
-sys.path.insert(0, str(ROOT))
 
-from scripts.testbed.fault_proxy import FaultProxy  # noqa: E402
-from scripts.testbed.redis_server import RedisServer, free_port, reaper_of  # noqa: E402
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_server import RedisServer, free_port, reaper_of
 
 __all__ = ["BandSync", "FaultProxy", "RedisServer", "Stage", "stage"]
 

@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
 from scripts.testbed.redis_server import RedisServer
 from scripts.testbed.server_process import ServerProcess

@@ -22,25 +22,21 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 PATIENCE_S = 120
 
-# Scripts are no package: they see each other because they lie side by side.
-sys.path.insert(0, str(SCRIPTS))
-from benchband import Band  # noqa: E402
-from benchgig import summary  # noqa: E402, F401  # it can be imported without a terminal
-from benchhistogram import Histogram  # noqa: E402
-from benchhost import census, numbers, places_of  # noqa: E402
-from benchphone import Phone  # noqa: E402
-from benchplot import PANELS, picture  # noqa: E402
-from benchscore import Score  # noqa: E402
-from benchserver import BenchError  # noqa: E402
-from benchtrend import Row, Series, bottleneck, leaks, left_behind, trend  # noqa: E402
-from benchwire import Address, Loop  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
+from scripts.bench.band import Band
+from scripts.bench.epoll_ws import Address, Loop
+from scripts.bench.gig import summary  # noqa: F401  # it can be imported without a terminal
+from scripts.bench.histogram import Histogram
+from scripts.bench.hosts import census, numbers, places_of
+from scripts.bench.phone import Phone
+from scripts.bench.plot import PANELS, picture
+from scripts.bench.processes import BenchError
+from scripts.bench.score import Score
+from scripts.bench.trend import Row, Series, bottleneck, leaks, left_behind, trend
 
 
 def bench(*arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, SCRIPTS / "bench.py", *arguments],
+        [sys.executable, "-m", "scripts.bench", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -19,8 +19,6 @@ from tests.servers import Server, musician
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 120
 
-# Scripts are no package: they see each other because they lie side by side.
-sys.path.insert(0, str(SCRIPTS))
 from chaosjudge import (  # noqa: E402
     Asked,
     ClockSample,
@@ -33,8 +31,6 @@ from chaosjudge import (  # noqa: E402
 )
 from chaosplayer import Player, close_code  # noqa: E402
 from chaosreport import table, too_much  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
 
 LINE = {
     "isPlaying": True,

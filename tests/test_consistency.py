@@ -14,8 +14,6 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 120
 FOREVER = float("inf")
 
-# Scripts are no package: they see each other because they lie side by side.
-sys.path.insert(0, str(SCRIPTS))
 from chaoscast import Life  # noqa: E402
 from chaosjudge import Asked, Finding  # noqa: E402
 from chaosroam import Line, Return  # noqa: E402
@@ -30,8 +28,6 @@ from chaosverdict import (  # noqa: E402
     judge_returns,
 )
 from chaosview import View  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
 
 LINE = {"isPlaying": False, "anchorTime": 1.0}
 RANK = {"term": 1, "time": 1.0, "bootId": "a"}

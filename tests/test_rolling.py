@@ -1,13 +1,9 @@
 """Servers are replaced one after the other, and the bands play on."""
 
-import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from benchrolling import rolling  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
+from scripts.bench.rolling import rolling
 
 
 def test_everybody_is_back_with_the_role_and_the_beat(redis_binary: None) -> None:

@@ -23,11 +23,7 @@ from scripts.testbed.server_process import ServerProcess
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 30.0
 
-# Scripts are no package: they see each other because they lie side by side.
-sys.path.insert(0, str(SCRIPTS))
 from topview import WIDTH, Watched, duration, number, screen, sparkline  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
 
 Start = Callable[..., ServerProcess]
 

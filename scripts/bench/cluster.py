@@ -5,12 +5,21 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import cycle
 
-from benchcommands import NO_EVENTS, bands, event_rate, expect_no_failover
-from benchfleet import ACK, Client, Fleet, masked, masked_text
-from benchload import SETTLE_S, WARM_UP_S, ClosedLoop, after, join, settle
-from benchredis import RedisServer, new_redis
-from benchserver import BenchError, Server, bandsync, cpu_of, now_s, percentile, spread, yardstick
-from benchwindows import Contender, Window, alternate, cpu_us, median_ratio, total
+from scripts.bench.commands import NO_EVENTS, bands, event_rate, expect_no_failover
+from scripts.bench.fleet import ACK, Client, Fleet, masked, masked_text
+from scripts.bench.load import SETTLE_S, WARM_UP_S, ClosedLoop, after, join, settle
+from scripts.bench.processes import (
+    BenchError,
+    Server,
+    bandsync,
+    cpu_of,
+    now_s,
+    percentile,
+    spread,
+    yardstick,
+)
+from scripts.bench.redis import RedisServer, new_redis
+from scripts.bench.windows import Contender, Window, alternate, cpu_us, median_ratio, total
 
 INSTALL = "the yardstick is missing: pip install -e '.[bench]'"
 

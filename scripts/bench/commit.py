@@ -13,7 +13,6 @@ from typing import NamedTuple, cast
 
 import redis
 import trio
-from benchserver import ROOT, BenchError, all_cores, clean_environment, now_s
 from msgspec.structs import replace
 from serve import relax_garbage_collection
 
@@ -28,6 +27,7 @@ from bandsync.storage.base import Committed
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import Seek
 from bandsync.wire.messages import encode
+from scripts.bench.processes import ROOT, BenchError, all_cores, clean_environment, now_s
 
 _SLICE_S = 2.0
 _WARM_UP_S = 0.5
@@ -56,7 +56,7 @@ def commit(callers: int, members: int, seconds: float) -> dict[str, object]:
     is most of what they cost on several: so each is measured on one core, and free to use all.
     """
     # Not at the top: the contenders should pay for nothing of it.
-    from benchredis import new_redis
+    from scripts.bench.redis import new_redis
 
     slices = max(2, round(seconds / _SLICE_S))
     placements = {"oneCore": all_cores()[:1], "allCores": all_cores()}
@@ -103,7 +103,7 @@ def _total(slices: Sequence[Slice]) -> Slice:
 def _run(cores: Sequence[int], *given: str | float) -> Slice:
     """One contender in a process of its own, on these cores."""
     process = subprocess.Popen(  # noqa: S603  # our own script
-        [sys.executable, __file__, *map(str, given)],
+        [sys.executable, "-m", "scripts.bench.commit", *map(str, given)],
         stdout=subprocess.PIPE,
         env=clean_environment(),
         cwd=ROOT / "scripts",

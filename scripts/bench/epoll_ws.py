@@ -15,8 +15,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from benchfleet import upgrade
-from benchserver import BenchError, now_s
+from scripts.bench.fleet import upgrade
+from scripts.bench.processes import BenchError, now_s
 
 TICK = b"scro"
 

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from benchserver import HOST, now_s
 from serve import relax_garbage_collection
 
 from bandsync.rooms.hub import TICK_SLOTS
+from scripts.bench.processes import HOST, now_s
 
 _TICK_S = 0.1
 # The bursts of the yardsticks are those of the server.

@@ -4,9 +4,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchhistogram import Histogram
-from benchserver import now_s
-from benchwire import TICK, Loop
+from scripts.bench.epoll_ws import TICK, Loop
+from scripts.bench.histogram import Histogram
+from scripts.bench.processes import now_s
 
 # The kinds of versioned events: every member is told each of them, in order.
 EVENTS = frozenset(

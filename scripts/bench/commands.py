@@ -4,11 +4,19 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from benchfleet import ACK, Client, Fleet, masked, masked_text
-from benchload import SETTLE_S, WARM_UP_S, ClosedLoop, join, settle
-from benchredis import new_redis
-from benchserver import BenchError, Server, bandsync, yardstick
-from benchwindows import Contender, Measured, Window, alternate, cpu_us, median_ratio, total
+from scripts.bench.fleet import ACK, Client, Fleet, masked, masked_text
+from scripts.bench.load import SETTLE_S, WARM_UP_S, ClosedLoop, join, settle
+from scripts.bench.processes import BenchError, Server, bandsync, yardstick
+from scripts.bench.redis import new_redis
+from scripts.bench.windows import (
+    Contender,
+    Measured,
+    Window,
+    alternate,
+    cpu_us,
+    median_ratio,
+    total,
+)
 
 _ACK = b'{"type":"ack","requestId":"'
 # Kinds of what BandSync sends besides the events of commands.

@@ -1,11 +1,7 @@
 """A Redis for benchmarks: the server of the tests, without its log of writes."""
 
-import sys
-
-from benchserver import ROOT
 
 # It is no part of the package, and a script sees only its own directory.
-sys.path.insert(0, str(ROOT))
 
 from scripts.testbed.redis_server import RedisServer
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from benchfleet import Fleet
-from benchload import SETTLE_S, WARM_UP_S
-from benchserver import BenchError, now_s
+from scripts.bench.fleet import Fleet
+from scripts.bench.load import SETTLE_S, WARM_UP_S
+from scripts.bench.processes import BenchError, now_s
 
 _SLICE_S = 1.0
 

@@ -9,9 +9,9 @@ from itertools import cycle
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from benchfleet import ACK, Client, Fleet, masked
-from benchload import SETTLE_S, join, settle
-from benchserver import (
+from scripts.bench.fleet import ACK, Client, Fleet, masked
+from scripts.bench.load import SETTLE_S, join, settle
+from scripts.bench.processes import (
     ROOT,
     BenchError,
     Server,
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 def migrate(sessions: int, members: int, seconds: float) -> dict[str, object]:
     """Redis dies, every session changes, Redis comes back empty: what commands wait meanwhile."""
     # Not at the top: the prober should pay for nothing of it.
-    from benchredis import new_redis
+    from scripts.bench.redis import new_redis
 
     connections = sessions * members + _PROBES
     with (
@@ -136,7 +136,7 @@ class Probers:
 
     def __init__(self, port: int) -> None:
         self._process = subprocess.Popen(  # noqa: S603  # our own script
-            [sys.executable, __file__, str(port)],
+            [sys.executable, "-m", "scripts.bench.migrate", str(port)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(),

@@ -4,8 +4,8 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
-from benchfleet import ACK, Client, Fleet, masked
-from benchserver import BenchError, now_s, wall_ms
+from scripts.bench.fleet import ACK, Client, Fleet, masked
+from scripts.bench.processes import BenchError, now_s, wall_ms
 
 WARM_UP_S = 2.0
 SETTLE_S = 0.5

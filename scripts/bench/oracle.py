@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
-from benchscore import Score
 
 from bandsync.model.transport import Transport, beat_at, in_force, position_at
+from scripts.bench.score import Score
 
 Document = dict[str, Any]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchhost import Elsewhere, Host, Vitals, hosted, places_of
-from benchplot import picture
-from benchredis import new_redis
-from benchserver import ROOT, BenchError, now_s, percentile
-from benchshow import Show
-from benchtrend import WARM_UP, Row, Series, bottleneck, leaks, left_behind, merged, trend
+from scripts.bench.hosts import Elsewhere, Host, Vitals, hosted, places_of
+from scripts.bench.plot import picture
+from scripts.bench.processes import ROOT, BenchError, now_s, percentile
+from scripts.bench.redis import new_redis
+from scripts.bench.report import Show
+from scripts.bench.trend import WARM_UP, Row, Series, bottleneck, leaks, left_behind, merged, trend
 
 _MOST_RAMP_S = 30.0
 # Together the tenth that says nothing about memory.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from benchtrend import Row
+from scripts.bench.trend import Row
 
 try:
     from rich.console import Console, Group, RenderableType

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from benchcommands import expect_no_failover
-from benchfleet import ACK, Client, Fleet, masked
-from benchload import WARM_UP_S, after, join, settle
-from benchredis import new_redis
-from benchserver import BenchError, bandsync, now_s, spread
+from scripts.bench.commands import expect_no_failover
+from scripts.bench.fleet import ACK, Client, Fleet, masked
+from scripts.bench.load import WARM_UP_S, after, join, settle
+from scripts.bench.processes import BenchError, bandsync, now_s, spread
+from scripts.bench.redis import new_redis
 
 _SURVIVOR = 1
 _SNAPSHOT = b'{"type":"snapshot"'

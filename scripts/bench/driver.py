@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
-from benchband import Band
-from benchscore import Pulse, Score, deliveries, waited_s
-from benchserver import BenchError, now_s, raise_file_limit
-from benchwire import TICK, Address, Loop
+
+from scripts.bench.band import Band
+from scripts.bench.epoll_ws import TICK, Address, Loop
+from scripts.bench.processes import BenchError, now_s, raise_file_limit
+from scripts.bench.score import Pulse, Score, deliveries, waited_s
 
 PHASES = ("join", "play", "check", "leave")
 

@@ -16,7 +16,7 @@ from typing import Self
 
 from bandsync.settings import OPTIONS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 
 _CORES = sorted(os.sched_getaffinity(0))

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from statistics import median
 
-from benchcommands import NO_EVENTS, acked, command_frames
-from benchfleet import Client, Fleet, masked
-from benchhost import Hosted, hosted
-from benchload import ClosedLoop, join, settle
-from benchredis import new_redis
-from benchserver import HOST, BenchError, all_cores, bandsync, cpu_of, raise_file_limit
-from benchwindows import Contender, Window, alternate, cpu_us, total
+from scripts.bench.commands import NO_EVENTS, acked, command_frames
+from scripts.bench.fleet import Client, Fleet, masked
+from scripts.bench.hosts import Hosted, hosted
+from scripts.bench.load import ClosedLoop, join, settle
+from scripts.bench.processes import HOST, BenchError, all_cores, bandsync, cpu_of, raise_file_limit
+from scripts.bench.redis import new_redis
+from scripts.bench.windows import Contender, Window, alternate, cpu_us, total
 
 # The figures of issue 6.
 MOST_GROWTH = 0.15

@@ -3,11 +3,11 @@
 import random
 from collections.abc import Callable, Sequence
 
-from benchphone import Phone
-from benchscore import Score
-from benchserver import wall_ms
-from benchtruth import CHAT_RING, Truth
-from benchwire import Address, Loop
+from scripts.bench.epoll_ws import Address, Loop
+from scripts.bench.oracle import CHAT_RING, Truth
+from scripts.bench.phone import Phone
+from scripts.bench.processes import wall_ms
+from scripts.bench.score import Score
 
 _NOTES = "the bridge comes twice, then straight into the last verse, and mind the pick-up "
 # So often does each thing happen in a band, seconds between two on average.

@@ -1,7 +1,6 @@
 """Two servers are restarted one after the other while bands play; bench.py starts it."""
 
 import statistics
-import sys
 from pathlib import Path
 from random import Random
 
@@ -10,13 +9,11 @@ import trio
 from bandsync import client
 from bandsync.client import Band
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
-from benchserver import BenchError, spread  # noqa: E402
-
-from scripts.testbed.redis_server import RedisServer  # noqa: E402
-from scripts.testbed.server_process import ServerProcess  # noqa: E402
+from scripts.bench.processes import BenchError, spread
+from scripts.testbed.redis_server import RedisServer
+from scripts.testbed.server_process import ServerProcess
 
 _SETTLE_S = 8.0
 _LOOK_S = 0.05

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import msgspec
-from benchfleet import masked
-from benchscore import EVENTS, Score
-from benchserver import now_s, wall_ms
-from benchtruth import MOVES, Document, Truth, read_move
-from benchwire import Address, Line, Loop
 
 from bandsync.model.transport import Transport, in_force, position_at
+from scripts.bench.epoll_ws import Address, Line, Loop
+from scripts.bench.fleet import masked
+from scripts.bench.oracle import MOVES, Document, Truth, read_move
+from scripts.bench.processes import now_s, wall_ms
+from scripts.bench.score import EVENTS, Score
 
 # As the pages do.
 _FIRST_RETRY_S = 0.3

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-from benchserver import HOST, BenchError, now_s
+from scripts.bench.processes import HOST, BenchError, now_s
 
 # The kind of an acknowledgement, as in `Fleet.kinds`.
 ACK = b'ack"'

@@ -16,17 +16,24 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from benchcluster import cluster, remote
-from benchcommands import commands
-from benchcommit import commit
-from benchfleet import Fleet, masked
-from benchgig import load, soak
-from benchload import SETTLE_S, TICK, WARM_UP_S, Chatter, Latencies, after, capture, join, settle
-from benchmigrate import migrate
-from benchresume import resume
-from benchrolling import rolling
-from benchscale import sessions, workers
-from benchserver import (
+from scripts.bench.cluster import cluster, remote
+from scripts.bench.commands import commands
+from scripts.bench.commit import commit
+from scripts.bench.fleet import Fleet, masked
+from scripts.bench.gig import load, soak
+from scripts.bench.load import (
+    SETTLE_S,
+    TICK,
+    WARM_UP_S,
+    Chatter,
+    Latencies,
+    after,
+    capture,
+    join,
+    settle,
+)
+from scripts.bench.migrate import migrate
+from scripts.bench.processes import (
     BenchError,
     bandsync,
     now_s,
@@ -36,7 +43,10 @@ from benchserver import (
     spread,
     yardstick,
 )
-from benchwindows import Contender, Window, alternate, cpu_us, measure, median_ratio, total
+from scripts.bench.resume import resume
+from scripts.bench.rolling import rolling
+from scripts.bench.scale import sessions, workers
+from scripts.bench.windows import Contender, Window, alternate, cpu_us, measure, median_ratio, total
 
 # A whole number of ping and statistics periods.
 _IDLE_S = 5.0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree as Xml
 
-from benchtrend import Row, merged
+from scripts.bench.trend import Row, merged
 
 _WIDTH = 960
 _LEFT = 84

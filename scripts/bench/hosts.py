@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 from urllib.parse import urlsplit
 
-from benchserver import HOST, ROOT, BenchError, Server, all_cores, cpu_of
-
 from bandsync.settings import OPTIONS
+from scripts.bench.processes import HOST, ROOT, BenchError, Server, all_cores, cpu_of
 
 _TASKS = "bandsync_tasks"
 # What is asked of `/metrics` to see whether everything came to an end.
