@@ -19,7 +19,7 @@ from tests.servers import Server, musician
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 120
 
-from chaosjudge import (  # noqa: E402
+from scripts.chaos.judge import (
     Asked,
     ClockSample,
     Final,
@@ -29,8 +29,8 @@ from chaosjudge import (  # noqa: E402
     essence,
     judge,
 )
-from chaosplayer import Player, close_code  # noqa: E402
-from chaosreport import table, too_much  # noqa: E402
+from scripts.chaos.player import Player, close_code
+from scripts.chaos.report import table, too_much
 
 LINE = {
     "isPlaying": True,

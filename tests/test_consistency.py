@@ -14,11 +14,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 120
 FOREVER = float("inf")
 
-from chaoscast import Life  # noqa: E402
-from chaosjudge import Asked, Finding  # noqa: E402
-from chaosroam import Line, Return  # noqa: E402
-from chaostrace import Traces  # noqa: E402
-from chaosverdict import (  # noqa: E402
+from scripts.chaos.cluster_judge import (
     Ending,
     disagreements,
     judge_changes,
@@ -27,7 +23,11 @@ from chaosverdict import (  # noqa: E402
     judge_removals,
     judge_returns,
 )
-from chaosview import View  # noqa: E402
+from scripts.chaos.judge import Asked, Finding
+from scripts.chaos.roaming import Line, Return
+from scripts.chaos.servers import Life
+from scripts.chaos.trace import Traces
+from scripts.chaos.view import View
 
 LINE = {"isPlaying": False, "anchorTime": 1.0}
 RANK = {"term": 1, "time": 1.0, "bootId": "a"}

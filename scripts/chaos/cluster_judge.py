@@ -4,10 +4,10 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from chaoscast import GRACE_S, Life
-from chaosjudge import CHAT_RING, Asked, Finding, Message, essence, versions
-from chaosroam import PATIENCE_S, Line, Return
-from chaostrace import Entry, Traces, stamp
+from scripts.chaos.judge import CHAT_RING, Asked, Finding, Message, essence, versions
+from scripts.chaos.roaming import PATIENCE_S, Line, Return
+from scripts.chaos.servers import GRACE_S, Life
+from scripts.chaos.trace import Entry, Traces, stamp
 
 _TRANSPORT = frozenset({"play", "pause", "stop", "seek", "set_tempo"})
 # A conflict: the others were faster, again and again. The figures show how many there were.

@@ -7,7 +7,8 @@ from functools import partial
 from random import Random
 
 import trio
-from chaoscast import Cast, Host
+
+from scripts.chaos.servers import Cast, Host
 
 _DELAY_S = 0.03
 # Longer than it takes an entry to expire, the absence after which members are swept, and their

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from itertools import count
 
 import trio
-from chaosjudge import Message, Record
-from chaosplayer import Player
+
+from scripts.chaos.judge import Message, Record
+from scripts.chaos.player import Player
 
 _HURRY = 10
 _TEMPI = (60, 92, 120, 138, 174)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from chaosjudge import Message
-from chaosplayer import HOST, ChaosError
-from chaosstage import SERVE, BandSync, FaultProxy, RedisServer, as_snapshot
+
+from scripts.chaos.judge import Message
+from scripts.chaos.player import HOST, ChaosError
+from scripts.chaos.stage import SERVE, BandSync, FaultProxy, RedisServer, as_snapshot
 
 GRACE_S = 3.0
 

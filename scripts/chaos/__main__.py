@@ -22,14 +22,15 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-import chaoscluster
 import trio
-from chaosband import Band
-from chaosfaults import FAULTS, Fault, nothing
-from chaosjudge import Final, Finding, Message, Record, Verdict, Window, essence, judge
-from chaosplayer import ChaosError, Player
-from chaosreport import report
-from chaosstage import Stage, as_snapshot, stage
+
+from scripts.chaos import cluster_run as chaoscluster
+from scripts.chaos.band import Band
+from scripts.chaos.faults import FAULTS, Fault, nothing
+from scripts.chaos.judge import Final, Finding, Message, Record, Verdict, Window, essence, judge
+from scripts.chaos.player import ChaosError, Player
+from scripts.chaos.report import report
+from scripts.chaos.stage import Stage, as_snapshot, stage
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from itertools import count
 import msgspec
 import trio
 import websockets.trio.client
-from chaosjudge import Asked, ClockSample, Message, Record, essence
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from bandsync import client
 from bandsync.wire.commands import Undecodable, decode
+from scripts.chaos.judge import Asked, ClockSample, Message, Record, essence
 
 HOST = "127.0.0.1"
 PATIENCE_S = 30.0

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from chaosjudge import Row, Verdict
+from scripts.chaos.judge import Row, Verdict
 
 _LOG_LINES = 40
 

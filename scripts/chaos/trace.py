@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
-from chaoscast import Life
-from chaosroam import Line
+
+from scripts.chaos.roaming import Line
+from scripts.chaos.servers import Life
 
 Entry = dict[str, Any]
 

@@ -8,11 +8,12 @@ from itertools import count
 
 import trio
 import websockets.trio.client
-from chaoscast import GRACE_S, Cast, Life
-from chaosjudge import Asked, Message, Record
-from chaosplayer import HOST
-from chaosview import View
 from websockets.exceptions import ConnectionClosed, WebSocketException
+
+from scripts.chaos.judge import Asked, Message, Record
+from scripts.chaos.player import HOST
+from scripts.chaos.servers import GRACE_S, Cast, Life
+from scripts.chaos.view import View
 
 # Of a client that is not to blame the server too early: Redis may hang for a second.
 PATIENCE_S = 3.0

@@ -10,7 +10,8 @@ from typing import Literal
 
 import redis
 import trio
-from chaosstage import Stage
+
+from scripts.chaos.stage import Stage
 
 # Slow, but within all deadlines: no reason to fail over.
 _DELAY_S = 0.03

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trio
-from chaosblows import BLOWS, TOGETHER, Blow
-from chaoscast import GRACE_S, Cast, Host, Life, cast
-from chaosjudge import Finding, essence
-from chaosplayer import ChaosError
-from chaosroam import Line, Return, Roamer
-from chaostrace import Traces
-from chaosverdict import (
+
+from scripts.chaos.cluster_faults import BLOWS, TOGETHER, Blow
+from scripts.chaos.cluster_judge import (
     Ending,
     disagreements,
     excuse,
@@ -24,6 +20,11 @@ from chaosverdict import (
     judge_returns,
     removed,
 )
+from scripts.chaos.judge import Finding, essence
+from scripts.chaos.player import ChaosError
+from scripts.chaos.roaming import Line, Return, Roamer
+from scripts.chaos.servers import GRACE_S, Cast, Host, Life, cast
+from scripts.chaos.trace import Traces
 
 _BASELINE_S = 1.0
 _REST_S = (0.2, 2.0)

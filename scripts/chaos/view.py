@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from chaosjudge import CHAT_RING, EVENTS, Message
+from scripts.chaos.judge import CHAT_RING, EVENTS, Message
 
 
 class View:

@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 import trio
-from chaosjudge import Message
-from chaosplayer import HOST, ChaosError, patience
 
 from bandsync.model.session import present, role_of
 from bandsync.settings import OPTIONS
 from bandsync.storage.records import read_session
+from scripts.chaos.judge import Message
+from scripts.chaos.player import HOST, ChaosError, patience
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import RedisServer, free_port, reaper_of

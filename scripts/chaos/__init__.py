@@ -1,0 +1,1 @@
+"""Breaks Redis while bands play: `python -m scripts.chaos`."""
