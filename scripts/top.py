@@ -16,7 +16,8 @@ import httpx
 import trio
 from rich.console import Console
 from rich.live import Live
-from topview import Watched, screen
+
+from scripts.top_view import Watched, screen
 
 DEFAULT = "http://127.0.0.1:3001"
 _PERIOD_S = 1.0

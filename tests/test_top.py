@@ -23,7 +23,7 @@ from scripts.testbed.server_process import ServerProcess
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE_S = 30.0
 
-from topview import WIDTH, Watched, duration, number, screen, sparkline  # noqa: E402
+from scripts.top_view import WIDTH, Watched, duration, number, screen, sparkline
 
 Start = Callable[..., ServerProcess]
 
