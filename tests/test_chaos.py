@@ -332,7 +332,7 @@ def test_what_counts_of_a_snapshot_leaves_times_out() -> None:
 def run_chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: text for name, text in os.environ.items() if "COV" not in name}
     return subprocess.run(
-        [sys.executable, SCRIPTS / "chaos.py", *arguments],
+        [sys.executable, "-m", "scripts.chaos", *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -361,7 +361,7 @@ def test_a_short_run(tmp_path: Path, redis_binary: None) -> None:
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, redis_binary: None) -> None:
     process = subprocess.Popen(
-        [sys.executable, SCRIPTS / "chaos.py", "--faults", "none", "--keep-logs", tmp_path],
+        [sys.executable, "-m", "scripts.chaos", "--faults", "none", "--keep-logs", tmp_path],
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     log = tmp_path / "server-1.log"

@@ -333,7 +333,7 @@ def test_a_short_run(
     arguments += ["--minutes", "0.03", "--calm", "1", "--bands", "2", "--members", "4"]
     environment = {name: text for name, text in os.environ.items() if "COV" not in name}
     result = subprocess.run(
-        [sys.executable, SCRIPTS / "chaos.py", *arguments, "--keep-logs", tmp_path],
+        [sys.executable, "-m", "scripts.chaos", *arguments, "--keep-logs", tmp_path],
         env=environment,
         capture_output=True,
         text=True,

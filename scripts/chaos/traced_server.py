@@ -84,7 +84,7 @@ def main() -> None:
     trace(MemoryStorage, "memory", file)
     trace(RedisStorage, "redis", file)
     trace_mirrors(file)
-    script = Path(__file__).with_name("serve.py")
+    script = Path(__file__).parents[1] / "serve.py"
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
