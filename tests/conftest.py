@@ -15,8 +15,8 @@ from scripts.testbed.network import Network
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_server import INSTALL, RedisError, RedisServer, find_redis_server
 from scripts.testbed.server_process import ServerProcess
-from tests.fake_redis import fake_redis_server
-from tests.servers import Server, start_server
+from tests.support.fake_redis import fake_redis_server
+from tests.support.servers import Server, start_server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

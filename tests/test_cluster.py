@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from scripts.testbed.redis_server import RedisServer
-from tests.servers import PATIENCE_S, Message, Musician, Server, play_along, start_server
+from tests.support.servers import PATIENCE_S, Message, Musician, Server, play_along, start_server
 
 QUICK = {
     "redis_enabled": True,

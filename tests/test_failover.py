@@ -13,7 +13,15 @@ from msgspec import Struct
 from bandsync.app import StartError
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
-from tests.servers import PATIENCE_S, Message, Musician, Server, band, musician, start_server
+from tests.support.servers import (
+    PATIENCE_S,
+    Message,
+    Musician,
+    Server,
+    band,
+    musician,
+    start_server,
+)
 
 KEY = "bandsync:session:{song}"
 

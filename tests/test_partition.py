@@ -7,7 +7,7 @@ import trio
 
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer
-from tests.servers import Message, Musician, Server, play_along, start_server
+from tests.support.servers import Message, Musician, Server, play_along, start_server
 from tests.test_cluster import QUICK, agree, current
 from tests.test_failover import heard, in_order, mode, until
 

@@ -12,8 +12,8 @@ from websockets.sync.client import connect
 
 from bandsync.settings import OPTIONS
 from scripts.testbed.browsers import Pages
-from tests.servers import PATIENCE_S, Server
-from tests.test_stage import Start
+from tests.support.servers import PATIENCE_S, Server
+from tests.web.test_stage import Start
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,8 @@ from redis.crc import key_slot
 
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_server import RedisServer, bundled_redis_server, find_redis_server
-from tests.servers import Musician, Server, play_along, start_server
+from tests.redis_link.test_sentinel import measured
+from tests.support.servers import Musician, Server, play_along, start_server
 from tests.test_cluster import agree
 from tests.test_failover import (
     QUICK,
@@ -24,7 +25,6 @@ from tests.test_failover import (
     stored_chat,
     until,
 )
-from tests.test_sentinel import measured
 
 SONGS = [f"song-{number}" for number in range(6)]
 

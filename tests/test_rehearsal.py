@@ -4,7 +4,7 @@ import jwt
 import pytest
 import trio
 
-from tests.servers import Server, band, musician, start_server
+from tests.support.servers import Server, band, musician, start_server
 
 COMMON = {"sessionId", "version", "serverTime", "type"}
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from bandsync import app
 from scripts.testbed.redis_server import RedisServer
-from tests.servers import Musician, Server, band, play_along, start_server
+from tests.support.servers import Musician, Server, band, play_along, start_server
 from tests.test_cluster import QUICK, agree, current
 from tests.test_failover import blocking, get, mode
 

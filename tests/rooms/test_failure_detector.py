@@ -1,0 +1,353 @@
+"""Who is alive: the entry of each server in Redis, and what becomes of those who are not."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from structlog.testing import CapturingLogger
+
+from bandsync.app import Serving
+from scripts.testbed.redis_server import RedisServer
+from tests.support.servers import (
+    PATIENCE_S,
+    TEST_SETTINGS,
+    Musician,
+    Server,
+    play_along,
+    start_server,
+)
+from tests.test_cluster import QUICK, agree, current, in_order
+from tests.test_failover import Process, blocking, start_process, until
+from tests.test_serve import run, serving
+
+KEY = "bandsync:server:hall"
+GRACE_MS = 500
+ABSENCE_S = 0.5
+CHANGES = ("member_connection", "user_left", "role_changed")
+
+
+def arguments(redis: RedisServer, *more: str) -> list[str]:
+    """Of a server named ``hall``."""
+    return [
+        "--redis-enabled=true",
+        f"--redis-url={redis.url()}",
+        "--server-id=hall",
+        *more,
+    ]
+
+
+def entry(redis: RedisServer) -> dict[str, Any] | None:
+    value = redis.cli("GET", KEY)
+    return None if value is None else json.loads(value)
+
+
+def calls(redis: RedisServer, command: str) -> int:
+    """How often Redis was given a command."""
+    found = redis.cli("INFO", "commandstats").get(f"cmdstat_{command}")
+    return found["calls"] if found else 0
+
+
+@contextmanager
+def process(tmp_path: Path, redis: RedisServer, *more: str) -> Iterator[tuple[Server, Any]]:
+    """A server named ``hall`` in a process of its own, as musicians reach it."""
+    with serving(tmp_path, *arguments(redis, *more)) as (started, lines):
+        url = lines[0].split()[-1]
+        assert lines[1].startswith("Storage: redis ("), lines
+        port = int(url.rpartition(":")[2])
+        serve = Serving(url, port, "hall", stop=started.terminate, leave=started.terminate)
+        yield Server(serve, TEST_SETTINGS, CapturingLogger(), lines, trio.Event()), started
+
+
+def test_a_second_live_server_of_one_name_does_not_start_and_says_why(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    with process(tmp_path, redis_server) as (first, started):
+        before = entry(redis_server)
+        result = run(tmp_path, *arguments(redis_server, "--port=0"))
+        assert (result.returncode, result.stdout) == (1, "")
+        assert (
+            f"serve.py: SERVER_ID='hall': another server that is alive, at {first.serving.url}, "
+            "has the same SERVER_ID;"
+        ) in result.stderr
+        assert "Traceback" not in result.stderr
+        # The first one has not noticed.
+        assert started.poll() is None
+        after = entry(redis_server)
+        assert before is not None
+        assert after is not None
+        assert after["bootId"] == before["bootId"]
+
+
+def test_after_a_kill_the_same_name_is_used_again_without_a_wait(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    with process(tmp_path, redis_server) as (_, started):
+        before = entry(redis_server)
+        started.kill()
+        started.wait()
+    assert before is not None
+    assert redis_server.cli("PTTL", KEY) > 0
+    redis_server.cli("CONFIG", "RESETSTAT")
+    with process(tmp_path, redis_server) as (again, _):
+        after = entry(redis_server)
+        # Looked at once, not until it would have been refreshed.
+        assert calls(redis_server, "pttl") == 1
+        assert after is not None
+        assert after["bootId"] != before["bootId"]
+        assert after["address"] == again.serving.url
+
+
+def test_after_a_stop_the_entry_is_gone_at_once(tmp_path: Path, redis_server: RedisServer) -> None:
+    with process(tmp_path, redis_server) as (_, started):
+        assert redis_server.cli("PTTL", KEY) > 0
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(PATIENCE_S) == 0
+        assert entry(redis_server) is None
+    assert redis_server.cli("KEYS", "*") == []
+
+
+async def test_the_entry_says_who_and_where_and_lists_what_is_hosted(
+    nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    with process(tmp_path, redis_server) as (server, started):
+        first = entry(redis_server)
+        assert first is not None
+        assert (first["sessions"], first["connections"]) == ([], 0)
+        players = [await nursery.start(play_along, server) for _ in range(3)]
+        for player, session in zip(players, ("song", "song", "tune"), strict=True):
+            await player.join(session)
+
+        async def listed() -> dict[str, Any] | None:
+            found = await blocking(entry, redis_server)
+            return found if found["connections"] == 3 else None
+
+        found = await until(listed)
+        assert found.keys() >= {"bootId", "startedAt", "address", "sessions", "connections"}
+        assert sorted(found["sessions"]) == ["song", "tune"]
+        assert (found["bootId"], found["address"]) == (first["bootId"], server.serving.url)
+        assert found["pid"] == started.pid
+        await players[0].send("heartbeat")
+        now = (await players[0].next("heartbeat"))["serverTime"]
+        assert found["startedAt"] <= now
+        assert abs(found["startedAt"] - first["startedAt"]) < now - found["startedAt"] + 1000
+        assert 0 < redis_server.cli("PTTL", KEY) <= 10_000
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything about presence is a twentieth as long, in this process."""
+    monkeypatch.setattr("bandsync.rooms.failure_detector.ABSENCE_S", ABSENCE_S)
+    monkeypatch.setattr("bandsync.rooms.failure_detector.GLANCE_PERIOD_S", ABSENCE_S / 5)
+    monkeypatch.setattr("bandsync.storage.health.PRESENCE_PERIOD_S", 0.15)
+    monkeypatch.setattr("bandsync.storage.health.PRESENCE_EXPIRY_MS", 500)
+
+
+class House:
+    """Two servers that watch, and one that will be killed.
+
+    Attributes:
+        ann, dan: on ``hall``, the one to be killed; Ann leads.
+        bob, cid: on a server each.
+    """
+
+    def __init__(self, nursery: trio.Nursery, redis: RedisServer, grace_ms: int = GRACE_MS) -> None:
+        self.nursery = nursery
+        self.redis = redis
+        self.settings = QUICK | {"resume_grace_ms": grace_ms}
+
+    async def begin(self) -> None:
+        url = self.redis.url()
+        self.hall: Process = await start_process(
+            self.nursery, url, **self.settings, server_id="hall"
+        )
+        self.left = await self.start("left")
+        self.right = await self.start("right")
+        self.ann = await self.join(self.hall.server, "Ann")
+        self.bob = await self.join(self.left, "Bob")
+        self.cid = await self.join(self.right, "Cid")
+        self.dan = await self.join(self.hall.server, "Dan")
+        for player in (self.bob, self.cid):
+            await player.until(lambda player=player: {"Dan"} <= names(player))
+
+    async def start(self, name: str) -> Server:
+        return await start_server(
+            self.nursery, server_id=name, redis_url=self.redis.url(), **self.settings
+        )
+
+    async def join(self, server: Server, name: str, **fields: object) -> Musician:
+        player = await self.nursery.start(play_along, server)
+        await player.join(displayName=name, **fields)
+        return player
+
+    async def stop(self) -> None:
+        for server in (self.left, self.right):
+            await server.stop()
+        self.nursery.cancel_scope.cancel()
+
+
+def names(player: Musician) -> set[str]:
+    """Whom a player has seen come."""
+    joined = {message["member"]["displayName"] for message in player.all("user_joined")}
+    shown = player.all("snapshot")[0]["members"]
+    return joined | {member["displayName"] for member in shown}
+
+
+def about(messages: list[dict[str, Any]], member: Musician) -> list[dict[str, Any]]:
+    """Those that are about a member, as they happened."""
+    found = [message for message in messages if message["memberId"] == member.you["memberId"]]
+    return sorted(found, key=lambda message: message["version"])
+
+
+async def missed(player: Musician, member: Musician, *, absent: bool = True) -> bool:
+    """Whether a player is shown that the member has no connection."""
+    connected = {
+        member["memberId"]: member["connected"] for member in (await current(player))["members"]
+    }
+    return connected.get(member.you["memberId"]) is not absent
+
+
+async def left_with(player: Musician, *expected: str) -> None:
+    """Wait until these are all that is left of the band."""
+
+    async def look() -> bool:
+        return {member["displayName"] for member in (await current(player))["members"]} == {
+            *expected
+        }
+
+    await until(look)
+
+
+async def test_members_of_a_killed_server_are_missed_and_removed_once(
+    nursery: trio.Nursery, redis_server: RedisServer, brisk: None
+) -> None:
+    house = House(nursery, redis_server)
+    await house.begin()
+    ann, bob, cid, dan = house.ann, house.bob, house.cid, house.dan
+    # While it lives nobody is missed, however often everybody looks.
+    await trio.sleep(3 * ABSENCE_S)
+    assert bob.all("member_connection") == []
+    before = await current(bob)
+    killed = before["serverTime"]
+    await house.hall.kill()
+    for player in (bob, cid):
+        await left_with(player, "Bob", "Cid")
+    # Whoever else wanted to remove them has had the time by now.
+    await trio.sleep(ABSENCE_S + GRACE_MS / 1000)
+    shown = await agree(bob, cid)
+    assert shown["leaderId"] == bob.you["memberId"]
+    # Whose server lost the race was shown the result; between them they heard everything.
+    heard = {
+        message["version"]: message
+        for message in bob.all(*CHANGES) + cid.all(*CHANGES)
+        if message["version"] > before["version"]
+    }
+    assert sorted(heard) == list(range(before["version"] + 1, shown["version"] + 1))
+    for gone in (ann, dan):
+        missed, left = about(list(heard.values()), gone)
+        assert (missed["type"], missed["connected"]) == ("member_connection", False)
+        assert missed["serverTime"] - killed >= ABSENCE_S * 1000
+        assert (left["type"], left["reason"]) == ("user_left", "server_lost")
+        assert left["serverTime"] - missed["serverTime"] >= GRACE_MS
+    (elected,) = about(list(heard.values()), bob)
+    assert (elected["type"], elected["reason"]) == ("role_changed", "elected")
+    for player in (bob, cid):
+        in_order(player)
+    await house.stop()
+
+
+async def test_whoever_comes_back_elsewhere_in_time_keeps_the_lead(
+    nursery: trio.Nursery, redis_server: RedisServer, brisk: None
+) -> None:
+    # Longer than she takes, and not so long that nobody can wait for Dan's.
+    house = House(nursery, redis_server, 5 * GRACE_MS)
+    await house.begin()
+    bob, cid = house.bob, house.cid
+    await house.hall.kill()
+    await until(lambda: missed(bob, house.ann))
+    ann = await house.join(house.right, "Ann", resumeToken=house.ann.you["resumeToken"])
+    assert (ann.you["resumed"], ann.you["role"]) == (True, "leader")
+    # Dan does not; when it is his turn, Ann's would have come.
+    await left_with(bob, "Ann", "Bob", "Cid")
+    await trio.sleep(ABSENCE_S)
+    shown = await agree(ann, bob, cid)
+    assert shown["leaderId"] == ann.you["memberId"]
+    assert about(bob.all("user_left"), ann) == []
+    assert bob.all("role_changed") == []
+    in_order(bob)
+    await house.stop()
+
+
+async def test_the_same_name_inherits_no_ghosts(
+    nursery: trio.Nursery, redis_server: RedisServer, brisk: None
+) -> None:
+    house = House(nursery, redis_server)
+    await house.begin()
+    bob, cid = house.bob, house.cid
+    await house.hall.kill()
+    again = await start_process(nursery, redis_server.url(), **QUICK, server_id="hall")
+    eve = await house.join(again.server, "Eve")
+    await left_with(bob, "Bob", "Cid", "Eve")
+    await trio.sleep(ABSENCE_S)
+    shown = await agree(bob, cid, eve)
+    assert {member["displayName"] for member in shown["members"]} == {"Bob", "Cid", "Eve"}
+    assert all(member["connected"] for member in shown["members"])
+    in_order(bob)
+    await house.stop()
+
+
+@pytest.mark.parametrize("how_long", ["missed", "removed"])
+async def test_members_of_a_server_that_was_only_paused_come_back(
+    nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer, brisk: None, how_long: str
+) -> None:
+    grace_ms = GRACE_MS if how_long == "removed" else int(PATIENCE_S * 1000)
+    grace = f"--resume-grace-ms={grace_ms}"
+    with process(tmp_path, redis_server, grace) as (hall, started):
+        house = House(nursery, redis_server, grace_ms)
+        house.left, house.right = await house.start("left"), await house.start("right")
+        ann = await house.join(hall, "Ann")
+        bob = await house.join(house.left, "Bob")
+        cid = await house.join(house.right, "Cid")
+        await bob.until(lambda: {"Cid"} <= names(bob))
+
+        async def listed() -> bool:
+            return (await blocking(entry, redis_server))["sessions"] == ["song"]
+
+        await until(listed)
+        started.send_signal(signal.SIGSTOP)
+        # As it would expire.
+        redis_server.cli("DEL", KEY)
+        await until(lambda: missed(bob, ann))
+        if how_long == "removed":
+            await left_with(bob, "Bob", "Cid")
+        started.send_signal(signal.SIGCONT)
+
+        async def seen() -> bool:
+            return await blocking(entry, redis_server) is not None
+
+        # It is refreshed as rarely as ever, and those who watch are in a hurry: until then, and
+        # one look longer, they may miss her again.
+        await until(seen)
+        await trio.sleep(ABSENCE_S)
+        # As if she had never been away.
+        await left_with(bob, "Ann", "Bob", "Cid")
+        await until(lambda: missed(bob, ann, absent=False))
+        await ann.ok("chat_message", text="What happened?")
+        shown = await agree(ann, bob, cid)
+        assert {member["displayName"] for member in shown["members"]} == {"Ann", "Bob", "Cid"}
+        assert all(member["connected"] for member in shown["members"])
+        await trio.sleep(ABSENCE_S + GRACE_MS / 1000)
+        again = await agree(ann, bob, cid)
+        assert again["members"] == shown["members"]
+        assert [chat["text"] for chat in again["chat"]] == ["What happened?"]
+        leaders = {"missed": ann, "removed": bob}
+        assert again["leaderId"] == leaders[how_long].you["memberId"]
+        for player in (ann, bob, cid):
+            assert player.close_code is None
+            in_order(player)
+        await house.stop()

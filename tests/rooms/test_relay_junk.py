@@ -1,0 +1,110 @@
+"""A channel on which somebody talks nonsense: nobody may notice. On virtual time."""
+
+import msgspec
+import pytest
+import trio
+from msgspec import Raw
+from msgspec.structs import replace
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from bandsync.model.session import Member, Tip
+from bandsync.rooms.room import Room
+from bandsync.storage.channel_messages import CommittedChange
+from tests.rooms.test_mirror_faults import in_order
+from tests.rooms.test_relay_inbox import Band, chat
+from tests.support.states import NOW
+
+
+@pytest.fixture
+async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Band:
+    band = Band(nursery)
+    await band.meet()
+    return band
+
+
+async def plays_on(stage: Band) -> None:
+    """The session is read once at the most, and what comes next is heard."""
+    assert stage.reads <= 1
+    stage.hear(*await stage.chats(2))
+    for peer in (stage.ann, stage.bob):
+        assert chat(peer)[-2:] == ["0", "1"]
+        assert peer.closed is None
+        in_order(peer)
+    assert stage.room.mirror.session == stage.stored()
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+JUNK = {
+    "nothing": b"",
+    "no JSON": b"\xff\x00{",
+    "a number": b"1",
+    "an array": b"[]",
+    "null": b"null",
+    "an empty object": b"{}",
+    "no UTF-8": b'{"prev":null,"version":1,"eventId":"\xff"}',
+    "half a character": b'{"prev":null,"version":1,"eventId":"\\ud800"}',
+    "an endless number": b'{"version":' + b"9" * 5000 + b"}",
+    "nested deeply": b'{"frames":' + DEEP + b"}",
+    "half a whisper": b'{"to":"member Ann","frame":',
+    "a whisper to nobody": b'{"to":1,"frame":{}}',
+    "a whisper without end": b'{"to":"member Ann","frame":' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("payload", JUNK.values(), ids=JUNK)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_what_is_no_message_is_passed_over(
+    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock, payload: bytes, busy: bool
+) -> None:
+    if busy:
+        stage.remote.gate = trio.Event()
+        nursery.start_soon(stage.say, stage.room, stage.ann, "ours")
+        await wait_all_tasks_blocked()
+    stage.hear(payload, payload)
+    stage.remote.gate.set()
+    await wait_all_tasks_blocked()
+    await plays_on(stage)
+
+
+def crafted(room: Room, **changes: object) -> bytes:
+    """A message that follows on what is known, apart from these changes."""
+    known = room.mirror.tip
+    assert known is not None
+    change = CommittedChange(known, known.version + 1, "crafted", "hall", {}, [])
+    return msgspec.json.encode(replace(change, **changes))
+
+
+def a_member(text: bytes) -> dict[str, object]:
+    return {"delta": {"member:X": Raw(text)}}
+
+
+YVES = Member("Y", 1, NOW, "b", True, "c", "s", "b", True, NOW, NOW, "Yves", "h")
+
+CRAFTED: dict[str, dict[str, object]] = {
+    "of no version": {"version": 0},
+    "of a negative version": {"version": -(2**63)},
+    "of the same version": {"version": 3},
+    "of a version beyond counting": {"version": 2**53},
+    "of another epoch": {"prev": Tip("another", 3, "x"), "version": 4},
+    "of nothing before": {"prev": None},
+    "of a member that is none": a_member(b"7"),
+    "of a member without parts": a_member(b"{}"),
+    "of a member nested deeply": a_member(DEEP),
+    "of a member under another name": a_member(msgspec.json.encode(YVES)),
+    "of a head that is none": {"delta": {"head": Raw(b'"x"')}},
+    "of a head of a newer version": {"delta": {"head": Raw(b'{"format":99}')}},
+    "of an epoch that is none": {"delta": {"epoch": Raw(b"{}")}},
+    "of a chat out of the ring": {"delta": {"chat:99": Raw(b"{}")}},
+    "of more events than versions": {"frames": [Raw(b'{"type":"play","version":9}')] * 9},
+}
+
+
+@pytest.mark.parametrize("changes", CRAFTED.values(), ids=CRAFTED)
+async def test_a_change_that_cannot_be_is_at_most_a_reason_to_read(
+    stage: Band, autojump_clock: MockClock, changes: dict[str, object]
+) -> None:
+    before = stage.room.mirror.session
+    stage.hear(crafted(stage.room, **changes))
+    assert stage.room.mirror.session is before
+    await stage.hub.finished()
+    await plays_on(stage)

@@ -1,0 +1,319 @@
+"""What happens by the clock: graces, ticks, statistics, pings, drains. On virtual time."""
+
+import struct
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import h11
+import msgspec
+import pytest
+import structlog
+import trio
+from msgspec.structs import replace
+from trio.testing import MockClock, memory_stream_pair
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+from websockets.frames import Frame, Opcode
+
+from bandsync.counters import Counters
+from bandsync.model.clock import ServerClock
+from bandsync.model.session import Session
+from bandsync.net.connection import Connection
+from bandsync.net.drain import drain
+from bandsync.net.http_head import read_head
+from bandsync.net.registry import ConnectionRegistry
+from bandsync.rooms.hub import Hub
+from bandsync.settings import Settings
+from bandsync.storage.base import Committed, Conflict
+from bandsync.storage.memory import MemoryStorage
+from tests.support.servers import TEST_SETTINGS
+from tests.support.states import HERE, NOW
+from tests.support.stores import FixedStores
+
+Message = dict[str, Any]
+
+
+class Player:
+    """A client on a stream in memory."""
+
+    def __init__(self, websocket: WebSocketConnection, stream: trio.abc.SendStream) -> None:
+        self.websocket = websocket
+        self.stream = stream
+        self.inbox: list[tuple[float, Message]] = []
+        self.close_code: int | None = None
+
+    async def read(self) -> None:
+        try:
+            while True:
+                message = msgspec.json.decode(await self.websocket.get_message())
+                self.inbox.append((trio.current_time(), message))
+        except ConnectionClosed as closed:
+            self.close_code = closed.reason.code if closed.reason else 1006
+
+    async def send(self, type_: str, **fields: object) -> None:
+        await self.websocket.send_message(msgspec.json.encode({"type": type_, **fields}).decode())
+        # Virtual time stands still while anybody runs: afterwards everything has happened.
+        await trio.sleep(0.001)
+
+    def times(self, type_: str) -> list[float]:
+        return [time for time, message in self.inbox if message["type"] == type_]
+
+    def last(self, type_: str) -> Message:
+        return [message for _, message in self.inbox if message["type"] == type_][-1]
+
+
+class House:
+    """The connections and rooms of a server, without listener, on virtual time."""
+
+    def __init__(self, nursery: trio.Nursery, settings: Settings) -> None:
+        self.nursery = nursery
+        self.stores = FixedStores()
+        self.hub = Hub(
+            nursery,
+            stores=self.stores,
+            clock=ServerClock(NOW, trio.current_time()),
+            here=HERE,
+            counters=Counters(),
+            log=structlog.wrap_logger(structlog.testing.CapturingLogger()),
+            grace_s=settings.resume_grace_ms / 1000,
+            tick_s=settings.tick_interval_ms / 1000,
+        )
+        self.connections = ConnectionRegistry(self.hub, settings, self.hub.log, lambda _: None)
+        nursery.start_soon(self.hub.run_ticker)
+        nursery.start_soon(self.hub.run_stats)
+        nursery.start_soon(self.hub.run_graces)
+        nursery.start_soon(self.connections.run_pings, lambda _: None)
+
+    async def _serve(self, stream: trio.abc.Stream) -> None:
+        head = await read_head(stream, h11.Connection(h11.SERVER))
+        assert head is not None
+        async with trio.open_nursery() as nursery:
+            connection = Connection(self.connections, nursery, stream, None, head, "song")
+            await connection.run()
+        await stream.aclose()
+
+    @asynccontextmanager
+    async def player(self, name: str = "Ann", **fields: object) -> AsyncIterator[Player]:
+        """A client that has joined; its network is gone at the end."""
+        ours, theirs = memory_stream_pair()
+        self.nursery.start_soon(self._serve, ours)
+        async with trio.open_nursery() as nursery:
+            websocket = await wrap_client_stream(nursery, theirs, "stage", "/ws/song")
+            player = Player(websocket, theirs)
+            nursery.start_soon(player.read)
+            await player.send("join_session", displayName=name, **fields)
+            yield player
+            await theirs.aclose()
+            nursery.cancel_scope.cancel()
+        await trio.sleep(0.001)
+
+
+@pytest.fixture
+async def house(nursery: trio.Nursery) -> House:
+    return House(nursery, TEST_SETTINGS)
+
+
+async def test_a_member_keeps_its_place_for_the_grace(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player("Bob") as bob:
+        async with house.player("Ann"):
+            pass
+        dropped = trio.current_time()
+        assert bob.last("member_connection")["connected"] is False
+        await trio.sleep(9.9)
+        assert bob.times("user_left") == []
+        await trio.sleep(0.2)
+        assert bob.times("user_left") == [pytest.approx(dropped + 10, abs=0.01)]
+        left = bob.last("user_left")
+        assert (left["reason"], left["memberCount"]) == ("timeout", 1)
+
+
+async def test_a_resume_ends_the_grace(house: House, autojump_clock: MockClock) -> None:
+    async with house.player("Bob") as bob:
+        async with house.player("Ann") as ann:
+            token = ann.last("snapshot")["you"]["resumeToken"]
+        await trio.sleep(9)
+        async with house.player(resumeToken=token) as ann:
+            assert ann.last("snapshot")["you"]["resumed"] is True
+            await trio.sleep(30)
+        assert bob.times("user_left") == []
+        # Each drop has a grace of its own, as long as the first.
+        await trio.sleep(9.9)
+        assert bob.times("user_left") == []
+        await trio.sleep(0.2)
+        assert len(bob.times("user_left")) == 1
+
+
+async def test_when_the_leader_does_not_come_back_another_leads_and_the_song_plays_on(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player("Ann") as ann:
+        await ann.send("play")
+        async with house.player("Bob") as bob, house.player("Cid"):
+            await ann.websocket._stream.aclose()  # noqa: SLF001 (the network is gone, no close)
+            await trio.sleep(9.9)
+            assert bob.times("role_changed") == []
+            await trio.sleep(0.2)
+            elected = bob.last("role_changed")
+            assert elected["reason"] == "elected"
+            assert elected["memberId"] == bob.last("snapshot")["you"]["memberId"]
+            last = bob.times("scroll_tick")[-1]
+            assert trio.current_time() - last < 0.2
+
+
+async def test_ticks_come_every_tenth_of_a_second_while_it_plays(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player() as ann, house.player("Bob", ticks=False) as bob:
+        await ann.send("play", startInMs=1000)
+        await trio.sleep(0.9)
+        assert ann.times("scroll_tick") == []
+        await trio.sleep(5)
+        times = ann.times("scroll_tick")
+        gaps = {round(after - before, 3) for before, after in pairwise(times)}
+        assert gaps == {0.1}
+        await ann.send("pause")
+        count = len(ann.times("scroll_tick"))
+        await trio.sleep(2)
+        assert len(ann.times("scroll_tick")) == count
+        assert bob.times("scroll_tick") == []
+
+
+async def test_statistics_come_on_joins_and_every_five_seconds(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player() as ann:
+        joined = len(ann.times("room_stats"))
+        assert joined == 1
+        async with house.player("Bob"):
+            assert len(ann.times("room_stats")) == 2
+            await trio.sleep(20)
+            assert len(ann.times("room_stats")) == 6
+            stats = ann.last("room_stats")
+            assert stats["connectedCount"] == 2
+            assert stats["members"][0]["latencyMs"] is not None
+
+
+class SlowStorage(MemoryStorage):
+    """Takes half a second for every commit."""
+
+    async def commit(
+        self, base: Session | None, change: Session, events: Sequence[bytes]
+    ) -> Committed | Conflict:
+        await trio.sleep(0.5)
+        return await super().commit(base, change, events)
+
+
+async def test_clock_answers_tell_when_the_question_came_and_when_the_answer_left(
+    house: House, autojump_clock: MockClock
+) -> None:
+    house.stores.memory = SlowStorage("boot-1", "for a test")
+    async with house.player() as ann:
+        await trio.sleep(1)
+        asked = house.hub.now()
+        both = (b'{"type":"play"}', b'{"type":"clock_sync","t0":1}')
+        await ann.stream.send_all(
+            b"".join(Frame(Opcode.TEXT, text).serialize(mask=True) for text in both)
+        )
+        await trio.sleep(1)
+        reply = ann.last("clock_sync")
+        # It waited behind the command; neither stamp hides that.
+        assert reply["t1"] == pytest.approx(asked, abs=0.01)
+        assert reply["t2"] == pytest.approx(asked + 500, abs=0.01)
+
+
+async def test_a_latency_is_a_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
+    async with house.player():
+        (connection,) = house.connections.open
+        # The peer answers at once; what it answers may be older than our last ping.
+        for sent_ago, expected in ((0.08, 10.0), (0.08, 18.75), (-1.0, 18.75), (1e6, 18.75)):
+            sent = trio.current_time() - sent_ago
+            connection.heard_pong(struct.pack("!d", sent))
+            assert connection.latency_ms == pytest.approx(expected, abs=0.5)
+        connection.heard_pong(b"what?")
+        assert connection.latency_ms == pytest.approx(18.75, abs=0.5)
+
+
+async def test_a_silent_client_is_closed(house: House, autojump_clock: MockClock) -> None:
+    async with house.player("Bob") as bob, house.player("Ann") as ann:
+        ann.websocket._pong = None  # noqa: SLF001
+        heard = trio.current_time()
+        # Its end of the stream is never read again: it neither answers pings nor says goodbye.
+        ann.websocket._reader_running = False  # noqa: SLF001
+        await trio.sleep(29)
+        assert bob.times("member_connection") == []
+        await trio.sleep(10)
+        (gone,) = bob.times("member_connection")
+        assert 30 <= gone - heard <= 30 + 5 + 2.1
+        assert house.hub.counters.closed == {"4000": 1}
+
+
+async def test_a_client_that_only_listens_is_not_silent(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player() as ann:
+        await trio.sleep(300)
+        assert ann.close_code is None
+
+
+async def test_a_drain_tells_everybody_and_closes_in_time(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player("Ann") as ann, house.player("Bob") as bob:
+        start = trio.current_time()
+        await drain(house.connections, 10)
+        assert trio.current_time() - start < 10
+        await trio.sleep(0.01)
+        assert (ann.close_code, bob.close_code) == (1012, 1012)
+        waits = {player.last("server_draining")["reconnectInMs"] for player in (ann, bob)}
+        assert len(waits) == 2
+        # Whose handshake was under way then is let go, too.
+        async with house.player("Cid") as late:
+            await trio.sleep(0.01)
+            assert late.close_code == 1012
+            assert late.inbox == []
+
+
+async def test_a_drain_waits_until_the_storage_knows_who_is_gone(
+    house: House, autojump_clock: MockClock
+) -> None:
+    house.stores.memory = SlowStorage("boot-1", "for a test")
+    async with house.player("Ann"), house.player("Bob"):
+        await trio.sleep(2)
+        await drain(house.connections, 10)
+        session = await house.stores.memory.get_session("song")
+        assert session is not None
+        assert [member.connected for member in session.members.values()] == [False, False]
+
+
+async def test_a_drain_does_not_wait_for_ever(house: House, autojump_clock: MockClock) -> None:
+    async with house.player("Ann") as ann:
+        ann.websocket._reader_running = False  # noqa: SLF001
+        start = trio.current_time()
+        await drain(house.connections, 1)
+        assert trio.current_time() - start <= 1
+
+
+async def test_without_grace_a_member_is_gone_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    house = House(nursery, replace(TEST_SETTINGS, resume_grace_ms=0))
+    async with house.player("Bob") as bob:
+        async with house.player("Ann"):
+            pass
+        await trio.sleep(0.01)
+        assert len(bob.times("user_left")) == 1
+
+
+async def test_rooms_close_when_the_last_member_is_gone(
+    house: House, autojump_clock: MockClock
+) -> None:
+    async with house.player() as ann:
+        await ann.send("play")
+        assert len(house.hub.rooms) == 1
+    await trio.sleep(11)
+    assert house.hub.rooms == {}
+    sessions = await house.stores.memory.list_sessions()
+    assert [session.session_id for session in sessions] == ["song"]

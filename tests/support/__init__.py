@@ -1,0 +1,1 @@
+"""Servers, sessions and scripted peers that several tests share."""

@@ -1,0 +1,138 @@
+"""Workers that run under a supervisor in this process, and its log."""
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+import trio
+from msgspec.structs import replace
+
+from bandsync.settings import Settings
+from bandsync.workers.supervisor import Pace, Supervising, supervise
+from tests.support.servers import PATIENCE_S, TEST_SETTINGS, Message
+from tests.test_serve import SCRIPT
+
+COMMAND = [sys.executable, str(SCRIPT), "--worker"]
+QUICK = Pace(first=0.01, longest=0.05)
+
+
+class Diary:
+    """A log whose entries can be waited for.
+
+    Attributes:
+        entries: all of them so far.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[Message] = []
+        self._news = trio.Event()
+        self.logger = structlog.wrap_logger(
+            None,
+            processors=[self._write],
+            wrapper_class=structlog.make_filtering_bound_logger("debug"),
+        )
+
+    def _write(self, logger: object, level: str, entry: Any) -> Any:
+        self.entries.append(dict(entry))
+        self._news.set()
+        self._news = trio.Event()
+        raise structlog.DropEvent
+
+    def all(self, event: str, **fields: object) -> list[Message]:
+        return [
+            entry
+            for entry in self.entries
+            if entry["event"] == event and fields.items() <= entry.items()
+        ]
+
+    async def until(self, event: str, number: int = 1, **fields: object) -> Message:
+        """The ``number``th entry of this kind."""
+        with trio.fail_after(PATIENCE_S):
+            while len(found := self.all(event, **fields)) < number:
+                await self._news.wait()
+        return found[number - 1]
+
+
+class Crew:
+    """Workers that run, under a supervisor in this process.
+
+    Attributes:
+        lines: what was announced.
+        done: set when the supervisor has returned.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.diary = Diary()
+        self.lines: list[str] = []
+        self.done = trio.Event()
+        self.supervising: Supervising
+
+    @property
+    def port(self) -> int:
+        return self.supervising.port
+
+    async def start(
+        self, nursery: trio.Nursery, command: list[str] = COMMAND, pace: Pace = QUICK
+    ) -> None:
+        async def run(*, task_status: trio.TaskStatus[Supervising]) -> None:
+            try:
+                await supervise(
+                    self.settings,
+                    self.diary.logger,
+                    command=command,
+                    announce=self.lines.append,
+                    pace=pace,
+                    task_status=task_status,
+                )
+            finally:
+                self.done.set()
+
+        self.supervising = await nursery.start(run)
+
+    async def stop(self) -> None:
+        self.supervising.stop()
+        with trio.fail_after(PATIENCE_S):
+            await self.done.wait()
+
+    def pid(self, server_id: str) -> int:
+        """Of the process that has this name now."""
+        return self.diary.all("worker.started", server_id=server_id)[-1]["pid"]
+
+
+def crew_settings(redis_url: str, **changes: object) -> Settings:
+    ours = {
+        "redis_enabled": True,
+        "redis_url": redis_url,
+        "redis_max_retries": 0,
+        "redis_health_interval_ms": 50,
+        "redis_retry_delay_on_failure": 20,
+        "workers": 2,
+    }
+    return replace(TEST_SETTINGS, **(ours | changes))
+
+
+@asynccontextmanager
+async def working(redis_url: str, **changes: object) -> AsyncIterator[tuple[Crew, trio.Nursery]]:
+    """Workers that all listen, and are stopped at the end."""
+    crew = Crew(crew_settings(redis_url, **changes))
+    async with trio.open_nursery() as nursery:
+        await crew.start(nursery)
+        yield crew, nursery
+        await crew.stop()
+        nursery.cancel_scope.cancel()
+
+
+def upgrade(path: str) -> bytes:
+    """The head of a handshake: RFC 6455, section 4.1."""
+    lines = [
+        f"GET {path} HTTP/1.1",
+        "Host: stage",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
