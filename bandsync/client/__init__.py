@@ -20,7 +20,8 @@ trio.run(main)
 
 `connect` keeps the connection: it resumes by itself, keeps the session clock, and asks again for
 what it missed. `Band` has the commands and what is known; the events are the structs of
-`bandsync.wire.messages`, and a few of our own. `bandsync.client.exceptions` draws the tree of exceptions.
+`bandsync.wire.messages`, and a few of our own. `bandsync.client.exceptions` draws the tree of
+exceptions.
 """
 
 from bandsync.client.band import Band, connect

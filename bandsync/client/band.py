@@ -158,8 +158,8 @@ class Band:
     def events(self) -> EventStream:
         """What happens from this call on: ``async for event in band.events()``.
 
-        The structs of `bandsync.wire.messages`, each after `session` was updated, and `StatusChanged`,
-        `EventsDropped`, `UnknownMessage`. Every call is a stream of its own, with a buffer of its
+        The structs of `bandsync.wire.messages`, each after `session` was updated, and
+        `StatusChanged`, `EventsDropped`, `UnknownMessage`. Every call is a stream of its own, with a buffer of its
         own: see `EventStream` for what happens to who is late.
         """
         return self._membership.events.stream()

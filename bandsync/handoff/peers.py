@@ -23,7 +23,7 @@ from structlog.typing import FilteringBoundLogger
 
 from bandsync.handoff.channel import ASK, NO, YES, HandoffChannel, address_of, close_now, is_ours
 from bandsync.handoff.rendezvous import preference
-from bandsync.net.http_head import MAX_HEAD_BYTES
+from bandsync.wire.http_messages import MAX_HEAD_BYTES
 
 # What can have been read of a connection: `read_head`.
 _MOST_BYTES = MAX_HEAD_BYTES + 1

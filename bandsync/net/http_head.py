@@ -6,9 +6,7 @@ import h11
 import trio
 from msgspec import Struct
 
-from bandsync.wire.http_messages import HttpRequest, HttpResponse, problem
-
-MAX_HEAD_BYTES = 16_384
+from bandsync.wire.http_messages import MAX_HEAD_BYTES, HttpRequest, HttpResponse, problem
 
 
 class Head(Struct, frozen=True):

@@ -6,6 +6,9 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
+# As most servers do; a head over it is answered with 431.
+MAX_HEAD_BYTES = 16_384
+
 
 class HttpRequest(Struct, frozen=True):
     """A request's head.

@@ -8,12 +8,12 @@ import trio
 
 from bandsync import client
 from bandsync.client import Band
-
-ROOT = Path(__file__).resolve().parents[2]
-
 from scripts.bench.processes import BenchError, spread
 from scripts.testbed.redis_server import RedisServer
 from scripts.testbed.server_process import ServerProcess
+
+ROOT = Path(__file__).resolve().parents[2]
+
 
 _SETTLE_S = 8.0
 _LOOK_S = 0.05

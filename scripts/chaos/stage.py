@@ -19,11 +19,11 @@ from bandsync.settings import OPTIONS
 from bandsync.storage.records import read_session
 from scripts.chaos.judge import Message
 from scripts.chaos.player import HOST, ChaosError, patience
+from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.redis_server import RedisServer, free_port, reaper_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from scripts.testbed.fault_proxy import FaultProxy
-from scripts.testbed.redis_server import RedisServer, free_port, reaper_of
 
 __all__ = ["BandSync", "FaultProxy", "RedisServer", "Stage", "stage"]
 

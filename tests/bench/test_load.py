@@ -16,12 +16,6 @@ import pytest
 from websockets.sync.client import connect
 
 from bandsync.wire.frames import text_frame
-from scripts.testbed.server_process import ServerProcess
-
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts"
-PATIENCE_S = 120
-
 from scripts.bench.band import Band
 from scripts.bench.epoll_ws import Address, Loop
 from scripts.bench.gig import summary  # noqa: F401  # it can be imported without a terminal
@@ -32,6 +26,11 @@ from scripts.bench.plot import PANELS, picture
 from scripts.bench.processes import BenchError
 from scripts.bench.score import Score
 from scripts.bench.trend import Row, Series, bottleneck, leaks, left_behind, trend
+from scripts.testbed.server_process import ServerProcess
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+PATIENCE_S = 120
 
 
 def bench(*arguments: str) -> "subprocess.Popen[str]":

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 from scripts.bench.rolling import rolling
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def test_everybody_is_back_with_the_role_and_the_beat(redis_binary: None) -> None:

@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-PATIENCE_S = 120
-FOREVER = float("inf")
-
 from scripts.chaos.cluster_judge import (
     Ending,
     disagreements,
@@ -28,6 +24,11 @@ from scripts.chaos.roaming import Line, Return
 from scripts.chaos.servers import Life
 from scripts.chaos.trace import Traces
 from scripts.chaos.view import View
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PATIENCE_S = 120
+FOREVER = float("inf")
+
 
 LINE = {"isPlaying": False, "anchorTime": 1.0}
 RANK = {"term": 1, "time": 1.0, "bootId": "a"}

@@ -14,11 +14,6 @@ import trio
 
 from bandsync import client
 from bandsync.client.membership import Membership
-from tests.support.servers import Server, musician
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-PATIENCE_S = 120
-
 from scripts.chaos.judge import (
     Asked,
     ClockSample,
@@ -31,6 +26,11 @@ from scripts.chaos.judge import (
 )
 from scripts.chaos.player import Player, close_code
 from scripts.chaos.report import table, too_much
+from tests.support.servers import Server, musician
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PATIENCE_S = 120
+
 
 LINE = {
     "isPlaying": True,

@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from bandsync.handoff import channel as way
 from bandsync.handoff import peers as neighbours
-from bandsync.handoff import way
 from bandsync.handoff.channel import ANSWER_S, SHUN_S
 from bandsync.handoff.peers import HandoffPeers
 from bandsync.handoff.rendezvous import preference

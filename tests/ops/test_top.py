@@ -19,11 +19,11 @@ from rich.console import Console
 
 from scripts.testbed.redis_server import RedisServer, free_port
 from scripts.testbed.server_process import ServerProcess
+from scripts.top_view import WIDTH, Watched, duration, number, screen, sparkline
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PATIENCE_S = 30.0
 
-from scripts.top_view import WIDTH, Watched, duration, number, screen, sparkline
 
 Start = Callable[..., ServerProcess]
 

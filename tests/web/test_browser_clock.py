@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 TESTS = Path(__file__).parent
-WEB = TESTS.parent / "bandsync" / "web"
+WEB = TESTS.parents[1] / "bandsync" / "web"
 # Where the pages come from; nothing need listen there.
 NOWHERE = "http://127.0.0.1:8000"
 WIFI = {"up": [50, 110], "down": [50, 110]}
