@@ -303,7 +303,7 @@ class Server:
         """Decide and commit; the events go to all connections."""
         for _ in range(MAX_ATTEMPTS):
             base = self.mirror
-            decision = decide(base, command, replace(actor, here=self.here), self.now)
+            decision = decide(base, command, replace(actor, server=self.here), self.now)
             if isinstance(decision, Refusal) or not decision.events:
                 return decision
             session = replace(decision.session, event_id=self.world.draw("event"))
