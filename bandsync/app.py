@@ -23,7 +23,7 @@ from bandsync.ops.process import is_gone
 from bandsync.ops.recorder import Recorder
 from bandsync.rooms.failure_detector import FailureDetector
 from bandsync.rooms.hub import Hub
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.server_state import ServerState
 from bandsync.settings import Settings
 from bandsync.storage.health import HealthCheck

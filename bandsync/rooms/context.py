@@ -10,7 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
 from bandsync.model.session import Member, Session
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.storage.base import (
     StorageType,
 )

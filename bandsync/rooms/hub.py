@@ -16,7 +16,7 @@ from bandsync.rooms.fanout import Peer
 from bandsync.rooms.room import CLOSED, Room
 from bandsync.rooms.timer_wheel import TimerWheel
 from bandsync.rules.actions import Bind
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.storage.base import Lost
 from bandsync.storage.era import Era
 from bandsync.wire.commands import Refusal

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from bandsync.model.session import Member, Session
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import ResumeToken
 from bandsync.wire.commands import (
     ChatMessage,

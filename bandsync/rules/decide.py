@@ -9,9 +9,11 @@ from msgspec import UNSET
 from bandsync.model import transport as arithmetic
 from bandsync.model.session import Member, Session, bound, find, leader_of, role_of
 from bandsync.rules.actions import Actor, Audit, Bind, Command, Decision, Drop, Expire
-from bandsync.rules.draft import Draft, ServerContext, new_session
+from bandsync.rules.draft import Draft, new_session
 from bandsync.rules.reconcile import audit
-from bandsync.rules.refusals import LEADER_PRESENT, NOT_JOINED, NOT_LEADER, NOT_MEMBER, UNAUTHORIZED
+from bandsync.rules.refusals import NOT_JOINED, NOT_LEADER, UNAUTHORIZED
+from bandsync.rules.role_commands import deny_leader, request_leader, set_role
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import ResumeToken, hash_secret, proves
 from bandsync.wire.commands import (
     ChatMessage,
@@ -29,13 +31,10 @@ from bandsync.wire.commands import (
     SyncReport,
     SyncRequest,
     UpdateMessage,
-    invalid_field,
 )
 from bandsync.wire.messages import (
     ChatSent,
     DriftCorrection,
-    LeaderDenied,
-    LeaderRequested,
     MemberConnection,
     MessageUpdated,
     Paused,
@@ -84,13 +83,13 @@ def decide(
         case ChatMessage():
             _chat(draft, command, member, actor)
         case SetRole():
-            refusal = _set_role(draft, command, member, actor.server)
+            refusal = set_role(draft, command, member, actor.server)
             if refusal is not None:
                 return refusal
         case RequestLeader():
-            return _request_leader(draft, member)
+            return request_leader(draft, member)
         case DenyLeader():
-            return _deny_leader(draft, command, member)
+            return deny_leader(draft, command, member)
         case SyncRequest():
             return _sync(session, command, now)
         case SyncReport():
@@ -297,68 +296,6 @@ def _chat(draft: Draft, command: ChatMessage, member: Member, actor: Actor) -> N
             chat.sent_at,
         )
     )
-
-
-def _set_role(
-    draft: Draft, command: SetRole, member: Member, server: ServerContext
-) -> Refusal | None:
-    own = member.member_id
-    leads = draft.session.leader.member_id == own
-    target = own if command.member_id is UNSET else command.member_id
-    if target != own:
-        if command.role == "follower":
-            return invalid_field("role")
-        if not leads:
-            return NOT_LEADER
-        if find(draft.session, target) is None:
-            return NOT_MEMBER
-        draft.hand(target, "handed_over")
-    elif command.role == "leader" and not leads:
-        if not _claimable(draft.session, server):
-            return LEADER_PRESENT
-        draft.hand(own, "claimed")
-    elif command.role == "follower" and leads:
-        elected = draft.elect(without=own)
-        if not elected:
-            draft.lead("")
-        draft.change_role(own, "follower", "stepped_down")
-        if elected:
-            draft.change_role(draft.session.leader.member_id, "leader", "elected")
-    return None
-
-
-def _claimable(session: Session, server: ServerContext) -> bool:
-    leader = leader_of(session)
-    if leader is None or not leader.connected or server.leadership == "open":
-        return True
-    return server.isolated and leader.boot_id != server.boot_id
-
-
-def _request_leader(draft: Draft, member: Member) -> Decision:
-    leader = leader_of(draft.session)
-    if leader is None:
-        # There is no leader to notify: the request is a claim.
-        draft.hand(member.member_id, "claimed")
-        return Decision(*draft.done())
-    session = draft.session
-    if leader.member_id == member.member_id:
-        return Decision(session)
-    request = LeaderRequested(
-        session.session_id, session.version, draft.now, member.member_id, member.display_name
-    )
-    return Decision(session, private=((leader.member_id, request),))
-
-
-def _deny_leader(draft: Draft, command: DenyLeader, member: Member) -> Decision | Refusal:
-    session = draft.session
-    if session.leader.member_id != member.member_id:
-        return NOT_LEADER
-    if find(session, command.member_id) is None:
-        return NOT_MEMBER
-    denial = LeaderDenied(
-        session.session_id, session.version, draft.now, member.member_id, member.display_name
-    )
-    return Decision(session, private=((command.member_id, denial),))
 
 
 def _sync(session: Session, command: SyncRequest, now: float) -> Decision:

@@ -3,7 +3,6 @@
 import math
 from typing import Literal
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.model.session import (
@@ -26,12 +25,11 @@ from bandsync.model.session import (
     TransportRegister,
     after,
     leader_of,
-    led_by,
-    longest_connected,
-    settle,
     without_old_tombstones,
 )
 from bandsync.model.transport import Transport, initial
+from bandsync.rules.leadership import led_by, longest_connected, settle
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.messages import (
     Event,
     LeaveReason,
@@ -41,26 +39,6 @@ from bandsync.wire.messages import (
     UserLeft,
 )
 from bandsync.wire.snapshots import member_count
-
-
-class ServerContext(Struct, frozen=True):
-    """The deciding server, as far as the rules depend on it.
-
-    Attributes:
-        server_id: name of the server.
-        boot_id: id of this process, new at every start.
-        max_members: limit for the sessions it creates.
-        leadership: ``open`` lets any member claim the lead at any time.
-        isolated: True in memory mode: members on other servers are out of reach.
-        awaited: True while Redis is expected back: tombstones are kept until it has them.
-    """
-
-    server_id: str
-    boot_id: str
-    max_members: int
-    leadership: Literal["claim", "open"] = "claim"
-    isolated: bool = True
-    awaited: bool = False
 
 
 def new_session(session_id: str, epoch_id: str, server: ServerContext, now: float) -> Session:
@@ -208,7 +186,7 @@ class Draft:
         return session, tuple(self._events)
 
     def settle(self) -> None:
-        """Elect a leader if there is none: see `bandsync.model.session.settle`."""
+        """Elect a leader if there is none: see `bandsync.rules.leadership.settle`."""
         settled = settle(self.session, self.now, self._here.boot_id, self._reachable())
         if settled is not self.session:
             self.session = settled

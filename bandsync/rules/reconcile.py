@@ -11,17 +11,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.model.merge import merge, same_content
-from bandsync.model.session import (
-    TOMBSTONE_MS,
-    Member,
-    Session,
-    after,
-    present,
-    role_of,
-    settle,
-    tip,
-)
-from bandsync.rules.draft import ServerContext
+from bandsync.model.session import TOMBSTONE_MS, Member, Session, after, present, role_of, tip
+from bandsync.rules.leadership import settle
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.messages import RoleChanged
 
 # Age from which a missing tombstone counts as pruned by another server. It is half the pruning age,

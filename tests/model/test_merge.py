@@ -25,7 +25,8 @@ from bandsync.model.session import (
 )
 from bandsync.model.transport import initial
 from bandsync.rules.actions import Audit, Drop
-from bandsync.rules.draft import ServerContext, new_session
+from bandsync.rules.draft import new_session
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, SetRole, UpdateMessage
 from bandsync.wire.messages import encode
 from bandsync.wire.snapshots import snapshot

@@ -15,12 +15,13 @@ from msgspec.structs import replace
 
 from bandsync.model import merge as merge_module
 from bandsync.model.merge import merge, same_content
-from bandsync.model.session import Member, Session, Stamp, Tip, leader_of, present, settle, tip
+from bandsync.model.session import Member, Session, Stamp, Tip, leader_of, present, tip
 from bandsync.rules import draft as draft_module
 from bandsync.rules.actions import Actor, Audit, Bind, Command, Decision, Drop, Expire
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.leadership import settle
 from bandsync.rules.reconcile import Adopt, Write, reconcile, superseded
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import parse_resume_token
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, Refusal, SetRole, UpdateMessage
 from bandsync.wire.messages import Event, Snapshot, You

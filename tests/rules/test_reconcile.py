@@ -14,7 +14,6 @@ from bandsync.model.session import (
     role_of,
 )
 from bandsync.rules.actions import Audit, Decision, Drop, Expire
-from bandsync.rules.draft import ServerContext
 from bandsync.rules.reconcile import (
     FORGETTABLE_MS,
     Adopt,
@@ -23,6 +22,7 @@ from bandsync.rules.reconcile import (
     reconcile,
     superseded,
 )
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from bandsync.model.session import Session
 from bandsync.rules.actions import Actor, Bind, Command, Decision, Drop, Expire
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import parse_resume_token
 from bandsync.wire.commands import (
     ChatMessage,
