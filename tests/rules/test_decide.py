@@ -1,7 +1,5 @@
 """The rules of a session, by property and by example."""
 
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +30,6 @@ from bandsync.wire.commands import (
     SyncRequest,
 )
 from bandsync.wire.messages import (
-    Event,
     MemberConnection,
     Played,
     Snapshot,
@@ -41,11 +38,7 @@ from bandsync.wire.messages import (
     UserLeft,
     encode,
 )
-from tests.support.states import NOW, Stage, step, steps
-
-
-def kinds(events: Sequence[Event]) -> list[str]:
-    return [type(event).__name__ for event in events]
+from tests.support.states import NOW, Stage, kinds, step, steps
 
 
 def registers(session: Session) -> dict[str, tuple[object, object]]:

@@ -14,7 +14,7 @@ from bandsync.wire.commands import (
 from bandsync.wire.messages import (
     RoleChanged,
 )
-from tests.support.states import HERE, Stage
+from tests.support.states import HERE, Stage, kinds
 
 
 def test_first_member_leads() -> None:

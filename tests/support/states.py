@@ -1,5 +1,7 @@
 """Sessions and commands for tests of the rules."""
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -211,3 +213,8 @@ def step(stage: Stage, name: str, what: str, number: int) -> Decision | Refusal 
     if stage.session is None:
         return None
     return stage.attempt(name, command_for(stage, what, number))
+
+
+def kinds(events: Sequence[Event]) -> list[str]:
+    """The types of the events, in order."""
+    return [type(event).__name__ for event in events]
