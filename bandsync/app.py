@@ -23,7 +23,7 @@ from bandsync.ops.process import is_gone
 from bandsync.ops.recorder import Recorder
 from bandsync.rooms.failure_detector import FailureDetector
 from bandsync.rooms.hub import Hub
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.server_state import ServerState
 from bandsync.settings import Settings
 from bandsync.storage.health import HealthCheck
@@ -141,7 +141,9 @@ async def _serve(
             nursery,
             stores=manager,
             clock=clock,
-            server_context=ServerContext(server_id, boot_id, settings.max_members, settings.leadership),
+            server_context=ServerContext(
+                server_id, boot_id, settings.max_members, settings.leadership
+            ),
             counters=counters,
             log=log,
             grace_s=settings.resume_grace_ms / 1000,

@@ -2,9 +2,7 @@
 
 import ast
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest

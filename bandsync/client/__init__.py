@@ -1,4 +1,4 @@
-"""A BandSync client for programs on Trio; `bandsync.js` is its sibling in the browser.
+"""A BandSync client for programs on Trio; `bandsync.js` is its counterpart in the browser.
 
 ```python
 import trio
@@ -18,10 +18,10 @@ async def main() -> None:
 trio.run(main)
 ```
 
-`connect` keeps the connection: it resumes by itself, keeps the session clock, and asks again for
-what it missed. `Band` has the commands and what is known; the events are the structs of
-`bandsync.wire.messages`, and a few of our own. `bandsync.client.exceptions` draws the tree of
-exceptions.
+`connect` keeps the connection: it resumes by itself, keeps the session clock, and requests missed
+versions. `Band` has the commands and the current state. The events are the structs of
+`bandsync.wire.messages` and a few of the client's own. `bandsync.client.exceptions` draws the tree
+of exceptions.
 """
 
 from bandsync.client.band import Band, connect

@@ -1,4 +1,4 @@
-"""`connect` and what it gives: a band, as a program plays in it."""
+"""`connect` and `Band`: membership in a session, for programs."""
 
 import math
 import ssl
@@ -43,85 +43,85 @@ from bandsync.wire.messages import MemberStats, MemberView, StorageStatus, Welco
 _T = TypeVar("_T")
 
 _LEAVE_TIMEOUT_S = 2.0
-# trio-websocket's goodbye has its own deadline within this.
-_GOODBYE_S = CLOSE_TIMEOUT_S + 1.0
+# Longer than the closing handshake's own deadline.
+_CLOSE_WAIT_S = CLOSE_TIMEOUT_S + 1.0
 
 
 class Band:
-    """A place in a session: made by `connect`, which keeps it connected.
+    """A membership in a session, created and kept connected by `connect`.
 
-    Commands return the version that they made, None if nothing had to change, and by then
-    `session` shows the change. They raise `CommandRefused` (nothing has changed), `NotConnected`
-    (at once when there is no connection) or `ConnectionLost` (it may or may not have happened).
-    To cancel one that is under way does not take it back.
+    Commands return the version of their change, or None if nothing changed; by then `session` shows
+    it. They raise `CommandRefused` (nothing has changed), `NotConnected` (at once, without a
+    connection) or `ConnectionLost` (it may or may not have been applied). Cancelling a command in
+    flight does not undo it.
     """
 
-    def __init__(self, membership: Membership, keeper: ReconnectLoop) -> None:
+    def __init__(self, membership: Membership, loop: ReconnectLoop) -> None:
         self._membership = membership
-        self._keeper = keeper
+        self._loop = loop
 
-    # What is known. All of it stays as it was while the connection is away.
+    # State. It stays unchanged while there is no connection.
 
     @property
     def status(self) -> Status:
-        """How the connection is; see `StatusChanged`."""
+        """State of the connection; see `StatusChanged`."""
         return self._membership.status
 
     @property
     def session(self) -> SessionView:
-        """The session as it is known now; a new object after every change."""
+        """The current view of the session; a new object after every change."""
         view = self._membership.view
         assert view is not None
         return view
 
     @property
     def you(self) -> You:
-        """The answer to the latest join: member id, resume token, whether it was a resume."""
+        """The reply to the latest join: member id, resume token, whether it was a resume."""
         you = self._membership.you
         assert you is not None
         return you
 
     @property
     def member_id(self) -> str:
-        """Ours. It stays the same unless a connection comes back after the resume grace."""
+        """This member's id. It changes only when a reconnect comes after the resume grace."""
         return self.you.member_id
 
     @property
     def resume_token(self) -> str:
-        """The latest, a secret: with it another process can take this place, see `connect`."""
+        """The latest one, a secret; another process can resume with it: see `connect`."""
         return self.you.resume_token
 
     @property
     def me(self) -> MemberView | None:
-        """Ourselves, as the others see us; None if the session knows us no more."""
+        """This member in the session; None if the session no longer has it."""
         return self.session.members.get(self.member_id)
 
     @property
     def leader(self) -> MemberView | None:
-        """Who leads; None while nobody does."""
+        """The leader; None if there is none."""
         leader_id = self.session.leader_id
         return None if leader_id is None else self.session.members.get(leader_id)
 
     @property
     def is_leader(self) -> bool:
-        """Whether we lead."""
+        """Whether this member leads."""
         return self.session.leader_id == self.member_id
 
     @property
     def stats(self) -> Mapping[str, MemberStats]:
-        """How well each member is connected, by id; from the latest `room_stats`."""
+        """Connection statistics by member id, from the latest ``room_stats``."""
         return self._membership.stats
 
     @property
     def server(self) -> Welcome:
-        """What the server said of itself at the latest connection."""
+        """The ``welcome`` of the latest connection."""
         server = self._membership.server
         assert server is not None
         return server
 
     @property
     def storage(self) -> StorageStatus | None:
-        """Where the server keeps sessions; None until it says that something changed."""
+        """The latest ``storage_status``; None before the first one."""
         return self._membership.storage
 
     @property
@@ -129,10 +129,10 @@ class Band:
         """The session clock."""
         return self._membership.clock
 
-    # Where the song is.
+    # Position and beat.
 
     def transport_at(self, instant: float | None = None) -> Segment:
-        """What is in force at ``instant`` (session clock, milliseconds; now if None)."""
+        """The segment in force at ``instant`` (session clock, milliseconds; now if None)."""
         return arithmetic.in_force(self.session.transport, self._instant(instant))
 
     def position_at(self, instant: float | None = None) -> float:
@@ -148,51 +148,51 @@ class Band:
     def instant_of_beat(self, beat: float, after: float | None = None) -> float | None:
         """When ``beat`` is reached, at ``after`` (now if None) or later.
 
-        None if the song does not play or the beat is past. `SessionClock.to_local` tells when to
-        wake up for it.
+        None if the song does not play or the beat is past. `SessionClock.to_local` converts the
+        result to Trio's clock.
         """
         return instant_of_beat(self.session.transport, beat, self._instant(after))
 
-    # What happens.
+    # Events.
 
     def events(self) -> EventStream:
-        """What happens from this call on: ``async for event in band.events()``.
+        """A stream of events from this call on: ``async for event in band.events()``.
 
-        The structs of `bandsync.wire.messages`, each after `session` was updated, and
-        `StatusChanged`, `EventsDropped`, `UnknownMessage`. Every call is a stream of its own, with a buffer of its
-        own: see `EventStream` for what happens to who is late.
+        It yields the structs of `bandsync.wire.messages`, each after `session` was updated, and
+        `StatusChanged`, `EventsDropped`, `UnknownMessage`. Every call returns a separate stream
+        with its own buffer; see `EventStream` about slow consumers.
         """
         return self._membership.events.stream()
 
     async def until_online(self) -> None:
-        """Wait for a connection, if there is none.
+        """Wait until there is a connection.
 
         Raises:
-            NotConnected: the client has ended: there will be none.
+            NotConnected: the client has ended.
         """
         await trio.lowlevel.checkpoint()
-        while self._keeper.conversation is None:
-            if self._keeper.done.is_set():
+        while self._loop.conversation is None:
+            if self._loop.done.is_set():
                 raise NotConnected("the client has ended")
-            await self._keeper.next_join()
+            await self._loop.next_join()
 
     # Commands.
 
     async def command(self, message: ClientMessage) -> int | None:
-        """Give any command of `bandsync.wire.commands`; the others are made of this one.
+        """Send any command of `bandsync.wire.commands`; the other methods use this one.
 
         Raises:
-            ValueError: it is longer than the server allows, or its request id is that of another
-                that is under way, or it joins or leaves, which is for `connect` and `leave`.
+            ValueError: the message is too long, its request id is in use, or it joins or leaves:
+                use `connect` and `leave`.
         """
         if isinstance(message, JoinSession | LeaveSession):
-            raise ValueError("joining is done by connect, leaving by Band.leave")
+            raise ValueError("use connect to join and Band.leave to leave")
         return await self._command(message)
 
     async def _command(self, message: ClientMessage) -> int | None:
-        # Whoever tries again at once must not keep the connection from coming back.
+        # A caller that retries in a loop must not starve the reconnect.
         await trio.lowlevel.checkpoint()
-        conversation = self._keeper.conversation
+        conversation = self._loop.conversation
         if conversation is None:
             raise NotConnected
         return await conversation.command(message)
@@ -204,13 +204,12 @@ class Band:
         start_in_ms: float | None = None,
         count_in_beats: int = 0,
     ) -> int | None:
-        """Start the song, or let it run on.
+        """Start the song; one that plays runs on.
 
         Args:
-            position_ms: where; None where it is.
-            start_in_ms: how long from now; None leaves it to the server, who waits until the
-                slowest member has heard of it.
-            count_in_beats: so many beats later still.
+            position_ms: start position; None for the current one.
+            start_in_ms: lead; None lets the server choose one that covers the slowest member.
+            count_in_beats: beats of count-in after the lead.
         """
         return await self.command(
             Play(
@@ -221,11 +220,11 @@ class Band:
         )
 
     async def pause(self) -> int | None:
-        """Stand where the song is."""
+        """Pause at the current position."""
         return await self.command(Pause())
 
     async def stop(self) -> int | None:
-        """Stand at the start of the song."""
+        """Stop, and return to the start of the song."""
         return await self.command(Stop())
 
     async def seek(self, position_ms: float, *, at: At = "now") -> int | None:
@@ -240,22 +239,23 @@ class Band:
         return await self.command(SetTempo(tempo_bpm=tempo_bpm, beats_per_bar=bar, at=at))
 
     async def position_sync(self, position_ms: float, timestamp: float) -> int | None:
-        """Tell where the song was here at ``timestamp`` (session clock).
+        """Report the local position at ``timestamp`` (session clock, milliseconds).
 
-        From the leader it moves everybody; a follower who is off gets a `DriftCorrection`.
+        From the leader it re-anchors the transport; a follower that is off gets a
+        `DriftCorrection`.
         """
         return await self.command(PositionSync(position_ms=position_ms, timestamp=timestamp))
 
     async def take_lead(self) -> int | None:
-        """Lead, if nobody does or the leader is away."""
+        """Claim the lead, if there is no leader or it is disconnected."""
         return await self.command(SetRole(role="leader"))
 
     async def step_down(self) -> int | None:
-        """Lead no more; somebody else is elected."""
+        """Give the lead up; another member is elected."""
         return await self.command(SetRole(role="follower"))
 
     async def hand_over(self, member_id: str) -> int | None:
-        """Give the lead to another member."""
+        """Hand the lead over to another member."""
         return await self.command(SetRole(role="leader", member_id=member_id))
 
     async def request_leader(self) -> None:
@@ -263,7 +263,7 @@ class Band:
         await self.command(RequestLeader())
 
     async def deny_leader(self, member_id: str) -> None:
-        """Refuse the lead to a member who asked for it."""
+        """Deny the lead to a member that requested it."""
         await self.command(DenyLeader(member_id=member_id))
 
     async def update_message(self, message: str) -> int | None:
@@ -271,31 +271,31 @@ class Band:
         return await self.command(UpdateMessage(message=message))
 
     async def chat(self, text: str) -> int | None:
-        """Say something to everybody."""
+        """Send a chat message to everybody."""
         return await self.command(ChatMessage(text=text))
 
-    # The end.
+    # End.
 
     async def leave(self) -> None:
-        """Leave the session for good and close the connection; at the end of the block, too.
+        """Leave the session and close the connection, as at the end of the block.
 
-        Waits for the server for two seconds at most. Without a connection nobody can be told: the
-        others see us leave when the resume grace is over.
+        Waits for the server for at most two seconds. Without a connection the server is not
+        notified: the member leaves when its resume grace ends.
         """
         with trio.move_on_after(_LEAVE_TIMEOUT_S):
-            # Refused or cut off, there is no place to leave.
+            # After a refusal or a lost connection there is nothing to leave.
             with suppress(ClientError):
                 await self._command(LeaveSession())
-        self._keeper.withdraw()
+        self._loop.withdraw()
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection and keep the place: the resume grace starts."""
-        self._keeper.stop()
-        with trio.move_on_after(_GOODBYE_S) as patience:
-            await self._keeper.done.wait()
+        """Close the connection without leaving: the resume grace starts."""
+        self._loop.stop()
+        with trio.move_on_after(_CLOSE_WAIT_S) as patience:
+            await self._loop.done.wait()
         if patience.cancelled_caught:
-            self._keeper.abandon()
+            self._loop.abandon()
 
     def _instant(self, instant: float | None) -> float:
         return self.clock.now() if instant is None else instant
@@ -317,38 +317,37 @@ async def connect(
     open_stream: OpenStream | None = None,
     tap: Tap | None = None,
 ) -> AsyncIterator[Band]:
-    """Join a session and stay in it for as long as the block runs.
+    """Join a session and stay in it while the block runs.
 
-    Entering the block waits until the server has let us in. A connection that is lost or silent is
-    replaced by another, with the same place in the session; meanwhile commands raise
-    `NotConnected`. Leaving the block leaves the session, also when the block is cancelled or fails,
-    and takes no longer than four seconds.
+    The block is entered after the join. A lost or silent connection is replaced, and the member
+    resumed; meanwhile commands raise `NotConnected`. Leaving the block leaves the session, also
+    when the block is cancelled or fails, and takes at most four seconds.
 
     When only a person can help, the block is cancelled and the reason raised: see `Ended`. An
-    exception of the block comes out as it is.
+    exception of the block propagates unchanged.
 
     Args:
         url: ``ws://host:port`` or ``wss://host:port``.
-        session_id: 1 to 64 of ``A-Z a-z 0-9 . _ -``; created if there is none.
+        session_id: 1 to 64 of ``A-Z a-z 0-9 . _ -``; created if it does not exist.
         display_name: 1 to 64 characters; None for the server's default.
-        role: ask for the lead, or not to be told.
-        token: the join token, where the server wants one; or a function, async or not, that gets
-            a fresh one at every join. If it raises, the attempt has failed and another follows.
-        resume_token: of an earlier connection, to take its place.
-        ticks: also receive a `ScrollTick` ten times a second. Nobody needs them who can ask
-            `Band.position_at`.
-        join_within: how long to try to get in, in seconds.
-        give_up_after: how long to try to come back, in seconds.
-        ssl_context: for ``wss``; None trusts what the system trusts.
-        open_stream: connects in place of TCP: for proxies and tunnels.
-        tap: called with the arrival (Trio's clock, seconds) and the text of every message before
-            anything else is done with it, for recorders. It must not block.
+        role: ``leader`` claims a vacant lead; None for the server's default.
+        token: the join token, if the server needs one; or a function, async or not, that returns
+            a fresh one for every join. If it raises, the attempt has failed and is retried.
+        resume_token: of an earlier connection, to resume its member.
+        ticks: also receive a `ScrollTick` ten times a second. `Band.position_at` makes them
+            unnecessary.
+        join_within: time limit for the first join, seconds.
+        give_up_after: time limit for a reconnect, seconds.
+        ssl_context: for ``wss``; None for the system's certificate authorities.
+        open_stream: connects instead of TCP, for proxies and tunnels.
+        tap: called first with the arrival (Trio's clock, seconds) and the text of every message,
+            for recorders. It must not block.
 
     Raises:
-        ValueError: the address or the session id cannot be right.
-        JoinRefused: the server does not let us in.
-        Superseded: somebody has taken this place with its resume token.
-        Unreachable: there was no connection for too long.
+        ValueError: the address or the session id is invalid.
+        JoinRefused: the server refused the join.
+        Superseded: the member was resumed elsewhere with its resume token.
+        Unreachable: there was no connection within the time limit.
     """
     address = address_of(url, session_id, ssl_context, open_stream)
     join = JoinSession(
@@ -359,30 +358,30 @@ async def connect(
     )
     membership = Membership(join, token, resume_token)
     block = trio.CancelScope()
-    keeper = ReconnectLoop(
+    loop = ReconnectLoop(
         address, membership, Patience(join_within, give_up_after), block.cancel, tap
     )
     failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(keeper.run)
-            band = Band(membership, keeper)
+            nursery.start_soon(loop.run)
+            band = Band(membership, loop)
             try:
                 with block:
-                    await keeper.joined.wait()
+                    await loop.joined.wait()
                     yield band
             finally:
                 try:
-                    # Its waits have deadlines of their own.
+                    # Its waits have deadlines.
                     with trio.CancelScope(shield=True):
                         await band.leave()
                 finally:
-                    # Ctrl-C, which no shield keeps out: the keeper has one, too, and would stay.
-                    keeper.abandon()
-            if block.cancelled_caught and keeper.error is not None:
-                raise keeper.error
+                    # Ctrl-C ends the wait above, but not the loop, which is shielded.
+                    loop.abandon()
+            if block.cancelled_caught and loop.error is not None:
+                raise loop.error
     except BaseExceptionGroup as group:
-        failure = meant(group, keeper.error)
+        failure = meant(group, loop.error)
         if failure is group:
             raise
     if failure is not None:

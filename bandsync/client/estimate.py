@@ -1,10 +1,10 @@
-"""Where the session clock is, from `clock_sync` exchanges. Pure: every time is an argument.
+"""Estimate of the session clock from ``clock_sync`` exchanges. Pure: every time is an argument.
 
-An exchange leaves at ``t0`` and its answer arrives at ``t3``, both on our clock; the server
-stamped it with ``t1`` and ``t2``, on the session clock. Whatever the network did, the offset
-(session clock minus ours) was at least ``t2 - t3`` and at most ``t1 - t0``. Intersecting these
-intervals (Marzullo; RFC 5905 section 11.2.1) gives a bound that is honest, and its middle, from
-the quickest way there and the quickest way back, is better than the one best round trip.
+A request leaves at ``t0`` and its reply arrives at ``t3``, both on the local clock; the server
+stamps it with ``t1`` and ``t2`` on the session clock. For any network delay the offset (session
+clock minus local clock) is at least ``t2 - t3`` and at most ``t1 - t0``. The intersection of these
+intervals (Marzullo; RFC 5905 section 11.2.1) is a strict bound. Its middle combines the fastest
+request with the fastest reply, and is better than the exchange with the best round trip.
 
 All times are in milliseconds.
 """
@@ -17,20 +17,20 @@ from msgspec import Struct
 MAX_SAMPLES = 128
 MAX_AGE_MS = 30_000.0
 
-# How fast the two clocks may part: the server slews by up to 500 ppm, crystals differ by 100 ppm.
+# Largest drift between the clocks: the server slews by up to 500 ppm, crystals differ by 100 ppm.
 _WORST_DRIFT = 6e-4
-# What crystals really do.
+# Typical drift of crystals.
 _LIKELY_DRIFT = 5e-5
-# What is left to correct is made up for by running 2 % faster or slower: nobody hears that, and
-# no beat is missed or doubled. A larger difference is another clock: better a jump than a minute.
+# A correction runs the clock 2 % faster or slower, which is inaudible and skips or doubles no beat.
+# A difference over `_STEP_MS` is another clock: step instead of slewing for a minute.
 _SLEW = 0.02
 _STEP_MS = 250.0
-# A float tells instants of 2026 apart to 0.00025 ms; sums of a few are off by a few of these.
+# Float noise: an instant of 2026 has a resolution of 0.00025 ms, and sums add a few of these.
 _NOISE_MS = 0.002
 
 
 class Exchange(Struct, frozen=True):
-    """One exchange: sent at ``t0`` and answered at ``t3`` (ours), ``t1`` and ``t2`` (theirs)."""
+    """One exchange: ``t0``, ``t3`` on the local clock, ``t1``, ``t2`` on the session clock."""
 
     t0: float
     t1: float
@@ -38,20 +38,20 @@ class Exchange(Struct, frozen=True):
     t3: float
 
     def least(self, now: float, drift: float) -> float:
-        """The least that the offset can be at ``now``."""
+        """Lower bound of the offset at ``now``."""
         return self.t2 - self.t3 - drift * (now - self.t3)
 
     def most(self, now: float, drift: float) -> float:
-        """The most that the offset can be at ``now``."""
+        """Upper bound of the offset at ``now``."""
         return self.t1 - self.t0 + drift * (now - self.t0)
 
 
 class ClockEstimate:
-    """The offset of the session clock from ours, with a bound on its error.
+    """The offset of the session clock from the local clock, with a bound on its error.
 
-    The offset in use is set outright until the first burst of exchanges is over, and when it is
-    off by more than a quarter of a second. From then on it only slews, so that instants never run
-    backwards.
+    Until the first burst of exchanges is complete, the offset in use is stepped. Later it is
+    slewed, so that instants never run backwards; it is stepped again only for an error over a
+    quarter of a second.
     """
 
     __slots__ = ("_exchanges", "_settled", "_start", "_target", "_used")
@@ -59,18 +59,18 @@ class ClockEstimate:
     def __init__(self) -> None:
         self._exchanges: deque[Exchange] = deque(maxlen=MAX_SAMPLES)
         self._used: float | None = None
-        # The offset in use was `_used` at `_start` and makes for `_target` from there.
+        # The offset in use was `_used` at `_start` and slews to `_target` from there.
         self._start = 0.0
         self._target = 0.0
         self._settled = False
 
     @property
     def samples(self) -> int:
-        """How many exchanges it rests on."""
+        """The number of exchanges in use."""
         return len(self._exchanges)
 
     def offset_at(self, now: float) -> float | None:
-        """What is added to our clock at ``now``; None before anything is known."""
+        """The offset to add to the local clock at ``now``; None before the first ``welcome``."""
         if self._used is None:
             return None
         reach = _SLEW * max(0.0, now - self._start)
@@ -78,7 +78,7 @@ class ClockEstimate:
         return self._used + max(-reach, min(reach, distance))
 
     def error_at(self, now: float) -> float | None:
-        """The most that the offset in use can be wrong at ``now``; None before an exchange."""
+        """Upper bound on the error of the offset in use at ``now``; None before an exchange."""
         used = self.offset_at(now)
         if used is None or not self._exchanges:
             return None
@@ -87,7 +87,7 @@ class ClockEstimate:
 
     @property
     def jitter(self) -> float:
-        """How much longer than the quickest a message takes (median, the worse direction)."""
+        """Median delay above the minimum, in the worse direction."""
         if not self._exchanges:
             return 0.0
         there = [exchange.t1 - exchange.t0 for exchange in self._exchanges]
@@ -95,24 +95,25 @@ class ClockEstimate:
         return max(median(there) - min(there), median(back) - min(back))
 
     def guess(self, server_time: float, now: float) -> None:
-        """Take an instant that the server told at about ``now``, if nothing better is known."""
+        """Use a server time received at about ``now``, if there is nothing better."""
         if self._used is None:
             self._set(now, server_time - now)
 
     def observe(self, exchange: Exchange, now: float, *, burst: bool) -> None:
-        """Learn from an exchange.
+        """Update the estimate with an exchange.
 
         Args:
-            now: when that is, which may be long after its answer arrived: instants were read off
-                meanwhile, and those that follow must not be earlier.
-            burst: the first exchanges of a connection are still under way.
+            exchange: the exchange.
+            now: the current local time, possibly long after the reply arrived. Callers have read
+                instants meanwhile, and later ones must not be earlier.
+            burst: the first exchanges of a connection are still in progress.
         """
         while self._exchanges and now - self._exchanges[0].t3 > MAX_AGE_MS:
             self._exchanges.popleft()
         self._exchanges.append(exchange)
         least, most = self._bounds(now, _WORST_DRIFT)
         if least > most:
-            # A clock stepped, or stood still: what was true before says nothing now.
+            # A clock stepped or was suspended: earlier exchanges are invalid.
             self._exchanges = deque([exchange], maxlen=MAX_SAMPLES)
             least, most = self._bounds(now, _WORST_DRIFT)
         self._settled = self._settled or not burst
@@ -122,15 +123,15 @@ class ClockEstimate:
             self._set(now, target)
             return
         if burst:
-            # After a reconnect: the first few exchanges know less than what is in use, which
-            # stays as long as they do not rule it out.
+            # After a reconnect the first exchanges are less precise than the offset in use. Keep it
+            # unless they rule it out.
             target = max(least, min(most, used))
         self._used, self._start, self._target = used, now, target
 
     def forget_exchanges(self) -> None:
-        """The next exchanges are with another server, whose clock may differ.
+        """Discard all exchanges, because the next ones may be with another server.
 
-        The offset in use stays until they say otherwise.
+        The offset in use stays until new exchanges rule it out.
         """
         self._exchanges.clear()
 

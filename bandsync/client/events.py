@@ -1,4 +1,4 @@
-"""What happens, handed out to whoever asks for it, each at its own pace."""
+"""Event streams: every consumer reads the client's events at its own pace."""
 
 from collections import deque
 from typing import Literal, Self
@@ -11,7 +11,7 @@ from bandsync.client.inbound import News, UnknownMessage
 from bandsync.wire.messages import RoomStats, ScrollTick
 
 MAX_WAITING = 1024
-# Ticks and statistics are worth something while they are fresh.
+# Ticks and statistics are useful only while they are fresh.
 _MAX_WAITING_FOR_VOLATILE = 64
 _VOLATILE = ScrollTick | RoomStats
 
@@ -19,13 +19,13 @@ Status = Literal["connecting", "online", "draining", "resuming", "closed"]
 
 
 class StatusChanged(Struct, frozen=True):
-    """The connection came, went or is about to go.
+    """The state of the connection changed.
 
     Attributes:
         status: ``connecting`` until the first join; ``online``; ``draining``: still online, but
-            the server is about to restart; ``resuming``: cut off, trying to come back; ``closed``.
-        failures: attempts to connect that have failed since the last success.
-        retry_in_s: when the next attempt is, in seconds; None if none is planned.
+            the server is about to restart; ``resuming``: disconnected, reconnecting; ``closed``.
+        failures: failed attempts to connect since the last success.
+        retry_in_s: seconds until the next attempt; None if none is planned.
     """
 
     status: Status
@@ -34,7 +34,11 @@ class StatusChanged(Struct, frozen=True):
 
 
 class EventsDropped(Struct, frozen=True):
-    """You did not keep up: so many events were thrown away. `Band.session` is up to date."""
+    """This stream was read too slowly, and events were dropped. `Band.session` is up to date.
+
+    Attributes:
+        count: number of dropped events.
+    """
 
     count: int
 
@@ -45,10 +49,10 @@ BandEvent = News | UnknownMessage | StatusChanged | EventsDropped
 class EventStream:
     """An asynchronous iterator over events; ends when the client has ended.
 
-    Holds at most `MAX_WAITING` events. One more, and all that wait are thrown away for one
-    `EventsDropped`: whoever is that late is better served by the session as it is. Ticks and
-    statistics are left out as soon as 64 events wait. For one task at a time: a second one gets a
-    `trio.BusyResourceError`.
+    The buffer holds at most `MAX_WAITING` events. One more drops them all and puts a single
+    `EventsDropped` in their place: such a slow consumer needs the current session, not its history.
+    Ticks and statistics are dropped from 64 buffered events on. One task at a time may iterate; a
+    second one gets a `trio.BusyResourceError`.
     """
 
     def __init__(self) -> None:
@@ -63,7 +67,7 @@ class EventStream:
 
     async def __anext__(self) -> BandEvent:
         if self._waited_for:
-            raise trio.BusyResourceError("another task waits for these events: take two streams")
+            raise trio.BusyResourceError("another task reads this stream: use one stream per task")
         self._waited_for = True
         try:
             await trio.lowlevel.checkpoint()
@@ -91,20 +95,20 @@ class EventStream:
         self._news.set()
 
     def end(self) -> None:
-        """There will be no more."""
+        """Mark the end: there are no more events."""
         self._ended = True
         self._news.set()
 
 
 class EventHub:
-    """All streams of a client. One that nobody holds any more is forgotten."""
+    """Broadcasts events to all streams of a client. It holds weak references to them."""
 
     def __init__(self) -> None:
         self._streams: WeakSet[EventStream] = WeakSet()
         self._ended = False
 
     def stream(self) -> EventStream:
-        """A new stream, with what happens from now on."""
+        """A new stream of the events from now on."""
         stream = EventStream()
         if self._ended:
             stream.end()
@@ -112,12 +116,12 @@ class EventHub:
         return stream
 
     def put(self, event: BandEvent) -> None:
-        """Hand out an event."""
+        """Put an event into every stream."""
         for stream in tuple(self._streams):
             stream.put(event)
 
     def end(self) -> None:
-        """Nothing happens any more."""
+        """End every stream."""
         self._ended = True
         for stream in tuple(self._streams):
             stream.end()

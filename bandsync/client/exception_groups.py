@@ -1,4 +1,4 @@
-"""Which of the exceptions that end a block its user is to see."""
+"""Picks the exception that the user of a `connect` block sees."""
 
 import trio
 
@@ -6,17 +6,22 @@ from bandsync.client.exceptions import ClientError, ConnectionLost, NotConnected
 
 
 def meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -> BaseException:
-    """The one exception that the user of the block is to see."""
+    """The single exception to raise from the block.
+
+    Args:
+        group: everything that the block's nursery raised.
+        error: why the client ended; None if it did not.
+    """
     interrupt = group.subgroup(KeyboardInterrupt)
     if interrupt is not None:
-        # It may strike a task of ours, deep in groups that nobody looks into for it.
+        # Ctrl-C may be raised in a task of the client, nested in exception groups.
         return first_of(interrupt)
     others = [each for each in group.exceptions if not isinstance(each, trio.Cancelled)]
     if len(others) > 1:
         return group
     found = others[0] if others else group.exceptions[0]
     if error is not None and _is_only(found, ConnectionLost | NotConnected):
-        # A command failed because the client had ended.
+        # The command failed because the client had ended: the reason is more useful.
         return error
     return found
 

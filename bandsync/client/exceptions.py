@@ -1,17 +1,17 @@
-"""What can go wrong, as exceptions; `ClientError` is the root of all that this package raises.
+"""The exceptions of the client; `ClientError` is the root of all.
 
 ```
 ClientError
-├── CommandRefused   the server said no to a command; nothing has changed
-├── NotConnected     there is no connection just now; nothing was sent
-├── ConnectionLost   the answer did not come; the change may or may not have happened
-└── Ended            the client has given up its place; `connect` raises it
-    ├── JoinRefused  the server does not let us in, and trying again would not help
+├── CommandRefused   the server refused a command; nothing has changed
+├── NotConnected     there is no connection at the moment; nothing was sent
+├── ConnectionLost   no reply arrived; the command may or may not have been applied
+└── Ended            the client has stopped for good; `connect` raises it
+    ├── JoinRefused  the server refused the join, and a retry would not help
     ├── Superseded   the same member has resumed elsewhere
-    └── Unreachable  there was no connection for as long as was allowed
+    └── Unreachable  there was no connection within the time limit
 ```
 
-Arguments that can never be right (an address that is none) are a `ValueError`.
+Invalid arguments, such as a malformed address, raise `ValueError`.
 """
 
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ from typing import Any
 
 
 class ClientError(Exception):
-    """The root."""
+    """The root of all exceptions of the client."""
 
 
 class CommandRefused(ClientError):  # noqa: N818  # names of the tree above read as sentences
-    """The server said no to a command; nothing has changed, and the connection stays open.
+    """The server refused a command; nothing has changed, and the connection stays open.
 
     Attributes:
-        code: which refusal it is: ``not_leader``, ``invalid_field``, … (protocol.md section 6).
+        code: the error code: ``not_leader``, ``invalid_field``, … (`PROTOCOL.md` lists all).
         message: a sentence that says what to do about it.
-        context: more about it, such as the ``field`` that was wrong; often empty.
+        context: details, such as the invalid ``field``; often empty.
     """
 
     def __init__(self, code: str, message: str, context: Mapping[str, Any] | None = None) -> None:
@@ -39,36 +39,39 @@ class CommandRefused(ClientError):  # noqa: N818  # names of the tree above read
 
 
 class NotConnected(ClientError):  # noqa: N818
-    """There is no connection just now, or no more; nothing was sent."""
+    """There is no connection at the moment, or the client has ended; nothing was sent."""
 
-    def __init__(self, message: str = "there is no connection just now; nothing was sent") -> None:
+    def __init__(
+        self, message: str = "there is no connection at the moment; nothing was sent"
+    ) -> None:
         super().__init__(message)
 
 
 class ConnectionLost(ClientError):  # noqa: N818
-    """The answer to a command did not come: the change may or may not have happened.
+    """No reply to a command arrived: it may or may not have been applied.
 
-    After the resume the session shows which.
+    After the resume, the session shows which.
     """
 
-    def __init__(self, message: str = "no answer came: it may or may not have happened") -> None:
+    def __init__(
+        self, message: str = "no reply arrived: the command may or may not have been applied"
+    ) -> None:
         super().__init__(message)
 
 
 class Ended(ClientError):  # noqa: N818
-    """The client has given up its place and will not come back: only a person can help."""
+    """The client has stopped and does not reconnect: only a person can help."""
 
 
 class JoinRefused(Ended):
-    """The server does not let us in, and trying again would not help.
+    """The server refused the join, and a retry would not help.
 
     Attributes:
-        code: ``unauthorized``, ``session_full``, ``invalid_field``, … (protocol.md section 6);
-            ``policy`` when the connection was closed with 1008 or the first handshake answered
-            with 401 or 403; ``unsupported_protocol`` when the server speaks a version that we do
-            not.
+        code: ``unauthorized``, ``session_full``, ``invalid_field``, … (`PROTOCOL.md` lists all);
+            ``policy`` when the connection was closed with 1008, or the first handshake was refused
+            with 401 or 403; ``unsupported_protocol`` when the server speaks another version.
         message: a sentence that says what to do about it.
-        context: more about it; often empty.
+        context: details; often empty.
     """
 
     def __init__(self, code: str, message: str, context: Mapping[str, Any] | None = None) -> None:
@@ -86,10 +89,10 @@ class Superseded(Ended):
 
 
 class Unreachable(Ended):
-    """There was no connection for as long as was allowed; the cause is the latest failure.
+    """There was no connection within the time limit; ``__cause__`` is the latest failure.
 
     Attributes:
-        close_code: that of the latest connection; 1006 if it had none, or there was none.
+        close_code: close code of the latest connection; 1006 without one.
     """
 
     def __init__(self, why: str, close_code: int = 1006) -> None:

@@ -1,4 +1,4 @@
-"""From the text of a frame to a message of `bandsync.wire.messages`, whatever the server's age."""
+"""Decoding of server messages, also of those from newer servers."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ from bandsync.wire.messages import (
     Welcome,
 )
 
-# Commits: each makes the next version of the session.
+# Committed changes: each is one version of the session.
 SessionEvent = (
     UserJoined
     | UserLeft
@@ -50,7 +50,7 @@ SessionEvent = (
     | MessageUpdated
     | ChatSent
 )
-# What a client hears without having asked.
+# Messages that the server sends without a request.
 News = (
     SessionEvent
     | Snapshot
@@ -69,11 +69,11 @@ ServerMessage = News | DirectReply
 
 
 class UnknownMessage(Struct, frozen=True):
-    """A message that this client does not understand: the server is newer.
+    """A message that this client does not know, from a newer server.
 
     Attributes:
-        type: what the server calls it.
-        fields: all of it, with the names of the wire.
+        type: its ``type``.
+        fields: the whole message, with the names of the wire.
     """
 
     type: str
@@ -81,16 +81,16 @@ class UnknownMessage(Struct, frozen=True):
 
     @property
     def version(self) -> int | None:
-        """The version of the session that it names, if it does."""
+        """The session version in the message; None without one."""
         version = self.fields.get("version")
         return version if type(version) is int else None
 
 
 def decode(text: str) -> ServerMessage | UnknownMessage | None:
-    """The message in a text frame; None if it is none at all.
+    """The message in a text frame; None if it is not a message at all.
 
-    Unknown fields are ignored. What has an unknown type, or a known one with content that is not
-    understood, is an `UnknownMessage`.
+    Unknown fields are ignored. A message with an unknown type, or with invalid fields, becomes an
+    `UnknownMessage`.
     """
     try:
         try:

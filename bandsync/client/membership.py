@@ -1,4 +1,4 @@
-"""What a client knows and keeps across its connections."""
+"""The state that a client keeps across connections."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -9,22 +9,25 @@ from bandsync.client.view import SessionView, advance, view_of
 from bandsync.wire.commands import JoinSession
 from bandsync.wire.messages import MemberStats, RoomStats, Snapshot, StorageStatus, Welcome, You
 
-# A join token, or what gets a fresh one.
+# A join token, or a function that returns a fresh one.
 Token = str | Callable[[], str | Awaitable[str]]
 
 
 class Membership:
-    """A place in a session.
+    """A membership in a session.
 
     Attributes:
-        join: what is asked for at every join, the tokens left out.
+        join: the join message, without the tokens.
         token: the join token; a function is called at every join.
-        resume_token: the latest, a secret; None before the first join.
-        you: what the latest join was answered with.
-        view: the session as it is known; None before the first join.
-        stats: how well each member is connected, by id.
-        server: what the server said at the latest connection.
-        storage: where the server keeps sessions; None until it says so.
+        resume_token: the latest one, a secret; None before the first join.
+        clock: estimate of the session clock.
+        events: broadcasts events to all streams.
+        status: state of the connection.
+        you: reply to the latest join.
+        view: current view of the session; None before the first join.
+        stats: connection statistics by member id.
+        server: ``welcome`` of the latest connection.
+        storage: latest ``storage_status``; None before the first one.
     """
 
     def __init__(self, join: JoinSession, token: Token | None, resume_token: str | None) -> None:
@@ -42,23 +45,23 @@ class Membership:
 
     @property
     def version(self) -> int:
-        """That of the view."""
+        """Version of the view; 0 before the first join."""
         return 0 if self.view is None else self.view.version
 
     def become(self, status: Status, failures: int = 0, retry_in_s: float | None = None) -> None:
-        """Change the status, and tell."""
+        """Set the status and emit `StatusChanged`."""
         self.status = status
         self.events.put(StatusChanged(status, failures, retry_in_s))
 
     def joined(self, snapshot: Snapshot, you: You) -> None:
-        """Take the answer to a join, whatever its version."""
+        """Apply the reply to a join, whatever its version."""
         self.you = you
         self.resume_token = you.resume_token
         self.view = view_of(snapshot)
         self.events.put(snapshot)
 
-    def hear(self, message: News | UnknownMessage) -> bool:
-        """Take a message; True if a version is missing, so that only a snapshot can help."""
+    def apply(self, message: News | UnknownMessage) -> bool:
+        """Apply a message; True if a version is missing and a snapshot is needed."""
         if isinstance(message, StorageStatus):
             self.storage = message
         elif isinstance(message, RoomStats):

@@ -1,4 +1,4 @@
-"""Keeps a place in a session: connects, and comes back whenever the connection is lost."""
+"""The reconnect loop: connects, and reconnects whenever the connection is lost."""
 
 import random
 import ssl
@@ -13,21 +13,21 @@ from bandsync.client.exceptions import Ended, JoinRefused, Superseded, Unreachab
 from bandsync.client.membership import Membership
 from bandsync.client.retry_delay import delay_s
 from bandsync.client.server_address import ServerAddress
-from bandsync.client.websocket import ClientWebSocket, LineEnd, converse
+from bandsync.client.websocket import ClientWebSocket, ConnectionEnd, run_connection
 
-# A refusal that passes; every other one would be repeated for ever.
+# Refusals that are temporary; a retry after any other one would be refused again.
 _PASSING = frozenset({"rate_limited", "conflict", "internal"})
-# A connection that lasts so long was a good one. A server that lets everybody in and throws them
-# out at once is not to be asked as often as that.
+# A connection that lasts this long resets the backoff. Shorter ones do not, so that a server that
+# accepts and closes at once is not flooded.
 _GOOD_S = 5.0
 
 
 class Patience(Struct, frozen=True):
-    """How long to try, in seconds; infinity for ever.
+    """Time limits in seconds; infinity for none.
 
     Attributes:
-        join_s: to get in at first.
-        resume_s: to come back.
+        join_s: for the first join.
+        resume_s: for each resume.
     """
 
     join_s: float
@@ -35,16 +35,19 @@ class Patience(Struct, frozen=True):
 
 
 class ReconnectLoop:
-    """The one who keeps the connection.
+    """Keeps a membership connected.
 
     Args:
-        on_end: called when the client has to give up its place.
+        address: the session's address.
+        membership: state across connections.
+        patience: time limits.
+        on_end: called when the client stops because of an error.
+        tap: see `Conversation`.
 
     Attributes:
-        conversation: the present one; None while there is no connection.
         joined: set at the first join.
-        error: why the client has ended; None if nothing was wrong.
-        done: it is over.
+        error: why the client has ended; None without an error.
+        done: set when the loop has ended.
     """
 
     def __init__(
@@ -60,10 +63,10 @@ class ReconnectLoop:
         self._patience = patience
         self._on_end = on_end
         self._tap = tap
-        # Leaving needs the connection: it ends when `stop` says so, not when the block around it
-        # is cancelled.
+        # Shielded, because leaving needs the connection: `stop` ends it, not the cancellation of
+        # the surrounding block.
         self._scope = trio.CancelScope(shield=True)
-        self._talk: Conversation | None = None
+        self._current: Conversation | None = None
         self._stopping = False
         self._failures = 0
         self._waits = 0
@@ -75,17 +78,17 @@ class ReconnectLoop:
 
     @property
     def conversation(self) -> Conversation | None:
-        """The present one, once it has joined."""
-        talk = self._talk
-        return talk if talk is not None and talk.joined else None
+        """The current conversation; None unless it has joined."""
+        conversation = self._current
+        return conversation if conversation is not None and conversation.joined else None
 
     async def run(self) -> None:
-        """Connect, again and again, until `stop` or until only a person can help."""
+        """Connect and reconnect until `stop`, or until only a person can help."""
         self._offline_since = trio.current_time()
         try:
             with self._scope:
                 while not self._stopping:
-                    error = await self._connection()
+                    error = await self._connect_once()
                     if error is not None:
                         self.error = error
                         self._on_end()
@@ -94,62 +97,66 @@ class ReconnectLoop:
             self._membership.become("closed")
             self._membership.events.end()
             self.done.set()
-            self._announce()
+            self._notify_waiters()
 
     async def next_join(self) -> None:
-        """Wait until a connection has joined, or there will be none."""
+        """Wait until a connection has joined or the loop has ended."""
         await self._next_join.wait()
 
     def stop(self) -> None:
-        """Close the connection, if there is one, and do not come back."""
+        """Close the connection, if there is one, and do not reconnect."""
         self._stopping = True
-        if self._talk is not None:
-            self._talk.hang_up()
+        if self._current is not None:
+            self._current.hang_up()
         else:
             self._scope.cancel()
 
     def withdraw(self) -> None:
-        """Take back the join that is under way, if there is one, before a `stop`."""
-        if self._talk is not None:
-            self._talk.withdraw()
+        """Before a `stop`: withdraw a join that is in flight."""
+        if self._current is not None:
+            self._current.withdraw()
 
     def abandon(self) -> None:
-        """The same at once, without a word."""
+        """Stop at once, without a close frame."""
         self._stopping = True
         self._scope.cancel()
 
-    async def _connection(self) -> Ended | None:
-        """One connection and the wait after it; why there must be no other."""
-        end = LineEnd(reason="it took too long")
+    async def _connect_once(self) -> Ended | None:
+        """Run one connection and the delay after it; return the error that ends the loop."""
+        end = ConnectionEnd(reason="the time limit was exceeded")
         try:
             with trio.move_on_at(self._deadline()) as limit:
-                end = await converse(self._address, lambda line: self._converse(line, limit))
-                if self._talk is not None and self._talk.failure is not None:
-                    end = LineEnd(reason="there is no join token", error=self._talk.failure)
+                end = await run_connection(
+                    self._address, lambda websocket: self._converse(websocket, limit)
+                )
+                if self._current is not None and self._current.failure is not None:
+                    end = ConnectionEnd(
+                        reason="the token function failed", error=self._current.failure
+                    )
         finally:
-            talk, self._talk = self._talk, None
-            if talk is not None:
-                talk.lose()
+            conversation, self._current = self._current, None
+            if conversation is not None:
+                conversation.lose()
         if self._stopping:
             return None
-        error = self._verdict(talk, end)
+        error = self._final_error(conversation, end)
         if error is not None:
             return error
-        if talk is not None and talk.joined_s is not None:
+        if conversation is not None and conversation.joined_s is not None:
             self._offline_since = trio.current_time()
-            if self._offline_since - talk.joined_s >= _GOOD_S:
+            if self._offline_since - conversation.joined_s >= _GOOD_S:
                 self._waits = 0
         else:
             self._failures += 1
         wait_s = delay_s(
             self._waits,
             random.random(),  # noqa: S311
-            slow=end.code == 1013 or end.http_status == 503 or _is_unwelcome(end),
+            slow=end.code == 1013 or end.http_status == 503 or _authentication_failed(end),
         )
         self._waits += 1
-        if talk is not None and talk.drained_s is not None:
-            asked_s = talk.drained_s - trio.current_time()
-            wait_s = asked_s if asked_s > 0 else wait_s
+        if conversation is not None and conversation.drained_s is not None:
+            drain_s = conversation.drained_s - trio.current_time()
+            wait_s = drain_s if drain_s > 0 else wait_s
         if trio.current_time() + wait_s > self._deadline():
             return self._unreachable(end)
         status: Status = "resuming" if self.joined.is_set() else "connecting"
@@ -157,18 +164,18 @@ class ReconnectLoop:
         await trio.sleep(wait_s)
         return None
 
-    async def _converse(self, line: ClientWebSocket, limit: trio.CancelScope) -> None:
+    async def _converse(self, websocket: ClientWebSocket, limit: trio.CancelScope) -> None:
         def joined() -> None:
             limit.deadline = float("inf")
             self._failures = 0
             self._membership.become("online")
             self.joined.set()
-            self._announce()
+            self._notify_waiters()
 
-        self._talk = Conversation(self._membership, line, joined, self._tap)
-        await self._talk.run()
+        self._current = Conversation(self._membership, websocket, joined, self._tap)
+        await self._current.run()
 
-    def _announce(self) -> None:
+    def _notify_waiters(self) -> None:
         self._next_join.set()
         self._next_join = trio.Event()
 
@@ -178,25 +185,31 @@ class ReconnectLoop:
             patience.resume_s if self.joined.is_set() else patience.join_s
         )
 
-    def _verdict(self, talk: Conversation | None, end: LineEnd) -> Ended | None:
-        """Why only a person can help, if so."""
-        if talk is not None and talk.refusal is not None and talk.refusal.code not in _PASSING:
-            refusal = talk.refusal
+    def _final_error(self, conversation: Conversation | None, end: ConnectionEnd) -> Ended | None:
+        """The error that ends the loop; None if a retry may help."""
+        if (
+            conversation is not None
+            and conversation.refusal is not None
+            and conversation.refusal.code not in _PASSING
+        ):
+            refusal = conversation.refusal
             return JoinRefused(refusal.code, refusal.message, refusal.context)
         if end.code == 4001:
             return Superseded()
         if end.code == 1008:
-            return JoinRefused("policy", end.reason or "The server does not want this client.")
-        if _is_unwelcome(end) and not self.joined.is_set():
-            # Later it is more likely a network that wants us to log in first, and passes.
+            return JoinRefused("policy", end.reason or "The server refused this client.")
+        if _authentication_failed(end) and not self.joined.is_set():
+            # Only at the first join: later it is more likely a captive portal, which is temporary.
             if end.http_status is None:
                 return self._unreachable(end)
-            return JoinRefused("policy", f"The handshake was answered with {end.http_status}.")
-        if trio.current_time() >= self._deadline() and not (talk is not None and talk.joined):
+            return JoinRefused("policy", f"The handshake was refused with {end.http_status}.")
+        if trio.current_time() >= self._deadline() and not (
+            conversation is not None and conversation.joined
+        ):
             return self._unreachable(end)
         return None
 
-    def _unreachable(self, end: LineEnd) -> Unreachable:
+    def _unreachable(self, end: ConnectionEnd) -> Unreachable:
         because = end.reason or f"closed with {end.code}"
         if end.error is not None:
             because = str(_root(end.error))
@@ -205,13 +218,13 @@ class ReconnectLoop:
         return error
 
 
-def _is_unwelcome(end: LineEnd) -> bool:
-    """Whether they want to see papers, or have shown none that we trust."""
+def _authentication_failed(end: ConnectionEnd) -> bool:
+    """Whether authentication failed: HTTP 401 or 403, or an untrusted certificate."""
     cause = end.error.__cause__ if end.error is not None else None
     return end.http_status in {401, 403} or isinstance(cause, ssl.SSLCertVerificationError)
 
 
 def _root(error: BaseException) -> BaseException:
-    """What is behind it: Trio tries every address of a name, and reports a group."""
+    """The root cause. Trio tries every address of a host name and reports a group."""
     error = first_of(error)
     return error if error.__cause__ is None else _root(error.__cause__)

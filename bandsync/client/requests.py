@@ -1,4 +1,4 @@
-"""Commands that wait for their answers, on one connection."""
+"""Requests in flight on one connection, matched to their replies."""
 
 from itertools import count
 
@@ -9,31 +9,31 @@ from bandsync.wire.messages import Ack, Error
 
 
 class Request:
-    """A command under way.
+    """A request in flight.
 
     Attributes:
-        answered: set when there is an answer, or there will be none.
-        done: set when there is nothing more to wait for.
-        answer: None while there is none.
+        replied: set when the reply has arrived, or the connection is lost.
+        done: set when, in addition, the view contains the acknowledged version.
+        reply: None before it has arrived.
     """
 
-    __slots__ = ("answer", "answered", "done")
+    __slots__ = ("done", "replied", "reply")
 
     def __init__(self) -> None:
-        self.answered = trio.Event()
+        self.replied = trio.Event()
         self.done = trio.Event()
-        self.answer: Ack | Error | None = None
+        self.reply: Ack | Error | None = None
 
     def outcome(self) -> int | None:
-        """The version that was made; None if nothing changed.
+        """The acknowledged version; None if nothing changed.
 
         Raises:
-            CommandRefused: the server said no.
-            ConnectionLost: there is no answer.
+            CommandRefused: the server refused the command.
+            ConnectionLost: there is no reply.
         """
-        match self.answer:
+        match self.reply:
             case Ack() as ack:
-                return made(ack)
+                return acknowledged_version(ack)
             case Error() as refusal:
                 context = refusal.context if isinstance(refusal.context, dict) else None
                 raise CommandRefused(refusal.code, refusal.message, context)
@@ -42,62 +42,63 @@ class Request:
 
 
 class Requests:
-    """All that are under way on one connection."""
+    """All requests in flight on one connection."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
         self._waiting: dict[str, Request] = {}
 
     def open(self, request_id: str | None = None) -> tuple[str, Request]:
-        """A new request, and the id that its answer will carry.
+        """A new request and its id.
 
         Args:
-            request_id: use this one.
+            request_id: the id to use; None for a new one.
 
         Raises:
-            ValueError: it is in use.
+            ValueError: the id is in use.
         """
         if request_id in self._waiting:
-            raise ValueError(f"a command with the request id {request_id!r} is under way")
+            raise ValueError(f"a request with the id {request_id!r} is in flight")
         chosen = request_id or next(n for n in map(str, self._numbers) if n not in self._waiting)
         request = Request()
         self._waiting[chosen] = request
         return chosen, request
 
     def forget(self, request_id: str) -> None:
-        """Nobody waits for this any more."""
+        """Drop a request that is no longer awaited."""
         self._waiting.pop(request_id, None)
 
-    def answer(self, answer: Ack | Error, version: int) -> None:
-        """Take an answer.
+    def reply(self, reply: Ack | Error, version: int) -> None:
+        """Process a reply.
 
         Args:
-            version: that of the view. What was acknowledged and is not in it yet is waited for, so
-                that whoever changed something sees it changed.
+            reply: the reply.
+            version: version of the view. The request is done once the view has the acknowledged
+                version, so that the caller sees its own change.
         """
-        request_id = answer.request_id
+        request_id = reply.request_id
         request = self._waiting.get(request_id) if isinstance(request_id, str) else None
         if request is None:
             return
-        request.answer = answer
-        request.answered.set()
-        if isinstance(answer, Error) or (made(answer) or 0) <= version:
+        request.reply = reply
+        request.replied.set()
+        if isinstance(reply, Error) or (acknowledged_version(reply) or 0) <= version:
             request.done.set()
 
     def reached(self, version: int) -> None:
-        """The view is at ``version`` now."""
+        """The view has reached ``version``."""
         for request in self._waiting.values():
-            answer = request.answer
-            if isinstance(answer, Ack) and (made(answer) or 0) <= version:
+            reply = request.reply
+            if isinstance(reply, Ack) and (acknowledged_version(reply) or 0) <= version:
                 request.done.set()
 
     def lose(self) -> None:
-        """The connection is over. What was acknowledged is not lost."""
+        """The connection is lost. Acknowledged requests are done, the others have no reply."""
         for request in self._waiting.values():
-            request.answered.set()
+            request.replied.set()
             request.done.set()
 
 
-def made(ack: Ack) -> int | None:
-    """The version that was acknowledged; None if nothing changed."""
+def acknowledged_version(ack: Ack) -> int | None:
+    """The acknowledged version; None if nothing changed."""
     return ack.version if isinstance(ack.version, int) else None

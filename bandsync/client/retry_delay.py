@@ -1,22 +1,23 @@
-"""How long to wait before the next attempt to connect. Pure: chance is an argument."""
+"""The delay before the next attempt to connect. Pure: the random number is an argument."""
 
-# The least wait is half of it.
+# Upper bound of the first delay; the lower bound is half of it.
 _FIRST_S = 0.6
 _LONGEST_S = 8.0
-# After 1013 or 503: the server is full or we were too slow. Still within the resume grace of 10 s.
+# After 1013 or 503 (full server, slow consumer). The first delay is within the resume grace of 10
+# s.
 _FIRST_SLOW_S = 4.0
 _LONGEST_SLOW_S = 30.0
 
 
 def delay_s(waits: int, draw: float, *, slow: bool = False) -> float:
-    """Seconds to wait: exponential with jitter, 0.3 to 0.6 s at first and 4 to 8 s at last.
+    """Seconds to wait: jittered exponential backoff from 0.3–0.6 s up to 4–8 s.
 
     Args:
-        waits: how often this was waited since the last good connection.
-        draw: a random number from 0 to 1, so that a thousand clients do not come back at once.
-        slow: the server asked to be left alone for a while: 2 to 4 s at first, 15 to 30 s at last.
+        waits: number of waits since the last good connection.
+        draw: a random number from 0 to 1; the jitter avoids a thundering herd.
+        slow: the server is overloaded: from 2–4 s up to 15–30 s.
     """
     first, longest = (_FIRST_SLOW_S, _LONGEST_SLOW_S) if slow else (_FIRST_S, _LONGEST_S)
-    # Far beyond the longest, and no overflow after a night without a network.
+    # 16 doublings exceed the longest delay and cannot overflow.
     ceiling = min(longest, first * 2.0 ** min(waits, 16))
     return ceiling * (1 + draw) / 2

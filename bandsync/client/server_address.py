@@ -1,4 +1,4 @@
-"""Where a session is: the address of a server and the way there."""
+"""The address of a session on a server, and how to connect to it."""
 
 import re
 import ssl
@@ -11,21 +11,21 @@ from msgspec import Struct
 from bandsync.wire.commands import is_session_id
 
 _PORTS = {"ws": 80, "wss": 443}
-# RFC 3986 section 3.3, and what is encoded already.
+# Characters of a path (RFC 3986 section 3.3), and % for what is already encoded.
 _IN_PATHS = "/%:@!$&'()*+,;=~"
-# No spaces and no signs of ASCII but these; % is for the zones of IPv6.
+# Characters of a host; % is for the zones of IPv6.
 _HOST = re.compile(r"[-\w.:%]+")
 
 OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
 
 
 class ServerAddress(Struct, frozen=True):
-    """What a handshake needs.
+    """Everything that a handshake needs.
 
     Attributes:
-        host: the content of the ``Host`` header.
-        path: of the request.
-        open_stream: connects; for TLS, handshake included.
+        host: value of the ``Host`` header.
+        path: path of the request.
+        open_stream: connects, TLS handshake included.
     """
 
     host: str
@@ -43,30 +43,32 @@ def address_of(
 
     Args:
         url: ``ws://host:port`` or ``wss://…``, with the path of a proxy if there is one.
-            What a request cannot carry as it is, is encoded.
-        ssl_context: for ``wss``; None for one that trusts what the system trusts.
+            Characters that a request line cannot contain are percent-encoded.
+        ssl_context: for ``wss``; None for the system's certificate authorities.
         open_stream: used instead of TCP.
 
     Raises:
-        ValueError: the URL or the session id cannot be right.
+        ValueError: the URL or the session id is invalid.
     """
     parts = urlsplit(url)
     host = _ascii(parts.hostname or "")
     if "@" in parts.netloc:
-        # Not repeated: it may be a password.
-        raise ValueError("an address of a server has neither user nor password")
+        # Do not quote the URL: it may contain a password.
+        raise ValueError("the address of a server has neither user nor password")
     is_server = parts.scheme in _PORTS and bool(host) and parts.port != 0
     if not is_server or parts.query or parts.fragment:
-        raise ValueError(f"{url!r} is no address of a server: ws://host:port or wss://host:port")
+        raise ValueError(
+            f"{url!r} is not an address of a server: ws://host:port or wss://host:port"
+        )
     if not is_session_id(session_id):
-        raise ValueError(f"{session_id!r} is no session id: 1 to 64 of A-Z a-z 0-9 . _ -")
+        raise ValueError(f"{session_id!r} is not a session id: 1 to 64 of A-Z a-z 0-9 . _ -")
     secure = parts.scheme == "wss"
     if ssl_context is not None and not secure:
         raise ValueError("an ssl_context is for wss:// addresses")
     default = _PORTS[parts.scheme]
     port = default if parts.port is None else parts.port
     if secure and ssl_context is None and open_stream is None:
-        # Once: to read all that the system trusts takes long enough to be heard.
+        # Create it once: loading the certificate authorities takes long enough to disturb a beat.
         ssl_context = ssl.create_default_context()
     bracketed = f"[{host}]" if ":" in host else host
 
@@ -77,8 +79,8 @@ def address_of(
             host, port, ssl_context=ssl_context, https_compatible=True
         )
         try:
-            # Left to the first message, a certificate that is not trusted would be one more
-            # connection that broke for no reason.
+            # Handshake now: a certificate error is then reported as such, not as a broken
+            # connection at the first message.
             await stream.do_handshake()
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -93,11 +95,11 @@ def address_of(
 
 
 def _ascii(host: str) -> str:
-    """A host as DNS and TLS know it; nothing if it can be none."""
+    """The host in ASCII, as DNS and TLS use it; empty if it is invalid."""
     if not _HOST.fullmatch(host):
         return ""
     try:
-        # An address of IPv6 is no name.
+        # IPv6 addresses are not encoded.
         return host if ":" in host else host.encode("idna").decode()
     except UnicodeError:
         return ""

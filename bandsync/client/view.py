@@ -1,4 +1,4 @@
-"""A session as a client sees it, and what messages make of it. Pure."""
+"""A client's view of a session, and how messages change it. Pure."""
 
 from collections.abc import Mapping
 
@@ -23,16 +23,20 @@ from bandsync.wire.messages import (
 
 
 class SessionView(Struct, frozen=True):
-    """A session at one version. Immutable: a change makes another.
+    """A session at one version. Immutable: a change creates another view.
 
     Attributes:
-        epoch: names the life of the session; versions compare within one.
+        session_id: id of the session.
+        epoch: id of this life of the session; versions compare within one epoch.
+        version: the version.
         message: the headline.
-        leader_id: None while nobody leads.
-        members: by id, those in their resume grace included. The ``server_id`` of a member is that
-            of when it joined or of the latest snapshot: resumes elsewhere do not tell.
+        transport: the transport.
+        leader_id: None without a leader.
+        members: by id, those in their resume grace included. A member's ``server_id`` is that of
+            its join or latest snapshot; a resume on another server does not update it.
         chat: the last messages, oldest first.
-        created_at: session clock.
+        settings: the session's settings.
+        created_at: session clock, milliseconds.
     """
 
     session_id: str
@@ -48,12 +52,12 @@ class SessionView(Struct, frozen=True):
 
 
 class Step(Struct, frozen=True):
-    """What a message did to a view.
+    """The effect of a message on a view.
 
     Attributes:
-        view: afterwards; the very same object if it changed nothing.
-        stale: it tells of something that is in the view already, and is news to nobody.
-        gap: at least one version was missed: only a snapshot can help.
+        view: the view afterwards; the same object if nothing changed.
+        stale: the view already contains this change; consumers do not get the message.
+        gap: at least one version is missing: a snapshot is needed.
     """
 
     view: SessionView
@@ -62,7 +66,7 @@ class Step(Struct, frozen=True):
 
 
 def view_of(snapshot: Snapshot) -> SessionView:
-    """What a snapshot shows."""
+    """The view of a snapshot."""
     return SessionView(
         session_id=snapshot.session_id,
         epoch=snapshot.epoch,
@@ -78,9 +82,9 @@ def view_of(snapshot: Snapshot) -> SessionView:
 
 
 def advance(view: SessionView, message: ServerMessage | UnknownMessage) -> Step:
-    """What ``message``, heard after all that is in ``view``, makes of it.
+    """Apply ``message``, received after everything in ``view``.
 
-    A snapshot that answers a join is not for here: it is taken whatever its version.
+    Not for the snapshot that answers a join: it is applied whatever its version.
     """
     if isinstance(message, Snapshot):
         if message.epoch == view.epoch and message.version < view.version:
@@ -99,10 +103,12 @@ def advance(view: SessionView, message: ServerMessage | UnknownMessage) -> Step:
 
 
 def instant_of_beat(transport: Transport, beat: float, after: float) -> float | None:
-    """When ``beat`` is reached, at ``after`` or later; None if that is not in sight.
+    """When ``beat`` is reached, at ``after`` or later; None if that is not scheduled.
 
     Args:
-        after: session clock, milliseconds, as is the answer.
+        transport: the transport.
+        beat: beats from the start of the song.
+        after: session clock, milliseconds, like the result.
     """
     segment = in_force(transport, after)
     upcoming = transport.next if segment is not transport.next else None
@@ -120,7 +126,7 @@ def _reaches(segment: Segment, beat: float, after: float) -> float | None:
 
 
 def _follow(view: SessionView, event: SessionEvent) -> SessionView:
-    """``view`` after the event that made the next version."""
+    """``view`` after the event of the next version."""
     view = replace(view, version=event.version)
     match event:
         case TransportEvent():
@@ -138,10 +144,10 @@ def _follow(view: SessionView, event: SessionEvent) -> SessionView:
         case MessageUpdated():
             return replace(view, message=event.message)
         case ChatSent():
-            said = ChatView(
+            chat = ChatView(
                 event.message_id, event.member_id, event.display_name, event.text, event.sent_at
             )
-            return replace(view, chat=(*view.chat, said)[-CHAT_RING:])
+            return replace(view, chat=(*view.chat, chat)[-CHAT_RING:])
 
 
 def _joined(view: SessionView, member: MemberView) -> SessionView:

@@ -1,4 +1,4 @@
-"""One WebSocket connection, from TCP to its end: moves text, knows nothing of sessions."""
+"""One WebSocket connection, from TCP to its end. It transports text and knows no sessions."""
 
 import re
 import ssl
@@ -21,32 +21,31 @@ from bandsync.client.server_address import ServerAddress
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
-# A peer that takes nothing for so long takes nothing any more.
+# A write without progress for this long: the peer is gone.
 SEND_TIMEOUT_S = 10.0
 ABNORMAL = 1006
 
 _MAX_TO_SEND = 64
 _INBOX = 64
 _RECEIVE_BYTES = 65_536
-# A snapshot has up to fifty chat messages of a thousand characters, each of which JSON may write
-# as six.
+# A snapshot has up to fifty chat messages of a thousand characters, each up to six bytes in JSON.
 _MAX_MESSAGE = 4 * 1024 * 1024
 
 _STATUS = re.compile(rb"HTTP/1\.[01] ([2-5]\d\d)[ \r\n]")
 _STATUS_BYTES = len(b"HTTP/1.1 403 ")
 
-# A message, or what makes it at the moment when it is sent.
+# A message, or a function that encodes it at the moment of the send.
 TextMessage = str | Callable[[], str]
 
 
-class LineEnd(Struct, frozen=True):
-    """How a connection ended, or why there was none.
+class ConnectionEnd(Struct, frozen=True):
+    """How a connection ended, or why it could not be opened.
 
     Attributes:
-        code: the close code, 1006 without one.
-        reason: of the close, or what happened, in words.
-        http_status: what the handshake was answered with, if not with a connection.
-        error: what made it impossible to connect.
+        code: the close code; 1006 without one.
+        reason: the close reason, or a description of the failure.
+        http_status: HTTP status of a refused handshake; None otherwise.
+        error: the exception of a failed connect; None otherwise.
     """
 
     code: int = ABNORMAL
@@ -56,10 +55,10 @@ class LineEnd(Struct, frozen=True):
 
 
 class ClientWebSocket:
-    """A connection that is open.
+    """An open connection.
 
     Attributes:
-        end: how it ended, once it has.
+        end: how it ended; meaningful once it has.
     """
 
     def __init__(self, websocket: WebSocketConnection, stream: "_WatchedStream") -> None:
@@ -67,20 +66,20 @@ class ClientWebSocket:
         self._stream = stream
         self._to_send, self._sending = trio.open_memory_channel[TextMessage](_MAX_TO_SEND)
         self._written = trio.Event()
-        self.end = LineEnd()
+        self.end = ConnectionEnd()
 
     @property
-    def heard_s(self) -> float:
-        """When bytes last arrived, of whatever kind, on Trio's clock."""
-        return self._stream.heard_s
+    def received_s(self) -> float:
+        """When bytes last arrived, Trio's clock, seconds."""
+        return self._stream.received_s
 
     async def send(self, text: TextMessage) -> None:
-        """Queue a message; waits while too many are queued.
+        """Queue a message; waits while the queue is full (backpressure).
 
-        Cancelling it never cuts a frame in two: writing is for a task of its own.
+        Cancelling it never truncates a frame: a separate task writes.
 
         Raises:
-            trio.BrokenResourceError: the connection is over; it was not sent.
+            trio.BrokenResourceError: the connection is closed; the message was not sent.
         """
         try:
             await self._to_send.send(text)
@@ -88,7 +87,7 @@ class ClientWebSocket:
             raise trio.BrokenResourceError from None
 
     def send_nowait(self, text: TextMessage) -> bool:
-        """The same for a message that can as well be left out: False if it was."""
+        """Queue a message that may be dropped; False if it was dropped."""
         try:
             self._to_send.send_nowait(text)
         except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -96,7 +95,7 @@ class ClientWebSocket:
         return True
 
     async def receive(self) -> tuple[float, str] | None:
-        """The next message, and when it arrived (Trio's clock, never too early).
+        """The next message and its arrival time (Trio's clock, seconds, never too early).
 
         None when the connection has ended.
         """
@@ -105,20 +104,20 @@ class ClientWebSocket:
                 text = await self._websocket.get_message()
             except ConnectionClosed as closed:
                 if closed.reason is not None and not self._stream.abandoned:
-                    self.end = LineEnd(int(closed.reason.code), closed.reason.reason or "")
+                    self.end = ConnectionEnd(int(closed.reason.code), closed.reason.reason or "")
                 return None
             if isinstance(text, str):
-                # When the latest bytes came, which may be those of a later message: not when this
-                # task had its turn.
-                return self._stream.heard_s, text
+                # The arrival of the latest bytes, possibly of a later message: closer to the truth
+                # than the time at which this task is scheduled.
+                return self._stream.received_s, text
 
     def abandon(self, why: str) -> None:
-        """Hang up without a word: the other side does not listen."""
-        self.end = LineEnd(reason=why)
+        """Record the end; `close` then sends no close frame to an unresponsive peer."""
+        self.end = ConnectionEnd(reason=why)
         self._stream.abandoned = True
 
     async def write(self) -> None:
-        """Send what is queued, until cancelled or the connection is over."""
+        """Send queued messages until cancelled or the connection is closed."""
         try:
             await self._write()
         finally:
@@ -133,16 +132,16 @@ class ClientWebSocket:
                             text if isinstance(text, str) else text()
                         )
                     except (ConnectionClosed, LocalProtocolError):
-                        # The reader knows, or will in a moment.
+                        # The reader notices it as well.
                         return
                 if patience.cancelled_caught:
-                    # In the middle of a frame, perhaps: nothing more can be sent.
-                    self.abandon("it takes nothing any more")
+                    # A frame may be truncated: nothing more can be sent.
+                    self.abandon("write timeout")
                     await trio.aclose_forcefully(self._stream)
                     return
 
     async def close(self) -> None:
-        """Send what is queued and say goodbye, but do not wait long for an answer."""
+        """Send queued messages and a close frame; wait at most `CLOSE_TIMEOUT_S`."""
         self._to_send.close()
         if not self._stream.abandoned:
             with trio.move_on_after(CLOSE_TIMEOUT_S):
@@ -150,62 +149,67 @@ class ClientWebSocket:
                 await self._websocket.aclose()
 
 
-async def converse(
-    address: ServerAddress, talk: Callable[[ClientWebSocket], Awaitable[None]]
-) -> LineEnd:
-    """Connect, ``talk``, and close when that returns, or is cancelled.
+async def run_connection(
+    address: ServerAddress, use: Callable[[ClientWebSocket], Awaitable[None]]
+) -> ConnectionEnd:
+    """Connect, run ``use`` on the connection, and close when it returns or is cancelled.
 
-    ``talk`` is to return when `ClientWebSocket.receive` has come to its end.
+    Args:
+        address: the server's address.
+        use: must return when `ClientWebSocket.receive` returns None.
     """
     with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as patience:
         try:
             stream = _WatchedStream(await address.open_stream())
         except (OSError, trio.BrokenResourceError, ssl.CertificateError) as error:
-            return LineEnd(reason="cannot connect", error=error)
+            return ConnectionEnd(reason="cannot connect", error=error)
     if patience.cancelled_caught:
-        return LineEnd(reason="the connection took too long")
-    end = LineEnd(reason="the handshake failed")
+        return ConnectionEnd(reason="connect timeout")
+    end = ConnectionEnd(reason="the handshake failed")
     try:
         async with trio.open_nursery() as nursery:
-            line = await _shake_hands(nursery, address, stream)
-            if line is None and stream.status is not None:
+            connection = await _handshake(nursery, address, stream)
+            if connection is None and stream.status is not None:
                 end = _refused(stream.status)
-            if line is not None:
-                nursery.start_soon(line.write)
+            if connection is not None:
+                nursery.start_soon(connection.write)
                 try:
-                    await talk(line)
+                    await use(connection)
                 finally:
-                    end = line.end
-                    # Under a deadline, so this may be shielded: a peer that is told does not have
-                    # to find out.
+                    end = connection.end
+                    # Shielded, with a deadline: the peer gets a close frame and need not detect the
+                    # loss.
                     with trio.CancelScope(shield=True):
-                        await line.close()
+                        await connection.close()
             nursery.cancel_scope.cancel()
     except* ConnectionRejected as refused:
         end = _refused(cast("ConnectionRejected", first_of(refused)).status_code)
     except* (LocalProtocolError, h11.ProtocolError):
-        # What trio-websocket lets escape: an answer to the handshake that is no HTTP; later, a
-        # ping that arrives between our close and its answer.
+        # trio-websocket lets these escape: a handshake reply that is not HTTP, or a ping that
+        # arrives between our close frame and the peer's.
         pass
     finally:
         await trio.aclose_forcefully(stream)
     return end
 
 
-def _refused(status: int) -> LineEnd:
-    return LineEnd(reason=f"the handshake was answered with {status}", http_status=status)
+def _refused(status: int) -> ConnectionEnd:
+    return ConnectionEnd(reason=f"the handshake was refused with {status}", http_status=status)
 
 
-async def _shake_hands(
+async def _handshake(
     nursery: trio.Nursery, address: ServerAddress, stream: "_WatchedStream"
 ) -> ClientWebSocket | None:
-    """None when the stream ended first, which trio-websocket would wait for in vain."""
+    """Perform the opening handshake; None when the stream ended first.
+
+    trio-websocket would wait for ever in that case.
+    """
     connected: WebSocketConnection | None = None
     with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as patience:
         stream.on_end = patience.cancel
         connected = await wrap_client_stream(
             nursery,
-            # Any stream will do, as its documentation says; its types are narrower.
+            # Any stream works, as its documentation says; its type hints are narrower.
             cast("trio.SocketStream", stream),
             address.host,
             address.path,
@@ -218,37 +222,37 @@ async def _shake_hands(
 
 
 class _WatchedStream(trio.abc.Stream):
-    """A stream that knows when bytes last arrived and how HTTP began, and tells when it ends."""
+    """A stream that records the last arrival and the HTTP status, and reports its end."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self.heard_s = trio.current_time()
+        self.received_s = trio.current_time()
         self.abandoned = False
         self.on_end: Callable[[], None] | None = None
-        self._beginning = b""
+        self._first_bytes = b""
 
     @property
     def status(self) -> int | None:
-        """What the handshake was answered with.
+        """HTTP status of the handshake reply; None before it.
 
-        trio-websocket tells only if the answer has an end of its own, and waits in vain for one
-        that ends with the connection.
+        trio-websocket reports it only for a reply with a length, and waits for ever for one that
+        ends with the connection.
         """
-        found = _STATUS.match(self._beginning)
+        found = _STATUS.match(self._first_bytes)
         return None if found is None else int(found[1])
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         try:
             data = await self._stream.receive_some(max_bytes)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._ended()
+            self._report_end()
             raise
         if data:
-            self.heard_s = trio.current_time()
-            if len(self._beginning) < _STATUS_BYTES:
-                self._beginning += data[:_STATUS_BYTES]
+            self.received_s = trio.current_time()
+            if len(self._first_bytes) < _STATUS_BYTES:
+                self._first_bytes += data[:_STATUS_BYTES]
         else:
-            self._ended()
+            self._report_end()
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -258,9 +262,9 @@ class _WatchedStream(trio.abc.Stream):
         await self._stream.wait_send_all_might_not_block()
 
     async def aclose(self) -> None:
-        self._ended()
+        self._report_end()
         await self._stream.aclose()
 
-    def _ended(self) -> None:
+    def _report_end(self) -> None:
         if self.on_end is not None:
             self.on_end()

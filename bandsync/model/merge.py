@@ -1,7 +1,7 @@
-"""Merging two copies of a session that changed apart: design.md section 5.
+"""Merge of two copies of a session that changed independently (a state-based CRDT).
 
-Commutative, associative and idempotent in everything that `same_content` compares. It knows no
-server and no clock: whoever merges the same copies, in whatever order, gets the same session.
+The merge is commutative, associative and idempotent in everything that `same_content` compares.
+It depends on no server and no clock: the same copies, merged in any order, give the same session.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ Register = TypeVar("Register", TransportRegister, HeadlineRegister, SettingsRegi
 
 
 def merge(a: Session, b: Session) -> Session:
-    """What both copies hold, the greater stamp of each part.
+    """The union of both copies: of each register the content with the greater stamp.
 
     Args:
         a: one copy.
-        b: the other one, which is the stored one if one is. Where the copies agree the result
-            shares its parts, ring slots and ``event_id`` included, so that writing the result
-            over it writes little.
+        b: the other copy; the stored one, if one of them is stored. Where the copies agree, the
+            result shares the parts of ``b``, ring slots and ``event_id`` included. A write of the
+            result over ``b`` is then small.
 
     Returns:
         The merge, with the larger of both versions.
@@ -52,9 +52,9 @@ def merge(a: Session, b: Session) -> Session:
 
 
 def same_content(a: Session, b: Session) -> bool:
-    """Whether the copies are equal in everything that a merge is about.
+    """Whether the copies are equal in everything that a merge combines.
 
-    That leaves out ``version``, ``event_id``, ring slots and ``last_active_at``.
+    This excludes ``version``, ``event_id``, ring slots and ``last_active_at``.
     """
     return (
         a.epoch == b.epoch
@@ -115,7 +115,7 @@ def _chat(a: tuple[Chat, ...], b: tuple[Chat, ...]) -> tuple[Chat, ...]:
 
 
 def _message(a: Chat, b: Chat) -> Chat:
-    """Of two messages with the same id (and slot) the later one."""
+    """The later one of two messages with the same id and slot."""
     if a.sent_at != b.sent_at:
         return a if a.sent_at > b.sent_at else b
     return _greater(a, b)
@@ -126,7 +126,7 @@ def _slotless(chat: Chat) -> Chat:
 
 
 def _greater(a: Value, b: Value) -> Value:
-    """Of two values with one stamp the one with the greater encoding: the same one everywhere."""
+    """The value with the greater JSON encoding: a tie-break that is the same on every server."""
     if a == b:
         return b
     return a if _encoder.encode(a) > _encoder.encode(b) else b

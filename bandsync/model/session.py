@@ -1,8 +1,8 @@
-"""The state of a session: what every storage keeps and every server agrees on.
+"""The state of a session, as storages keep it and servers exchange it.
 
-Each part that can change on its own is a register with a stamp, so that two copies of a session
-can be merged (design.md section 5). A change never moves a stamp backwards, whatever the clocks
-do: see `after`.
+A session is a CRDT. Each part that changes on its own is a last-writer-wins register with a
+stamp, so that two copies can be merged: see `bandsync.model.merge`. A write never moves a stamp
+backwards, even when a clock does: see `after`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,28 +13,29 @@ from msgspec.structs import replace
 
 from bandsync.model.transport import Transport
 
-# Far above what is counted, and still exact in every JSON.
+# Above 2**53 an integer is no longer exact in every JSON implementation.
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Role = Literal["leader", "follower"]
 
-# The least step between two stamps of one register: 1 µs, which a float of milliseconds since
-# 1970 still tells apart (its own step is 0.25 µs).
+# Smallest step between two stamps of one register: 1 µs. A float of milliseconds since 1970 has a
+# resolution of 0.25 µs.
 EPSILON_MS = 0.001
 CHAT_RING = 50
 TOMBSTONE_MS = 60_000.0
-# Members who come and go all day must not make every change of the session more expensive.
+# Bound on tombstones: every commit that touches members writes them all.
 MAX_TOMBSTONES = 64
-# Nor endlessly in a long outage; but whom Redis still has, a pruned tombstone would bring back.
+# A larger bound during an outage: if a tombstone is pruned before Redis has it, the merge brings
+# the member back.
 MAX_AWAITED_TOMBSTONES = 2048
 
 
 class Rank(Struct, frozen=True, order=True, rename="camel"):
-    """Rank of a leader: the greater wins a merge.
+    """Rank of a leader. In a merge the greater rank wins.
 
     Attributes:
-        term: one more than the leader's before.
-        time: when the change of leader was made, session clock.
-        boot_id: the server process that made it.
+        term: one more than that of the previous leader.
+        time: instant of the change of leader, session clock, milliseconds.
+        boot_id: the server process that made the change.
     """
 
     term: Count
@@ -43,10 +44,10 @@ class Rank(Struct, frozen=True, order=True, rename="camel"):
 
 
 class Stamp(Struct, frozen=True, order=True, rename="camel"):
-    """Stamp of a register's content: under which leader, when, and by which server process.
+    """Stamp of a register's content: the leader's rank, the time and the writing process.
 
-    Leading with the rank means that a change made under the winning leader is never lost to one
-    made under another.
+    The rank is compared first. A change made under the winning leader is therefore never lost to
+    a change made under another leader.
     """
 
     rank: Rank
@@ -55,14 +56,14 @@ class Stamp(Struct, frozen=True, order=True, rename="camel"):
 
 
 class Epoch(Struct, frozen=True, order=True, rename="camel"):
-    """The life of a session: of two, the one born first wins a merge."""
+    """The life of a session. In a merge the session created first wins."""
 
     created_at: float
     id: str
 
 
 class Leader(Struct, frozen=True, rename="camel"):
-    """Who leads. ``member_id`` is empty after the only member stepped down."""
+    """The leader register. ``member_id`` is empty after the only member stepped down."""
 
     rank: Rank
     member_id: str
@@ -83,7 +84,7 @@ class HeadlineRegister(Struct, frozen=True, rename="camel"):
 
 
 class SessionSettings(Struct, frozen=True, rename="camel"):
-    """What was agreed when the session was created."""
+    """Settings fixed when the session was created."""
 
     max_members: int
 
@@ -99,10 +100,10 @@ class Member(Struct, frozen=True, rename="camel"):
     """One member, present or, once removed, a tombstone.
 
     Attributes:
-        incarnation: counts the bindings to a connection; with ``time`` and ``writer`` it orders
+        incarnation: number of bindings to a connection; with ``time`` and ``writer`` it orders
             two records of one member.
-        time: when this record was written, session clock; larger than that of the record it
-            replaced.
+        time: when this record was written, session clock, milliseconds; larger than the time of
+            the record it replaced.
         writer: boot id of the server process that wrote this record.
         present: False for a tombstone.
         connection_id: the connection it is bound to, or was last.
@@ -110,7 +111,7 @@ class Member(Struct, frozen=True, rename="camel"):
         boot_id: the process of that server.
         connected: False during the resume grace.
         joined_at: when it first joined.
-        connected_at: when its latest connection was bound; elections go by it.
+        connected_at: when its latest connection was bound; an election picks the smallest.
         display_name: as chosen at the join.
         token_hash: SHA-256 of the secret in its resume token, hexadecimal.
     """
@@ -145,8 +146,13 @@ class Session(Struct, frozen=True):
     """A session. Immutable: a change makes a new one and shares what did not change.
 
     Attributes:
+        epoch: this life of the session; a recreated session has another one.
         version: grows by one per event.
-        event_id: of the change that made this state; drawn per attempt to commit.
+        event_id: id of the change that made this state; drawn per attempt to commit.
+        leader: the leader register.
+        transport: the transport register.
+        headline: the register of the session's message.
+        settings: the settings register.
         members: by id, tombstones included.
         chat: the last `CHAT_RING` messages by (``sent_at``, ``message_id``).
         last_active_at: instant of the last change.
@@ -166,7 +172,10 @@ class Session(Struct, frozen=True):
 
 
 class Tip(Struct, frozen=True, rename="camel"):
-    """What identifies a state of a session; its version alone does not (design.md section 4)."""
+    """Identity of one state of a session.
+
+    The version alone is not enough: after a flush, Redis can be refilled up to the same number.
+    """
 
     epoch: str
     version: int
@@ -184,7 +193,7 @@ def after(now: float, replaced: float) -> float:
 
 
 def is_blank(session: Session) -> bool:
-    """Whether nothing is in it but who came and went."""
+    """Whether the session holds nothing but joins and leaves."""
     created_at = session.epoch.created_at
     untouched = session.transport.stamp.time == session.headline.stamp.time == created_at
     return untouched and not session.chat
@@ -207,70 +216,19 @@ def leader_of(session: Session) -> Member | None:
 
 
 def role_of(session: Session, member_id: str) -> Role:
-    """Roles are derived from the leader register and never stored."""
+    """The role of a member, derived from the leader register; roles are never stored."""
     leads = session.leader.member_id == member_id and find(session, member_id) is not None
     return "leader" if leads else "follower"
 
 
 def bound(session: Session, member_id: str, connection_id: str) -> Member | None:
-    """The present member with this id if it is bound to this very connection."""
+    """The present member with this id, if it is bound to this connection."""
     member = find(session, member_id)
     return member if member is not None and member.connection_id == connection_id else None
 
 
-def longest_connected(session: Session, boot_id: str | None, without: str = "") -> Member | None:
-    """The connected member whose latest connection is the oldest.
-
-    Args:
-        boot_id: consider only members of this server process; None for all.
-        without: a member id to leave out.
-    """
-    return min(
-        (
-            member
-            for member in session.members.values()
-            if member.connected
-            and member.member_id != without
-            and (boot_id is None or member.boot_id == boot_id)
-        ),
-        key=lambda member: (member.connected_at, member.joined_at, member.member_id),
-        default=None,
-    )
-
-
-def led_by(session: Session, member_id: str, now: float, boot_id: str) -> Session:
-    """``session`` with another leader: a new term, written by the server process ``boot_id``."""
-    rank = session.leader.rank
-    new = Rank(rank.term + 1, after(now, rank.time), boot_id)
-    return replace(session, leader=Leader(new, member_id))
-
-
-def settle(session: Session, now: float, boot_id: str, reachable: str | None) -> Session:
-    """``session`` with a leader if one can be had: leadership is not left vacant.
-
-    Except after the only connected member stepped down: it is not elected again.
-
-    Args:
-        boot_id: the server process that writes.
-        reachable: elect a member of this server process only; None for any.
-
-    Returns:
-        The very same object when somebody leads or nobody can be elected.
-    """
-    if leader_of(session) is not None:
-        return session
-    candidate = longest_connected(session, reachable)
-    if candidate is None:
-        return session
-    if not session.leader.member_id:
-        others = longest_connected(session, reachable, without=candidate.member_id)
-        if others is None:
-            return session
-    return led_by(session, candidate.member_id, now, boot_id)
-
-
 def without_old_tombstones(session: Session, now: float, keep: int, age_ms: float) -> Session:
-    """``session`` with the last ``keep`` tombstones, none of them older than ``age_ms``."""
+    """``session`` with at most the newest ``keep`` tombstones, none older than ``age_ms``."""
     tombstones = [member for member in session.members.values() if not member.present]
     horizon = now - age_ms
     if len(tombstones) <= keep and all(stone.time >= horizon for stone in tombstones):

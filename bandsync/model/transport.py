@@ -1,7 +1,7 @@
-"""Transport arithmetic: where the song is, and when what was asked for takes effect.
+"""Transport arithmetic: the position of the song, and when a command takes effect.
 
-A transport is an anchor, not a sample (protocol.md section 1): at instant ``t`` in force is
-``next`` once there is one and ``t >= next.anchor_time``, otherwise the transport itself.
+A transport is an anchor, not a sample. At instant ``t`` its ``next`` is in force if there is one
+and ``t >= next.anchor_time``; otherwise the transport itself is.
 
 Every instant is in milliseconds since the Unix epoch on the session clock, every position in
 milliseconds from the start of the song, every tempo in quarter notes per minute.
@@ -18,10 +18,10 @@ MAX_TEMPO_BPM = 300.0
 MAX_POSITION_MS = 86_400_000.0
 MAX_LEAD_MS = 400.0
 
-# Closer than this to a beat is on it: "the next beat" is then the one after. A beat of float
-# noise must not turn "at the next bar" into "now".
+# A position closer than this to a beat (in beats) is on it, and "the next beat" is the one after.
+# Without it, float noise would turn "at the next bar" into "now".
 _ON_THE_BEAT = 1e-6
-# Two computations of one position differ by float noise only below this (milliseconds).
+# Positions that differ by less than this (milliseconds) are equal up to float noise.
 _SAME_POSITION_MS = 1e-3
 
 At = Literal["now", "beat", "bar"]
@@ -39,7 +39,7 @@ class Segment(Struct, frozen=True, rename="camel"):
 
 
 class Transport(Segment, frozen=True, rename="camel"):
-    """What is in force, and the one change that is scheduled after it, if there is one."""
+    """The segment in force, and the one change scheduled after it (None if there is none)."""
 
     next: Segment | None = None
 
@@ -47,7 +47,7 @@ class Transport(Segment, frozen=True, rename="camel"):
 def position_at(segment: Segment, instant: float) -> float:
     """Position in milliseconds at ``instant`` if ``segment`` is in force then.
 
-    A song is at most `MAX_POSITION_MS` long: there the position stands, and only the beat goes on.
+    The position stops at `MAX_POSITION_MS`, the longest song; the beat goes on.
     """
     if not segment.is_playing:
         return segment.position_ms
@@ -62,7 +62,7 @@ def beat_at(segment: Segment, instant: float) -> float:
 
 
 def in_force(transport: Transport, instant: float) -> Segment:
-    """The segment that counts at ``instant``."""
+    """The segment in force at ``instant``."""
     upcoming = transport.next
     if upcoming is not None and instant >= upcoming.anchor_time:
         return upcoming
@@ -70,12 +70,12 @@ def in_force(transport: Transport, instant: float) -> Segment:
 
 
 def beats_of(position_ms: float, tempo_bpm: float) -> float:
-    """The beat at ``position_ms`` of a song that had ``tempo_bpm`` from its start."""
+    """The beat at ``position_ms`` if ``tempo_bpm`` held since the start of the song."""
     return position_ms * tempo_bpm / 60_000
 
 
 def initial(now: float) -> Transport:
-    """The transport of a new session: 120 BPM, four beats per bar, at the start, standing."""
+    """The transport of a new session: 120 BPM, four beats per bar, stopped at the start."""
     return Transport(
         is_playing=False,
         position_ms=0.0,
@@ -103,10 +103,10 @@ def count_in_ms(beats: int, transport: Transport, now: float) -> float:
 
 
 def play(transport: Transport, now: float, position_ms: float | None, delay_ms: float) -> Transport:
-    """Start ``delay_ms`` from now, at ``position_ms`` or where the song is.
+    """Start ``delay_ms`` from now, at ``position_ms`` or at the current position.
 
-    A song that plays and is given no position runs on without a jump. What was scheduled is
-    replaced.
+    A song that already plays runs on without a jump if no position is given. A scheduled change
+    is replaced.
     """
     current = _anchored(in_force(transport, now), now)
     if position_ms is None:
@@ -123,12 +123,12 @@ def play(transport: Transport, now: float, position_ms: float | None, delay_ms: 
 
 
 def pause(transport: Transport, now: float) -> Transport:
-    """Freeze position and beat at ``now``; what was scheduled is dropped."""
+    """Freeze position and beat at ``now``; a scheduled change is dropped."""
     return replace(_anchored(in_force(transport, now), now), is_playing=False)
 
 
 def stop(transport: Transport, now: float) -> Transport:
-    """Stand at the start of the song; what was scheduled is dropped."""
+    """Stop, with position and beat at 0; a scheduled change is dropped."""
     current = _anchored(in_force(transport, now), now)
     return replace(current, is_playing=False, position_ms=0.0, beat=0.0)
 
@@ -158,8 +158,8 @@ def set_tempo(
     """Change tempo, and beats per bar unless None, with position and beat continuous.
 
     Takes effect now or, while playing, on the next beat or bar. A scheduled start keeps its
-    instant and takes the new tempo; a scheduled seek is kept, on its beat. A change that is to
-    wait for a beat or bar waits for either of them, as only one thing can be scheduled.
+    instant and takes the new tempo; a scheduled seek is kept, on its beat. Only one change can be
+    scheduled, so a quantised tempo change takes effect together with that start or seek.
     """
     before = _settled(transport, now)
     current = _anchored(before, now)
@@ -170,7 +170,7 @@ def set_tempo(
         return replace(changed, next=upcoming and _standing_start(upcoming, changed))
     jump = _jump(before)
     if upcoming is not None and jump is not None and at != "now":
-        # Neither the count-in of a playing song nor the bar of a seek is cut short.
+        # Do not cut short the count-in of a playing song or the bar before a seek.
         return _scheduled(current, upcoming.anchor_time, jump, then=changed)
     if at != "now":
         return _scheduled(current, _boundary(current, at), None, then=changed)
@@ -180,7 +180,7 @@ def set_tempo(
 
 
 def shift(transport: Transport, now: float, difference_ms: float) -> Transport:
-    """Re-anchor at ``now``, ``difference_ms`` further into the song, with the beat along."""
+    """Re-anchor at ``now``, ``difference_ms`` further into the song; the beat shifts along."""
     before = _settled(transport, now)
     current = _anchored(before, now)
     upcoming = before.next
@@ -221,15 +221,15 @@ def _scheduled(
 
 
 def _standing_start(start: Segment, current: Transport) -> Segment:
-    """The start that was scheduled, at its instant, from where ``current`` stands now."""
+    """The scheduled start, at its instant, from the position of ``current``."""
     return replace(_segment(current, start.anchor_time), is_playing=True)
 
 
 def _moved_instant(before: Transport, after: Transport) -> float:
-    """When the change that ``before`` scheduled is due after ``after``, anchored at now.
+    """The instant of the change scheduled in ``before``, once ``after`` (anchored now) holds.
 
-    A change that was to fall on a beat stays on that beat, wherever the beat has moved; any
-    other, a start promised for an instant, keeps its instant.
+    A change scheduled on a beat stays on that beat and moves with it. Any other change, such as a
+    start announced for an instant, keeps its instant.
     """
     assert before.next is not None
     instant = before.next.anchor_time
@@ -241,9 +241,9 @@ def _moved_instant(before: Transport, after: Transport) -> float:
 
 
 def _requantised(before: Transport, after: Transport) -> float:
-    """When the change that ``before`` scheduled is due after a jump to ``after``.
+    """The instant of the change scheduled in ``before``, after a jump to ``after``.
 
-    A change that was to fall on a bar line or a beat falls on the next one of the new place.
+    A change scheduled on a bar line or beat moves to the next one after the new position.
     """
     assert before.next is not None
     instant = before.next.anchor_time
@@ -265,7 +265,7 @@ def _jump(transport: Transport) -> float | None:
 
 
 def _boundary(current: Transport, at: At) -> float:
-    """The instant of the first beat or bar line after the anchor of ``current``, a playing one."""
+    """The instant of the first beat or bar line after the anchor of ``current``, which plays."""
     unit = current.beats_per_bar if at == "bar" else 1
     target = (math.floor(current.beat / unit + _ON_THE_BEAT) + 1) * unit
     return current.anchor_time + (target - current.beat) * 60_000 / current.tempo_bpm
@@ -278,7 +278,7 @@ def _moved(transport: Transport, position_ms: float) -> Transport:
 
 
 def _settled(transport: Transport, now: float) -> Transport:
-    """The same transport, with a ``next`` that has come into force in its place."""
+    """The same transport; a ``next`` that is already in force replaces it."""
     segment = in_force(transport, now)
     if segment is transport:
         return transport

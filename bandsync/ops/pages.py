@@ -1,8 +1,10 @@
-"""The pages of the package, and what they load: everything in ``bandsync/web``."""
+"""The pages and their assets: everything in ``bandsync/web``, served under flat names."""
 
 import gzip
 import hashlib
+from collections.abc import Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from msgspec import Struct
 
@@ -16,7 +18,7 @@ _CONTENT_TYPES = {
     "png": "image/png",
     "webmanifest": "application/manifest+json",
 }
-# What is not compressed already.
+# Types that are not compressed already.
 _COMPRESSED = frozenset({"html", "css", "js", "svg", "webmanifest"})
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -27,7 +29,7 @@ _HEADERS = (
     ("Content-Security-Policy", _CONTENT_SECURITY_POLICY),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
-    # Kept, and asked about each time: an updated server must not meet an old page.
+    # Revalidate on each load: an updated server must not meet an old page.
     ("Cache-Control", "no-cache"),
     ("Vary", "Accept-Encoding"),
 )
@@ -41,19 +43,31 @@ class _File(Struct, frozen=True):
 
 
 class Pages:
-    """Answers requests for the files, which are read once, here."""
+    """Answers requests for the files, which are read once, at construction.
 
-    def __init__(self) -> None:
-        self._files = {
-            entry.name: _file(entry.name, entry.read_bytes())
-            for entry in resources.files("bandsync").joinpath("web").iterdir()
-            if entry.name.rpartition(".")[2] in _CONTENT_TYPES
-        }
+    The folders below ``root`` order the sources; in URLs they do not appear.
+
+    Args:
+        root: the folder with the files; None for those of the package.
+
+    Raises:
+        ValueError: two files have one name, so one URL would name both.
+    """
+
+    def __init__(self, root: Traversable | None = None) -> None:
+        root = root or resources.files("bandsync").joinpath("web")
+        self._files: dict[str, _File] = {}
+        for entry in _walk(root):
+            if entry.name.rpartition(".")[2] not in _CONTENT_TYPES:
+                continue
+            if entry.name in self._files:
+                raise ValueError(f"two files named {entry.name!r} below {root}")
+            self._files[entry.name] = _file(entry.name, entry.read_bytes())
 
     def answer(self, request: HttpRequest) -> HttpResponse | None:
         """The file that the path names, the stage for ``/``; None if there is no such file.
 
-        Documents besides the stage have an address of their own: see `page`.
+        HTML documents other than the stage have routes of their own: see `page`.
         """
         name = request.path.removeprefix("/") or "index.html"
         if name not in self._files or (name.endswith(".html") and name != "index.html"):
@@ -61,7 +75,7 @@ class Pages:
         return self.page(request, name)
 
     def page(self, request: HttpRequest, name: str) -> HttpResponse:
-        """The file ``name`` as the request would have it: compressed, or not again."""
+        """The file ``name``, compressed if the client accepts that; 304 if it has it already."""
         file = self._files[name]
         headers: tuple[tuple[str, str], ...] = (*_HEADERS, ("ETag", file.tag))
         if file.tag in _listed(request, "if-none-match"):
@@ -70,6 +84,15 @@ class Pages:
             headers = (*headers, ("Content-Encoding", "gzip"))
             return HttpResponse(200, file.zipped, file.content_type, headers)
         return HttpResponse(200, file.body, file.content_type, headers)
+
+
+def _walk(folder: Traversable) -> Iterator[Traversable]:
+    """All files below ``folder``."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _walk(entry)
+        else:
+            yield entry
 
 
 def _file(name: str, body: bytes) -> _File:
@@ -84,7 +107,7 @@ def _file(name: str, body: bytes) -> _File:
 
 
 def _listed(request: HttpRequest, header: str) -> list[str]:
-    """The items of a comma-separated header, without those that are refused (``q=0``)."""
+    """The items of a comma-separated header, without those with weight 0 (``q=0``)."""
     items = (item.partition(";") for item in request.headers.get(header, "").split(","))
     return [
         name.strip() for name, _, weight in items if weight.replace(" ", "") not in {"q=0", "q=0.0"}

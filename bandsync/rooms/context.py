@@ -10,8 +10,10 @@ from bandsync.counters import Counters
 from bandsync.model.session import Session
 from bandsync.rooms.graces import Finish, Graces
 from bandsync.rooms.timer_wheel import TimerWheel
-from bandsync.rules.draft import ServerContext
-from bandsync.storage.base import StorageType
+from bandsync.rules.server_context import ServerContext
+from bandsync.storage.base import (
+    StorageType,
+)
 from bandsync.storage.era import Era
 from bandsync.storage.memory import MemoryStorage
 

@@ -14,7 +14,6 @@ from bandsync.wire.frames import text_frame
 from bandsync.wire.messages import Ack, Outgoing, ScrollTick, Snapshot, encode
 from bandsync.wire.snapshots import room_stats, snapshot
 
-
 REPLACED = "the same member resumed on another connection"
 
 

@@ -17,7 +17,7 @@ from bandsync.rooms.graces import Graces
 from bandsync.rooms.room import CLOSED, Room
 from bandsync.rooms.timer_wheel import TimerWheel
 from bandsync.rules.actions import Bind
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.storage.era import Era
 from bandsync.wire.commands import Refusal
 from bandsync.wire.messages import LeaveReason, You

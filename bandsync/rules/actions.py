@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from bandsync.model.session import Member, Session
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import ResumeToken
 from bandsync.wire.commands import (
     ChatMessage,
@@ -31,18 +31,19 @@ from bandsync.wire.messages import (
 
 
 class Actor(Struct, frozen=True):
-    """Who gives a command, where.
+    """The origin of a command.
 
     Attributes:
-        connection_id: the connection it came by; a command of one that is no longer the bound
-            one does nothing.
-        member_id: the member that connection joined as; empty before.
-        fresh_id: a random id, drawn once for this command, for what it creates.
-        latencies_ms: round trips of the connected members, by id, where known; only ``play``
-            looks at them.
+        server: the server that decides.
+        connection_id: the connection that sent it; a command of a connection that is no longer
+            bound does nothing.
+        member_id: the member that this connection joined as; empty before.
+        fresh_id: a random id for the member or message it creates, drawn once for this command.
+        latencies_ms: round trips of the connected members by id, where known; only ``play``
+            uses them.
     """
 
-    here: ServerContext
+    server: ServerContext
     connection_id: str
     member_id: str = ""
     fresh_id: str = ""
@@ -53,11 +54,13 @@ class Bind(Struct, frozen=True):
     """Join or resume: bind a member to the actor's connection.
 
     Attributes:
-        epoch_id: drawn for this command, for a session that it creates.
-        secret: drawn for this command; goes into the resume token of a new member.
-        wants_lead: claims the lead of a leader that is absent or in its grace.
-        resume: tokens to try, in order.
-        resume_only: may come back, but not come anew.
+        session_id: the session to join; created if it does not exist.
+        epoch_id: epoch of a session that this command creates; random, drawn for it.
+        secret: secret of the resume token of a new member; random, drawn for it.
+        display_name: name of a new member.
+        wants_lead: claim the lead if there is no leader or it is in its grace.
+        resume: resume tokens to try, in order.
+        resume_only: refuse a new member; only a resume is allowed.
     """
 
     session_id: str
@@ -70,17 +73,17 @@ class Bind(Struct, frozen=True):
 
 
 class Drop(Struct, frozen=True):
-    """The actor's connection is gone, or its server is; its member's grace starts."""
+    """The actor's connection or its server is gone; its member's resume grace starts."""
 
 
 class Expire(Struct, frozen=True):
-    """The grace of the actor's member is over."""
+    """The resume grace of the actor's member has ended."""
 
     reason: LeaveReason
 
 
 class Audit(Struct, frozen=True):
-    """Assert what the actor's server knows of its own members: see `reconcile.audit`."""
+    """Assert the actor's server's own members: see `bandsync.rules.reconcile.audit`."""
 
     own: Mapping[str, Member]
 
@@ -108,11 +111,11 @@ Command = (
 
 
 class Decision(Struct, frozen=True):
-    """What a command does.
+    """The effect of a command.
 
     Attributes:
-        session: the state afterwards; the very same object when nothing changes.
-        events: one for each version gained.
+        session: the state afterwards; the same object when nothing changes.
+        events: one per new version.
         reply: for the actor alone, after the commit.
         private: for one other member each: (member id, message).
     """

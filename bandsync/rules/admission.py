@@ -1,4 +1,4 @@
-"""Who may join as whom: from a ``join_session`` to the `Bind` that the rules decide on."""
+"""Admission: from a ``join_session`` message to the `Bind` command that the rules decide on."""
 
 from msgspec import UNSET, Struct
 
@@ -11,13 +11,13 @@ DEFAULT_DISPLAY_NAME = "Musician"
 
 
 class JoinContext(Struct, frozen=True):
-    """What is known of a connection that asks to join.
+    """The state of a connection that sends ``join_session``.
 
     Attributes:
-        path_session: the session id in the path of its upgrade, the default for the message's.
+        path_session: session id in the path of its upgrade, the default of the message's.
         joined_session: the session it is in already; empty if in none.
-        own_token: the latest resume token of the member it is there.
-        join_secret: what join tokens are signed with; None when joining needs none.
+        own_token: latest resume token of its member there.
+        join_secret: key that join tokens are signed with; None when joining needs no token.
     """
 
     path_session: str
@@ -27,33 +27,35 @@ class JoinContext(Struct, frozen=True):
 
 
 def admit(
-    message: JoinSession, doorway: JoinContext, *, epoch_id: str, secret: str, now: float
+    message: JoinSession, context: JoinContext, *, epoch_id: str, secret: str, now: float
 ) -> Bind | Refusal:
-    """What ``message`` asks for, if it may.
+    """The `Bind` command for ``message``, or the refusal.
 
-    A claim of the join token goes before what the message says. Who asks again for the session it
-    is in stays the member it is, unless the message proves it another. A join token that has
-    expired lets nobody in, but back.
+    Claims of the join token override fields of the message. A connection that joins its own
+    session again stays the same member, unless the message has a resume token of another. An
+    expired join token allows a resume, not a new member.
 
     Args:
-        epoch_id: drawn for this message, as is ``secret``: see `Bind`.
+        context: the connection.
+        epoch_id: drawn for this message: see `Bind`.
+        secret: drawn for this message: see `Bind`.
         now: session clock, milliseconds.
     """
-    session_id = doorway.path_session if message.session_id is UNSET else message.session_id
+    session_id = context.path_session if message.session_id is UNSET else message.session_id
     if not is_session_id(session_id):
         return invalid_field("sessionId")
     name = DEFAULT_DISPLAY_NAME if message.display_name is UNSET else message.display_name
     role = message.role
     given = None if message.resume_token is UNSET else parse_resume_token(message.resume_token)
-    own = doorway.own_token if doorway.joined_session == session_id else None
+    own = context.own_token if context.joined_session == session_id else None
     resume = tuple(token for token in (given, own) if token is not None)
     resume_only = False
-    if doorway.join_secret is not None:
+    if context.join_secret is not None:
         token = "" if message.token is UNSET else message.token
-        claims = verify_join_token(token, doorway.join_secret, session_id, now)
+        claims = verify_join_token(token, context.join_secret, session_id, now)
         if claims is None:
             return UNAUTHORIZED
-        # Who plays is not thrown out in mid-song for having lost the network once.
+        # A member that lost its network in mid-song may resume with an expired token.
         resume_only = expired(claims, now)
         if resume_only and not resume:
             return UNAUTHORIZED

@@ -1,7 +1,7 @@
-"""The rules of a session: what a command changes, and who may give it.
+"""The rules of a session: the effect of each command, and the permission it needs.
 
-One implementation for every storage. Pure: ``now`` is an argument, ids are drawn by the caller,
-once per command, so that deciding again on another base repeats nothing.
+One implementation serves every storage. It is pure: ``now`` is an argument. The caller draws ids
+once per command, so that a second decision on another base is idempotent.
 """
 
 from msgspec import UNSET
@@ -9,9 +9,11 @@ from msgspec import UNSET
 from bandsync.model import transport as arithmetic
 from bandsync.model.session import Member, Session, bound, find, leader_of, role_of
 from bandsync.rules.actions import Actor, Audit, Bind, Command, Decision, Drop, Expire
-from bandsync.rules.draft import Draft, ServerContext, new_session
+from bandsync.rules.draft import Draft, new_session
 from bandsync.rules.reconcile import audit
-from bandsync.rules.refusals import LEADER_PRESENT, NOT_JOINED, NOT_LEADER, NOT_MEMBER, UNAUTHORIZED
+from bandsync.rules.refusals import NOT_JOINED, NOT_LEADER, UNAUTHORIZED
+from bandsync.rules.role_commands import deny_leader, request_leader, set_role
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import ResumeToken, hash_secret, proves
 from bandsync.wire.commands import (
     ChatMessage,
@@ -29,13 +31,10 @@ from bandsync.wire.commands import (
     SyncReport,
     SyncRequest,
     UpdateMessage,
-    invalid_field,
 )
 from bandsync.wire.messages import (
     ChatSent,
     DriftCorrection,
-    LeaderDenied,
-    LeaderRequested,
     MemberConnection,
     MessageUpdated,
     Paused,
@@ -56,21 +55,24 @@ FOLLOWER_DRIFT_MS = 25.0
 def decide(
     session: Session | None, command: Command, actor: Actor, now: float
 ) -> Decision | Refusal:
-    """What ``command`` of ``actor`` does to ``session`` at the instant ``now``.
+    """Decide the effect of ``command``, given by ``actor``, on ``session`` at the instant ``now``.
 
     Args:
         session: None if there is none yet; only `Bind` creates one.
+
+    Returns:
+        The decision to commit, or the refusal to send.
     """
     if isinstance(command, Bind):
         return _bind(session, command, actor, now)
     if session is None:
         return NOT_JOINED
     if isinstance(command, Audit):
-        return _audit(Draft(session, actor.here, now), command, actor.here)
+        return _audit(Draft(session, actor.server, now), command, actor.server)
     member = bound(session, actor.member_id, actor.connection_id)
     if member is None:
         return Decision(session) if isinstance(command, Drop | Expire) else NOT_JOINED
-    draft = Draft(session, actor.here, now)
+    draft = Draft(session, actor.server, now)
     match command:
         case Play() | Pause() | Stop() | Seek() | SetTempo() | UpdateMessage():
             if session.leader.member_id != member.member_id:
@@ -81,13 +83,13 @@ def decide(
         case ChatMessage():
             _chat(draft, command, member, actor)
         case SetRole():
-            refusal = _set_role(draft, command, member, actor.here)
+            refusal = set_role(draft, command, member, actor.server)
             if refusal is not None:
                 return refusal
         case RequestLeader():
-            return _request_leader(draft, member)
+            return request_leader(draft, member)
         case DenyLeader():
-            return _deny_leader(draft, command, member)
+            return deny_leader(draft, command, member)
         case SyncRequest():
             return _sync(session, command, now)
         case SyncReport():
@@ -103,9 +105,9 @@ def decide(
     return Decision(*draft.done())
 
 
-def _audit(draft: Draft, command: Audit, here: ServerContext) -> Decision:
+def _audit(draft: Draft, command: Audit, server: ServerContext) -> Decision:
     known = draft.session.members
-    for member in audit(draft.session, command.own, here, draft.now).members.values():
+    for member in audit(draft.session, command.own, server, draft.now).members.values():
         record = known.get(member.member_id)
         if member is record:
             continue
@@ -121,12 +123,12 @@ def _audit(draft: Draft, command: Audit, here: ServerContext) -> Decision:
 
 
 def _bind(session: Session | None, command: Bind, actor: Actor, now: float) -> Decision | Refusal:
-    here = actor.here
-    base = session or new_session(command.session_id, command.epoch_id, here, now)
-    draft = Draft(base, here, now)
+    server = actor.server
+    base = session or new_session(command.session_id, command.epoch_id, server, now)
+    draft = Draft(base, server, now)
     known = bound(base, actor.fresh_id, actor.connection_id)
     if known is not None:
-        # Decided before, and committed although its answer was lost.
+        # Decided before, and committed although the reply of the storage was lost.
         return Decision(base, reply=snapshot(base, now, _you(base, known, command.secret)))
     token = next((token for token in command.resume if _resumable(base, token)), None)
     if token is not None:
@@ -166,8 +168,8 @@ def _resume(draft: Draft, member: Member, token: ResumeToken, actor: Actor) -> M
         member,
         incarnation=max(member.incarnation, token.incarnation) + 1,
         connection_id=actor.connection_id,
-        server_id=actor.here.server_id,
-        boot_id=actor.here.boot_id,
+        server_id=actor.server.server_id,
+        boot_id=actor.server.boot_id,
         connected=True,
         connected_at=member.connected_at if same else draft.now,
     )
@@ -187,11 +189,11 @@ def _join(draft: Draft, command: Bind, actor: Actor) -> Member:
         member_id=actor.fresh_id,
         incarnation=1,
         time=draft.now,
-        writer=actor.here.boot_id,
+        writer=actor.server.boot_id,
         present=True,
         connection_id=actor.connection_id,
-        server_id=actor.here.server_id,
-        boot_id=actor.here.boot_id,
+        server_id=actor.server.server_id,
+        boot_id=actor.server.boot_id,
         connected=True,
         joined_at=draft.now,
         connected_at=draft.now,
@@ -211,7 +213,7 @@ def _join(draft: Draft, command: Bind, actor: Actor) -> Member:
 def _conduct(
     draft: Draft, command: Play | Pause | Stop | Seek | SetTempo | UpdateMessage, actor: Actor
 ) -> None:
-    """What only the leader does."""
+    """Apply a command that only the leader may give."""
     now = draft.now
     by = actor.member_id
     before = draft.session.transport.value
@@ -269,8 +271,8 @@ def _position_sync(draft: Draft, command: PositionSync, member: Member) -> Decis
         ours = arithmetic.position_at(arithmetic.in_force(transport, now), now)
         head = (session.session_id, session.version, now)
         return Decision(session, reply=DriftCorrection(*head, ours, difference, transport))
-    # A report from before the last anchor of a song that plays (it crossed the leader's own seek)
-    # says nothing about where the song is now.
+    # Ignore a report from before the last anchor of a playing song: it crossed the leader's own
+    # seek on the way.
     crossed = then.is_playing and command.timestamp < then.anchor_time
     if abs(difference) <= LEADER_RESYNC_MS or crossed:
         return Decision(session)
@@ -294,68 +296,6 @@ def _chat(draft: Draft, command: ChatMessage, member: Member, actor: Actor) -> N
             chat.sent_at,
         )
     )
-
-
-def _set_role(
-    draft: Draft, command: SetRole, member: Member, here: ServerContext
-) -> Refusal | None:
-    own = member.member_id
-    leads = draft.session.leader.member_id == own
-    target = own if command.member_id is UNSET else command.member_id
-    if target != own:
-        if command.role == "follower":
-            return invalid_field("role")
-        if not leads:
-            return NOT_LEADER
-        if find(draft.session, target) is None:
-            return NOT_MEMBER
-        draft.hand(target, "handed_over")
-    elif command.role == "leader" and not leads:
-        if not _claimable(draft.session, here):
-            return LEADER_PRESENT
-        draft.hand(own, "claimed")
-    elif command.role == "follower" and leads:
-        elected = draft.elect(without=own)
-        if not elected:
-            draft.lead("")
-        draft.change_role(own, "follower", "stepped_down")
-        if elected:
-            draft.change_role(draft.session.leader.member_id, "leader", "elected")
-    return None
-
-
-def _claimable(session: Session, here: ServerContext) -> bool:
-    leader = leader_of(session)
-    if leader is None or not leader.connected or here.leadership == "open":
-        return True
-    return here.isolated and leader.boot_id != here.boot_id
-
-
-def _request_leader(draft: Draft, member: Member) -> Decision:
-    leader = leader_of(draft.session)
-    if leader is None:
-        # Nobody is there to ask.
-        draft.hand(member.member_id, "claimed")
-        return Decision(*draft.done())
-    session = draft.session
-    if leader.member_id == member.member_id:
-        return Decision(session)
-    request = LeaderRequested(
-        session.session_id, session.version, draft.now, member.member_id, member.display_name
-    )
-    return Decision(session, private=((leader.member_id, request),))
-
-
-def _deny_leader(draft: Draft, command: DenyLeader, member: Member) -> Decision | Refusal:
-    session = draft.session
-    if session.leader.member_id != member.member_id:
-        return NOT_LEADER
-    if find(session, command.member_id) is None:
-        return NOT_MEMBER
-    denial = LeaderDenied(
-        session.session_id, session.version, draft.now, member.member_id, member.display_name
-    )
-    return Decision(session, private=((command.member_id, denial),))
 
 
 def _sync(session: Session, command: SyncRequest, now: float) -> Decision:

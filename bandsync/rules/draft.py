@@ -1,9 +1,8 @@
-"""A session in the making: how a rule writes registers, so that stamps never go backwards."""
+"""A draft of the next session state: rules write registers here, and stamps never go backwards."""
 
 import math
 from typing import Literal
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.model.session import (
@@ -26,12 +25,11 @@ from bandsync.model.session import (
     TransportRegister,
     after,
     leader_of,
-    led_by,
-    longest_connected,
-    settle,
     without_old_tombstones,
 )
 from bandsync.model.transport import Transport, initial
+from bandsync.rules.leadership import led_by, longest_connected, settle
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.messages import (
     Event,
     LeaveReason,
@@ -43,32 +41,12 @@ from bandsync.wire.messages import (
 from bandsync.wire.snapshots import member_count
 
 
-class ServerContext(Struct, frozen=True):
-    """What a server knows of itself when it decides.
-
-    Attributes:
-        server_id: its name.
-        boot_id: names this process; new at every start.
-        max_members: for the sessions it creates.
-        leadership: ``open`` lets anybody claim the lead at any time.
-        isolated: True in memory mode: members on other servers are out of reach.
-        awaited: True while somebody out of reach must still learn who has left.
-    """
-
-    server_id: str
-    boot_id: str
-    max_members: int
-    leadership: Literal["claim", "open"] = "claim"
-    isolated: bool = True
-    awaited: bool = False
-
-
-def new_session(session_id: str, epoch_id: str, here: ServerContext, now: float) -> Session:
+def new_session(session_id: str, epoch_id: str, server: ServerContext, now: float) -> Session:
     """A session as it is before its first join, which is version 1."""
-    # Made without a look at Redis, it must not take the lead of a session that is there already:
-    # its leader's term is one lower than that of any other first leader.
-    rank = Rank(0 if here.awaited else 1, now, here.boot_id)
-    stamp = Stamp(rank, now, here.boot_id)
+    # A session created while Redis is away must not take the lead of one that Redis already has.
+    # Its first term is therefore one lower than that of any other new session.
+    rank = Rank(0 if server.awaited else 1, now, server.boot_id)
+    stamp = Stamp(rank, now, server.boot_id)
     return Session(
         session_id=session_id,
         epoch=Epoch(now, epoch_id),
@@ -77,7 +55,7 @@ def new_session(session_id: str, epoch_id: str, here: ServerContext, now: float)
         leader=Leader(rank, ""),
         transport=TransportRegister(stamp, initial(now)),
         headline=HeadlineRegister(stamp, ""),
-        settings=SettingsRegister(stamp, SessionSettings(here.max_members)),
+        settings=SettingsRegister(stamp, SessionSettings(server.max_members)),
         members={},
         chat=(),
         last_active_at=now,
@@ -85,23 +63,23 @@ def new_session(session_id: str, epoch_id: str, here: ServerContext, now: float)
 
 
 class Draft:
-    """Collects the changes of one command, and the events that tell of them.
+    """Collects the changes of one command and their events.
 
-    Every write makes a new `Session` in ``session``; the base stays what it was. Every event
-    counts the version up by one.
+    Every write puts a new `Session` into ``session``; the base stays unchanged. Every event
+    increments the version.
     """
 
     __slots__ = ("_base", "_events", "_here", "now", "session")
 
-    def __init__(self, base: Session, here: ServerContext, now: float) -> None:
+    def __init__(self, base: Session, server: ServerContext, now: float) -> None:
         self._base = base
-        self._here = here
+        self._here = server
         self._events: list[Event] = []
         self.now = now
         self.session = base
 
     def head(self) -> tuple[str, int, float]:
-        """What the next event starts with: session id, version, server time."""
+        """The first fields of the next event: session id, version, server time."""
         return self._base.session_id, self._base.version + len(self._events) + 1, self.now
 
     def emit(self, event: Event) -> None:
@@ -109,12 +87,12 @@ class Draft:
         self._events.append(event)
 
     def add(self, member: Member) -> None:
-        """Put in a member that is written for the first time, or anew over a tombstone."""
+        """Add a new member, or replace the record of one."""
         members = {**self.session.members, member.member_id: member}
         self.session = replace(self.session, members=members)
 
     def rewrite(self, member: Member, **changes: object) -> Member:
-        """Put a changed copy of ``member`` in its place."""
+        """Replace ``member`` by a changed copy with a later stamp."""
         changed = replace(
             member,
             time=after(self.now, member.time),
@@ -125,26 +103,26 @@ class Draft:
         return changed
 
     def remove(self, member: Member, reason: LeaveReason) -> None:
-        """Leave a tombstone in the member's place."""
+        """Replace the member by a tombstone."""
         self.rewrite(member, present=False, connected=False)
         self.emit(UserLeft(*self.head(), member.member_id, member_count(self.session), reason))
 
     def disconnect(self, member: Member) -> None:
-        """The member's connection is gone; it stays for its grace."""
+        """Mark the member as disconnected; it stays for its resume grace."""
         self.rewrite(member, connected=False)
         self.emit(MemberConnection(*self.head(), member.member_id, connected=False))
 
     def lead(self, member_id: str) -> None:
-        """Name the leader; nobody if ``member_id`` is empty."""
+        """Write the leader register; an empty ``member_id`` leaves it vacant."""
         self.session = led_by(self.session, member_id, self.now, self._here.boot_id)
 
     def change_role(self, member_id: str, role: Role, reason: RoleReason) -> None:
-        """Tell of a role that the leader register already gives."""
+        """Emit the event for a role that the leader register already gives."""
         previous: Role = "follower" if role == "leader" else "leader"
         self.emit(RoleChanged(*self.head(), member_id, role, previous, reason))
 
     def hand(self, member_id: str, reason: Literal["claimed", "handed_over"]) -> None:
-        """Make a member the leader in place of the one that leads, if there is one."""
+        """Make a member the leader in place of the current one, if any."""
         leader = leader_of(self.session)
         self.lead(member_id)
         if leader is not None:
@@ -152,10 +130,10 @@ class Draft:
         self.change_role(member_id, "leader", reason)
 
     def elect(self, without: str = "") -> bool:
-        """Make the longest-connected member the leader, in memory mode one of our own.
+        """Elect the longest-connected member; in memory mode only members of this server.
 
         Returns:
-            False if there is nobody to elect.
+            False if there is no candidate.
         """
         candidate = longest_connected(self.session, self._reachable(), without)
         if candidate is None:
@@ -174,7 +152,7 @@ class Draft:
         self.session = replace(self.session, headline=HeadlineRegister(stamp, message))
 
     def say(self, message_id: str, member: Member, text: str) -> Chat:
-        """Add a chat message to the ring, later than all that are in it."""
+        """Add a chat message to the ring, with a later time than all others in it."""
         ring = self.session.chat
         sent_at = max(self.now, ring[-1].sent_at + EPSILON_MS) if ring else self.now
         if len(ring) < CHAT_RING:
@@ -188,9 +166,9 @@ class Draft:
         return chat
 
     def done(self) -> tuple[Session, tuple[Event, ...]]:
-        """The new state, with a leader if one can be had, and the events.
+        """The new state, with a leader if one can be elected, and the events.
 
-        The state is the base itself when nothing was changed.
+        The state is the base itself when nothing changed.
         """
         if self.session is self._base:
             return self._base, ()
@@ -208,14 +186,14 @@ class Draft:
         return session, tuple(self._events)
 
     def settle(self) -> None:
-        """Elect a leader if there is none: see `session.settle`."""
+        """Elect a leader if there is none: see `bandsync.rules.leadership.settle`."""
         settled = settle(self.session, self.now, self._here.boot_id, self._reachable())
         if settled is not self.session:
             self.session = settled
             self.change_role(settled.leader.member_id, "leader", "elected")
 
     def _reachable(self) -> str | None:
-        """Whose members can be elected: in memory mode those of this server process only."""
+        """Boot id of the only server with eligible members; None if all are eligible."""
         return self._here.boot_id if self._here.isolated else None
 
     def _stamp(self, replaced: Stamp) -> Stamp:

@@ -1,8 +1,8 @@
-"""What a server makes of a state that it read: merge it, audit it, settle it (design.md section 5).
+"""Reconcile a stored state with the mirror: merge, audit own members, settle the leadership.
 
-``own``, wherever it appears, are the members that are bound to connections of this server right
-now: by member id, the record as it was bound. Its connection and incarnation are those of the
-connection, whatever the session says by now.
+The argument ``own`` has the members that are bound to connections of this server, by member id.
+Each is the record as it was bound: its connection and incarnation are those of the connection,
+even if the session has others by now.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,30 +11,23 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bandsync.model.merge import merge, same_content
-from bandsync.model.session import (
-    TOMBSTONE_MS,
-    Member,
-    Session,
-    after,
-    present,
-    role_of,
-    settle,
-    tip,
-)
-from bandsync.rules.draft import ServerContext
+from bandsync.model.session import TOMBSTONE_MS, Member, Session, after, present, role_of, tip
+from bandsync.rules.leadership import settle
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.messages import RoleChanged
 
-# What another server has pruned just now is not yet due by a clock that is a little behind, and
-# must not be put back either.
+# Age from which a missing tombstone counts as pruned by another server. It is half the pruning age,
+# because this clock may be behind the clock of that server.
 FORGETTABLE_MS = TOMBSTONE_MS / 2
 
 
 class Adopt(Struct, frozen=True):
-    """Take the stored state as the mirror; there is nothing to write.
+    """Take the stored state as the mirror; nothing is written.
 
     Attributes:
-        shown: the same at its version before the events, if there are any.
-        events: the roles that changed, as far as the versions that were skipped have room.
+        session: the stored state.
+        shown: the same state at the version before the events; None without events.
+        events: the role changes, at most as many as versions were skipped.
     """
 
     session: Session
@@ -46,8 +39,9 @@ class Write(Struct, frozen=True):
     """Commit ``session`` in place of the stored state.
 
     Attributes:
-        shown: the same at its version before the events, for the `Snapshot` that goes first.
-        events: the roles that changed, one for each version after that of ``shown``.
+        session: the merged state.
+        shown: the same state at the version before the events, for the `Snapshot` sent first.
+        events: the role changes, one per version after that of ``shown``.
     """
 
     session: Session
@@ -56,7 +50,7 @@ class Write(Struct, frozen=True):
 
 
 def superseded(session: Session, own: Mapping[str, Member]) -> list[str]:
-    """The ids in ``own`` that are bound elsewhere by now: their connections are to be closed."""
+    """The ids in ``own`` that are bound elsewhere by now; the caller closes their connections."""
     return [
         member_id
         for member_id, mine in own.items()
@@ -64,24 +58,26 @@ def superseded(session: Session, own: Mapping[str, Member]) -> list[str]:
     ]
 
 
-def audit(session: Session, own: Mapping[str, Member], here: ServerContext, now: float) -> Session:
-    """``session`` with what this server knows best: whether its own members are connected.
+def audit(
+    session: Session, own: Mapping[str, Member], server: ServerContext, now: float
+) -> Session:
+    """``session`` with the connection state of this server's own members corrected.
 
-    Members whose connection is here are asserted again, unless they are bound elsewhere by now
-    (see `superseded`); those marked as connected here without a connection are disconnected.
+    A locally connected member is asserted again, unless it is bound elsewhere by now (see
+    `superseded`). A member recorded as connected here, but without a connection, is disconnected.
 
     Returns:
-        The very same object when nothing changes.
+        The same object when nothing changes.
     """
     changes: dict[str, Member] = {}
     for member_id, mine in own.items():
         record = session.members.get(member_id)
         if record is None or not (_supersedes(record, mine) or _holds(record, mine)):
-            changes[member_id] = _asserted(record or mine, mine, here, now)
+            changes[member_id] = _asserted(record or mine, mine, server, now)
     for record in session.members.values():
-        if record.boot_id == here.boot_id and record.connected and record.member_id not in own:
+        if record.boot_id == server.boot_id and record.connected and record.member_id not in own:
             changes[record.member_id] = replace(
-                record, time=after(now, record.time), writer=here.boot_id, connected=False
+                record, time=after(now, record.time), writer=server.boot_id, connected=False
             )
     return replace(session, members={**session.members, **changes}) if changes else session
 
@@ -90,26 +86,28 @@ def reconcile(
     mine: Session | None,
     stored: Session | None,
     own: Mapping[str, Member],
-    here: ServerContext,
+    server: ServerContext,
     now: float,
 ) -> Adopt | Write | None:
-    """What becomes of a mirror and of the stored state that was read.
+    """Reconcile a mirror with the stored state that was read.
 
     Args:
         mine: the mirror; None if there is none yet.
-        stored: None if the key is absent, which is an empty state: the session is put back.
+        stored: the stored state; None if the key is absent. The session is then written back.
+        own: see the module.
+        server: this server.
 
     Returns:
-        None when there is no session at all. The stored state is adopted only if it holds all
-        that is known here, and a client of the mirror sees no version go backwards.
+        None when there is no session at all. The stored state is adopted only if it contains
+        everything in the mirror, and if no client sees a version go backwards.
     """
     if mine is None:
         return None if stored is None else Adopt(stored)
     base = mine
     if stored is not None:
-        mine = _without_forgotten(mine, stored, here, now)
+        mine = _without_forgotten(mine, stored, server, now)
         base = merge(mine, stored)
-    result = settle(audit(base, own, here, now), now, here.boot_id, None)
+    result = settle(audit(base, own, server, now), now, server.boot_id, None)
     if stored is not None and same_content(result, stored) and _ahead(stored, mine):
         return _adopt(mine, stored, now)
     shown = replace(result, version=base.version + 1)
@@ -140,13 +138,13 @@ def _holds(record: Member, mine: Member) -> bool:
     return record.connected and record.connection_id == mine.connection_id
 
 
-def _asserted(record: Member, mine: Member, here: ServerContext, now: float) -> Member:
+def _asserted(record: Member, mine: Member, server: ServerContext, now: float) -> Member:
     return replace(
         mine,
-        # Larger than the record's if this connection was bound once more than is known here.
+        # The record may have missed the latest binding of this connection.
         incarnation=max(record.incarnation, mine.incarnation),
         time=after(now, max(record.time, mine.time)),
-        writer=here.boot_id,
+        writer=server.boot_id,
         present=True,
         connected=True,
         joined_at=record.joined_at,
@@ -155,12 +153,14 @@ def _asserted(record: Member, mine: Member, here: ServerContext, now: float) -> 
     )
 
 
-def _without_forgotten(mine: Session, stored: Session, here: ServerContext, now: float) -> Session:
-    """``mine`` without what the stored state has pruned.
+def _without_forgotten(
+    mine: Session, stored: Session, server: ServerContext, now: float
+) -> Session:
+    """``mine`` without the members that the stored state has pruned.
 
-    Old tombstones: to put them back would be a change, and another server would prune them again.
-    Members of other servers that left so long ago that their tombstones are gone; if they did not
-    leave, their own server asserts them.
+    Old tombstones: writing them back would be a change, and another server would prune them again.
+    Members of other servers that left so long ago that their tombstones are gone: if one did not
+    leave, its own server asserts it.
     """
     newer = stored.epoch == mine.epoch and stored.version > mine.version
     forgotten = {
@@ -168,7 +168,7 @@ def _without_forgotten(mine: Session, stored: Session, here: ServerContext, now:
         for member in mine.members.values()
         if member.member_id not in stored.members
         and (
-            newer and member.boot_id != here.boot_id and member.time < now - TOMBSTONE_MS
+            newer and member.boot_id != server.boot_id and member.time < now - TOMBSTONE_MS
             if member.present
             else member.time < now - FORGETTABLE_MS
         )
@@ -180,7 +180,7 @@ def _without_forgotten(mine: Session, stored: Session, here: ServerContext, now:
 
 
 def _merged_roles(before: tuple[Session, ...], shown: Session, now: float) -> Iterator[RoleChanged]:
-    """Events for the members whose role differs from that before, the leader's last."""
+    """Events for members with a changed role, the leader's last."""
     version = shown.version
     members = sorted(present(shown), key=lambda member: member.member_id == shown.leader.member_id)
     for member in members:

@@ -1,4 +1,4 @@
-"""Resume tokens, which give a member back, and join tokens, which let one in."""
+"""Resume tokens, which restore a member, and join tokens, which authorise a join."""
 
 import hashlib
 import hmac
@@ -13,11 +13,11 @@ from bandsync.wire.commands import DisplayName
 
 
 class ResumeToken(Struct, frozen=True):
-    """The secret that proves whose connection it is: ``memberId.incarnation.secret``.
+    """Proof that a connection belongs to a member: ``memberId.incarnation.secret``.
 
-    The incarnation changes with every binding. The secret does not: an answer that got lost with
-    the network must not lock its member out, so the token before it is accepted too, and a
-    server that knows an older state of the session accepts a newer one.
+    The incarnation changes with every binding; the secret does not. The previous token is
+    therefore accepted too: the reply with the new one may be lost with the network. Likewise a
+    server with an older state of the session accepts a newer token.
     """
 
     member_id: str
@@ -28,12 +28,12 @@ class ResumeToken(Struct, frozen=True):
         return f"{self.member_id}.{self.incarnation}.{self.secret}"
 
 
-# Far above what a member reaches, far below where a number stops being exact in JSON.
+# More bindings than a member ever has, and far below 2**53, where JSON numbers become inexact.
 _MAX_INCARNATION = 2**40
 
 
 def parse_resume_token(text: str) -> ResumeToken | None:
-    """The token in ``text``; None if it is none."""
+    """The token in ``text``; None if it is malformed."""
     parts = text.split(".")
     if len(parts) != 3 or not text.isascii():
         return None
@@ -46,17 +46,17 @@ def parse_resume_token(text: str) -> ResumeToken | None:
 
 
 def hash_secret(secret: str) -> str:
-    """What is stored of a resume token's secret: its SHA-256, hexadecimal."""
+    """The stored form of a resume token's secret: its SHA-256, hexadecimal."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def proves(token: ResumeToken, token_hash: str) -> bool:
-    """Whether the token's secret is the one whose hash was stored."""
+    """Whether the token's secret matches the stored hash; compared in constant time."""
     return hmac.compare_digest(hash_secret(token.secret), token_hash)
 
 
 class JoinClaims(Struct, frozen=True):
-    """What a join token asserts; ``role`` and ``name`` go before what the message says.
+    """Claims of a join token; ``role`` and ``name`` override the fields of the message.
 
     Instants are in seconds since the Unix epoch, as in RFC 7519.
     """
@@ -98,5 +98,5 @@ def verify_join_token(token: str, secret: str, session_id: str, now: float) -> J
 
 
 def expired(claims: JoinClaims, now: float) -> bool:
-    """Whether the token that said so has expired at ``now`` (milliseconds)."""
+    """Whether the token has expired at ``now`` (milliseconds)."""
     return now >= claims.exp * 1000

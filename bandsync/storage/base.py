@@ -9,8 +9,8 @@ from msgspec import Struct
 from bandsync.model.session import Session, Tip, find
 from bandsync.rules.actions import Actor, Bind, Decision
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
 from bandsync.rules.refusals import NOT_JOINED, NOT_MEMBER
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.commands import LeaveSession, Refusal
 from bandsync.wire.messages import encode
 

@@ -1,6 +1,7 @@
-"""Client → server messages, decoding, and what to say about one that cannot be decoded.
+"""Client → server messages, their decoding, and the refusals of those that cannot be decoded.
 
-The one place that knows the wire's names and ranges: protocol.md section 3.
+The names and ranges of the wire are defined here only; `PROTOCOL.md` beside this file describes
+them.
 """
 
 import json
@@ -22,12 +23,12 @@ RequestId = Annotated[str, Meta(max_length=MAX_REQUEST_ID)]
 PositionMs = Annotated[float, Meta(ge=0, le=MAX_POSITION_MS)]
 TempoBpm = Annotated[float, Meta(ge=MIN_TEMPO_BPM, le=MAX_TEMPO_BPM)]
 Version = Annotated[int, Meta(ge=0)]
-# A number that goes back as it came: a client may count in integer nanoseconds.
+# A number that is echoed unchanged: a client may count in integer nanoseconds.
 Echoed = int | float
 
 
 class Message(Struct, frozen=True, kw_only=True, rename="camel", tag_field="type"):
-    """What every client message may carry."""
+    """Base of all client messages."""
 
     request_id: RequestId | UnsetType = UNSET
 
@@ -76,10 +77,10 @@ class SetTempo(Message, frozen=True, tag="set_tempo"):
 
     @property
     def new_tempo(self) -> float:
-        """The tempo asked for, under either of its names."""
-        asked = self.tempo if self.tempo_bpm is UNSET else self.tempo_bpm
-        assert asked is not UNSET
-        return asked
+        """The requested tempo, from ``tempoBpm`` or its alias ``tempo``."""
+        tempo = self.tempo if self.tempo_bpm is UNSET else self.tempo_bpm
+        assert tempo is not UNSET
+        return tempo
 
 
 class PositionSync(Message, frozen=True, tag="position_sync"):
@@ -192,7 +193,7 @@ _FIELD = re.compile(r"`(?:\$\.)?(\w+)`$")
 
 
 class Refusal(Struct, frozen=True):
-    """Why a message was refused: the fields of an ``error`` (protocol.md section 6)."""
+    """Why a message was refused: the fields of an ``error``."""
 
     code: str
     message: str
@@ -200,11 +201,12 @@ class Refusal(Struct, frozen=True):
 
 
 class Undecodable(Struct, frozen=True):
-    """A frame that is no message.
+    """A frame that is not a valid message.
 
     Attributes:
+        refusal: the error to send.
         kind: its ``type``, if that names a message.
-        request_id: its ``requestId``, if it has one that can be answered to.
+        request_id: its ``requestId``, if it has a valid one.
     """
 
     refusal: Refusal
@@ -213,7 +215,7 @@ class Undecodable(Struct, frozen=True):
 
 
 def echoed(number: float) -> int | float:
-    """``number`` as it can be sent: what does not fit 64 bits as a float."""
+    """``number`` as msgspec can encode it: as a float if it does not fit 64 bits."""
     return number if -(2**63) <= number < 2**64 else float(number)
 
 
@@ -264,28 +266,28 @@ _BAD_MESSAGE = Undecodable(
 
 
 def _diagnosis(payload: bytes, complaint: str) -> Undecodable:
-    """What is wrong with ``payload``, found with a decoder that looks at one thing at a time."""
+    """Find what is wrong with ``payload``, with a decoder that checks one field at a time."""
     try:
-        # Every number as a float: an integer of 5000 digits is a number out of range, no error.
+        # Parse integers as floats: one of 5000 digits is then out of range, not a ValueError.
         found = json.loads(payload.decode(), parse_int=float, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return _BAD_MESSAGE
     if not isinstance(found, dict):
         return _BAD_MESSAGE
-    answer_to = _request_id(found.get("requestId"))
+    request_id = _request_id(found.get("requestId"))
     kind = found.get("type")
     if not isinstance(kind, str):
-        return Undecodable(invalid_field("type"), None, answer_to)
+        return Undecodable(invalid_field("type"), None, request_id)
     if kind not in TYPES:
         names = ", ".join(sorted(TYPES))
         return Undecodable(
-            Refusal("unknown_type", f"No such `type`; there are {names}."), None, answer_to
+            Refusal("unknown_type", f"No such `type`; there are {names}."), None, request_id
         )
     match = _FIELD.search(complaint)
     field = match.group(1) if match else _unreadable_string(found)
     if field not in _HINTS:
         return _BAD_MESSAGE
-    return Undecodable(invalid_field(field), kind, answer_to)
+    return Undecodable(invalid_field(field), kind, request_id)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -299,7 +301,7 @@ def _request_id(value: object) -> str | UnsetType:
 
 
 def _unreadable_string(found: dict[str, object]) -> str:
-    """The first field whose text is no Unicode: half of a surrogate pair, escaped."""
+    """The first field with text that is not Unicode: half of a surrogate pair, escaped."""
     for name, value in found.items():
         if isinstance(value, str) and not _is_unicode(value):
             return name

@@ -1,4 +1,4 @@
-"""HTTP exchanges as data, and the rule about origins."""
+"""HTTP requests and responses as data, and the rule about origins."""
 
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-# As most servers do; a head over it is answered with 431.
+# Longest request head; a longer one is answered with 431.
 MAX_HEAD_BYTES = 16_384
 
 
@@ -15,8 +15,8 @@ class HttpRequest(Struct, frozen=True):
 
     Attributes:
         path: without the query.
-        headers: by lower-case name; several with one name joined by commas.
-        query: what followed the question mark, as it was sent.
+        headers: by lower-case name; repeated headers joined by commas.
+        query: the raw text after the question mark.
     """
 
     method: str
@@ -26,7 +26,7 @@ class HttpRequest(Struct, frozen=True):
 
 
 class HttpResponse(Struct, frozen=True):
-    """An answer; ``body`` is sent with its length."""
+    """A response; ``body`` is sent with its length."""
 
     status: int
     body: bytes
@@ -37,12 +37,12 @@ class HttpResponse(Struct, frozen=True):
 def json_response(
     status: int, document: object, headers: tuple[tuple[str, str], ...] = ()
 ) -> HttpResponse:
-    """An answer in JSON."""
+    """A response with ``document`` as JSON."""
     return HttpResponse(status, msgspec.json.encode(document), headers=headers)
 
 
 def problem(status: int, error: str, message: str) -> HttpResponse:
-    """An error in JSON: a code, and a sentence that says what to do about it."""
+    """An error as JSON: a code, and a sentence that says what to do about it."""
     return json_response(status, {"error": error, "message": message})
 
 
@@ -61,7 +61,7 @@ def origin_allowed(request: HttpRequest, allowed: Collection[str]) -> bool:
 
     Args:
         allowed: origins besides the server's own, such as ``https://band.example``, or ``*``. A
-            client that sends no origin is no page and may always.
+            client that sends no origin is not a page and is always allowed.
     """
     origin = request.headers.get("origin")
     if origin is None:

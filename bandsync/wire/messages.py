@@ -1,4 +1,4 @@
-"""Server → client messages: protocol.md section 4."""
+"""Server → client messages; `PROTOCOL.md` beside this file describes each."""
 
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class ChatView(Struct, frozen=True, rename="camel"):
 
 
 class You(Struct, frozen=True, rename="camel"):
-    """What only the joiner learns. ``resume_token`` is a secret."""
+    """The part of a snapshot for its receiver alone. ``resume_token`` is a secret."""
 
     member_id: str
     role: Role
@@ -44,7 +44,7 @@ class You(Struct, frozen=True, rename="camel"):
 
 
 class ConnectionLimits(Struct, frozen=True, rename="camel"):
-    """The limits that a client should know before it meets them."""
+    """Limits that apply to the client's messages."""
 
     max_message_bytes: int
     max_members: int
@@ -53,7 +53,7 @@ class ConnectionLimits(Struct, frozen=True, rename="camel"):
 
 
 class Outgoing(Struct, frozen=True, rename="camel", tag_field="type"):
-    """Anything a server sends."""
+    """Base of all messages that a server sends."""
 
 
 class Welcome(Outgoing, frozen=True, tag="welcome"):
@@ -75,7 +75,7 @@ class Error(Outgoing, frozen=True, tag="error"):
     code: str
     message: str
     request_id: str | UnsetType = UNSET
-    # What a server puts there is strings; a client must bear with a newer one.
+    # Servers send strings. Clients accept any JSON, for newer servers.
     context: dict[str, Any] | UnsetType = UNSET
 
 
@@ -105,7 +105,7 @@ class StorageStatus(Outgoing, frozen=True, tag="storage_status"):
 
 
 class Event(Outgoing, frozen=True):
-    """A committed change of a session; ``version`` is the one it made."""
+    """A committed change of a session; ``version`` is the version after it."""
 
     session_id: str
     version: int
@@ -146,8 +146,8 @@ class Played(TransportEvent, frozen=True, tag="play"):
     """The song starts, or runs on.
 
     Attributes:
-        count_in_beats: how many beats count it in, the last ones before ``transport.next``; left
-            out when none do. What is before them, the band waits for its slowest member.
+        count_in_beats: number of count-in beats, the last ones before ``transport.next``; absent
+            without a count-in. The time before them is the lead for the slowest member.
     """
 
     count_in_beats: int | UnsetType = UNSET
@@ -277,7 +277,7 @@ class RoomStats(Outgoing, frozen=True, tag="room_stats"):
 
 
 def quality(latency_ms: float | None) -> Quality:
-    """The name of a round trip of ``latency_ms`` milliseconds, None before the first pong."""
+    """The connection quality for a round trip in milliseconds; None before the first pong."""
     if latency_ms is None:
         return "unknown"
     if latency_ms <= 50:

@@ -1,4 +1,4 @@
-"""Rate limits per connection and message type: protocol.md section 6."""
+"""Rate limits per connection and message type."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ RATES_PER_SECOND: Mapping[str, float] = {
 }
 OTHER_RATE_PER_SECOND = 20.0
 
-# Float noise must not turn the last message of a full bucket away.
+# Tolerance for float noise: the last message of a full bucket is allowed.
 _SLACK_S = 1e-9
 
 

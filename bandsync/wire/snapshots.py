@@ -1,4 +1,4 @@
-"""What the band sees of a session."""
+"""Views of a session for clients: snapshots, members, statistics."""
 
 from collections.abc import Mapping
 
@@ -31,18 +31,22 @@ def member_view(session: Session, member: Member) -> MemberView:
 
 
 def member_count(session: Session) -> int:
-    """How many members there are, those in their grace included."""
+    """The number of present members, those in their resume grace included."""
     return sum(1 for _ in present(session))
 
 
 def leader_id(session: Session) -> str | None:
-    """The id of the member that leads."""
+    """The id of the leader; None if there is none."""
     leader = leader_of(session)
     return None if leader is None else leader.member_id
 
 
 def snapshot(session: Session, now: float, you: You | None = None) -> Snapshot:
-    """All of ``session`` at the instant ``now``."""
+    """The whole ``session`` at the instant ``now``.
+
+    Args:
+        you: for the member that joined or resumed; None for the others.
+    """
     transport = session.transport.value
     segment = in_force(transport, now)
     members = sorted(present(session), key=lambda member: (member.joined_at, member.member_id))
@@ -71,7 +75,7 @@ def snapshot(session: Session, now: float, you: You | None = None) -> Snapshot:
 
 
 def sync_response(session: Session, now: float) -> SyncResponse:
-    """The transport of ``session``, for a client that has all else."""
+    """The transport of ``session``, for a client that is current in everything else."""
     transport = session.transport.value
     segment = in_force(transport, now)
     return SyncResponse(
@@ -92,11 +96,11 @@ def room_stats(
     latencies_ms: Mapping[str, float | None],
     sync_errors_ms: Mapping[str, float | None],
 ) -> RoomStats:
-    """How ``session`` is at the instant ``now``.
+    """Statistics of ``session`` at the instant ``now``.
 
     Args:
-        latencies_ms: round trips by member id, where known.
-        sync_errors_ms: the clients' own bounds on their clock errors by member id, where known.
+        latencies_ms: round trips by member id, where known, milliseconds.
+        sync_errors_ms: clock error bounds that clients reported, by member id, milliseconds.
     """
     segment = in_force(session.transport.value, now)
     members = list(present(session))

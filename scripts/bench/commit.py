@@ -22,7 +22,7 @@ from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import parse_address
 from bandsync.rules.actions import Actor, Bind, Decision
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.storage.base import Committed
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import Seek

@@ -12,7 +12,7 @@ from bandsync.model import transport as arithmetic
 from bandsync.model.session import CHAT_RING, Session
 from bandsync.model.transport import Transport
 from bandsync.rules.actions import Decision
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.commands import Play
 from bandsync.wire.messages import (
     ChatSent,

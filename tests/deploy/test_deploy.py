@@ -388,7 +388,7 @@ def test_how_long_nginx_waits_for_a_server() -> None:
     """Longer than servers are silent, shorter than the clients wait that come with BandSync."""
     sessions = re.findall(r"location /ws \{.*?\}", NGINX_CONF.read_text(), re.DOTALL)[0]
     (wait,) = re.findall(r"proxy_read_timeout (\w+);", sessions)
-    page = (ROOT / "bandsync" / "web" / "bandsync.js").read_text()
+    page = (ROOT / "bandsync" / "web" / "client" / "bandsync.js").read_text()
     (page_ms,) = re.findall(r"const MAX_CONNECT_MS = ([\d_]+);", page)
     assert int(page_ms) / 1000 == CLIENTS_WAIT_S == HANDSHAKE_TIMEOUT_S
     # A page is less patient at first, and is passed on at the second attempt.

@@ -51,7 +51,7 @@ def checks(seconds: float, start_s: float = START_S) -> Iterator[float]:
         yield start_s + index * CHECK_S
 
 
-def test_without_a_reference_it_is_wall_time_carried_forward() -> None:
+def test_clock_without_reference_follows_the_monotonic_clock() -> None:
     clock = new_clock()
     assert clock.at(START_S) == WALL_MS
     assert clock.at(START_S + 1.5) == WALL_MS + 1500
@@ -60,7 +60,7 @@ def test_without_a_reference_it_is_wall_time_carried_forward() -> None:
 
 
 @pytest.mark.parametrize("ahead_ms", [-120_000.0, -3.0, 3.0, 120_000.0])
-def test_before_serving_it_is_set_both_ways(ahead_ms: float) -> None:
+def test_clock_steps_both_ways_before_serving(ahead_ms: float) -> None:
     clock, redis = new_clock(), Redis(ahead_ms)
     now = START_S + 1
     clock.at(now + 0.0002)
@@ -71,7 +71,7 @@ def test_before_serving_it_is_set_both_ways(ahead_ms: float) -> None:
     assert clock.uncertainty_ms == pytest.approx(0.1 + 0.1, abs=0.001)
 
 
-def test_before_serving_a_better_answer_sets_it_again_and_afterwards_none() -> None:
+def test_clock_steps_to_better_samples_only_before_serving() -> None:
     clock, redis = new_clock(), Redis(-5000)
     redis.ask(clock, START_S, there_s=0.4, serving=False)
     assert clock.offset_ms == pytest.approx(-4800, abs=0.1)
@@ -84,7 +84,7 @@ def test_before_serving_a_better_answer_sets_it_again_and_afterwards_none() -> N
 
 
 @pytest.mark.parametrize("ahead_ms", [5000, -5000])
-def test_while_serving_it_never_steps(ahead_ms: float) -> None:
+def test_clock_never_steps_while_serving(ahead_ms: float) -> None:
     clock, redis = new_clock(), Redis(ahead_ms)
     for sent in checks(10):
         redis.ask(clock, sent)
@@ -92,7 +92,7 @@ def test_while_serving_it_never_steps(ahead_ms: float) -> None:
     assert clock.error_ms == pytest.approx(ahead_ms - clock.offset_ms, abs=0.002)
 
 
-def test_what_is_ahead_is_slewed_not_stepped() -> None:
+def test_clock_ahead_of_the_reference_is_slewed() -> None:
     clock, redis = new_clock(), Redis(-5)
     told = clock.at(START_S + 1.0002)
     redis.ask(clock, START_S + 1)
@@ -102,7 +102,7 @@ def test_what_is_ahead_is_slewed_not_stepped() -> None:
 
 
 @pytest.mark.parametrize("ahead_ms", [-20.0, -1.0, 1.0, 20.0])
-def test_it_converges_and_then_keeps_still(ahead_ms: float) -> None:
+def test_clock_converges_and_stays(ahead_ms: float) -> None:
     clock = new_clock()
     Redis().ask(clock, START_S)
     redis = Redis(ahead_ms)
@@ -119,7 +119,7 @@ def test_it_converges_and_then_keeps_still(ahead_ms: float) -> None:
     assert abs(clock.error_ms) <= clock.uncertainty_ms + 0.002
 
 
-def test_a_correction_is_not_chased_below_the_uncertainty() -> None:
+def test_error_below_the_uncertainty_is_not_corrected() -> None:
     clock, redis = new_clock(), Redis(3)
     for sent in checks(100):
         redis.ask(clock, sent, there_s=0.005, back_s=0.005)
@@ -128,7 +128,7 @@ def test_a_correction_is_not_chased_below_the_uncertainty() -> None:
     assert clock.uncertainty_ms == pytest.approx(5)
 
 
-def test_jitter_moves_nothing() -> None:
+def test_jitter_does_not_move_the_clock() -> None:
     clock, redis, rng = new_clock(), Redis(0.05), random.Random(1)
     for sent in checks(1000):
         redis.ask(clock, sent, there_s=rng.expovariate(2000), back_s=rng.expovariate(2000))
@@ -136,7 +136,7 @@ def test_jitter_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize("first", [0.0, 0.7])
-def test_slow_answers_are_ignored(first: float) -> None:
+def test_slow_replies_are_ignored(first: float) -> None:
     """Redis is stopped and continued, again and again, so that its answers come late."""
     clock, redis, rng = new_clock(), Redis(), random.Random(2)
     redis.ask(clock, START_S, there_s=first)
@@ -150,7 +150,7 @@ def test_slow_answers_are_ignored(first: float) -> None:
         assert abs(clock.offset_ms) < 0.01
 
 
-def test_a_slow_answer_among_fast_ones_leaves_the_error_known() -> None:
+def test_slow_reply_among_fast_ones_keeps_the_error_known() -> None:
     clock, redis = new_clock(), Redis(-120_000)
     redis.ask(clock, START_S)
     redis.ask(clock, START_S + 1, there_s=0.9)
@@ -159,7 +159,7 @@ def test_a_slow_answer_among_fast_ones_leaves_the_error_known() -> None:
     assert clock.uncertainty_ms == pytest.approx(0.1 + 0.1 * 1.9, abs=0.001)
 
 
-def test_what_is_old_counts_no_more() -> None:
+def test_old_samples_are_discarded() -> None:
     """However slow the only new answers are: its clock may have been set."""
     clock, redis = new_clock(), Redis()
     redis.ask(clock, START_S)
@@ -170,7 +170,7 @@ def test_what_is_old_counts_no_more() -> None:
     assert clock.error_ms == pytest.approx(60_000, abs=0.1)
 
 
-def test_what_is_less_old_is_doubted_for_its_age() -> None:
+def test_uncertainty_grows_with_the_age_of_a_sample() -> None:
     clock = new_clock()
     Redis().ask(clock, START_S)
     for sent, half_s in ((29.0, 0.005), (30.5, 0.4)):
@@ -180,7 +180,7 @@ def test_what_is_less_old_is_doubted_for_its_age() -> None:
     assert clock.offset_ms == 0
 
 
-def test_the_grain_of_its_answers_moves_nothing() -> None:
+def test_resolution_of_the_reference_does_not_move_the_clock() -> None:
     clock, redis, rng = new_clock(), Redis(0.0005), random.Random(6)
     for sent in checks(100):
         redis.ask(clock, sent + rng.random() / 10, there_s=0, back_s=0)
@@ -188,7 +188,7 @@ def test_the_grain_of_its_answers_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize("ppm", [-50.0, 50.0])
-def test_a_drift_is_followed(ppm: float) -> None:
+def test_clock_follows_a_drift(ppm: float) -> None:
     """An hour's drift is 180 ms."""
     clock, redis, rng = new_clock(), Redis(ppm=ppm), random.Random(3)
     for sent in checks(3600):
@@ -198,7 +198,7 @@ def test_a_drift_is_followed(ppm: float) -> None:
     assert abs(clock.offset_ms) > 179
 
 
-def test_servers_with_one_redis_agree() -> None:
+def test_servers_with_one_redis_agree_on_the_time() -> None:
     redis, rng = Redis(), random.Random(4)
     clocks = [ServerClock(WALL_MS + wrong_ms, START_S) for wrong_ms in (-7000, -3, 0, 3, 7000)]
     for clock in clocks:
@@ -212,7 +212,7 @@ def test_servers_with_one_redis_agree() -> None:
 
 @pytest.mark.parametrize("ahead_ms", [-180_000.0, 180_000.0])
 @pytest.mark.parametrize("reconnect", [False, True])
-def test_another_redis_minutes_away_makes_no_jump(ahead_ms: float, reconnect: bool) -> None:
+def test_another_redis_minutes_away_causes_no_step(ahead_ms: float, reconnect: bool) -> None:
     clock = new_clock()
     for sent in checks(10):
         Redis().ask(clock, sent)
@@ -232,7 +232,7 @@ def test_another_redis_minutes_away_makes_no_jump(ahead_ms: float, reconnect: bo
     assert clock.error_ms == pytest.approx(ahead_ms - clock.offset_ms, abs=0.002)
 
 
-def test_a_reset_forgets_better_answers() -> None:
+def test_reset_discards_better_samples() -> None:
     clock = new_clock()
     Redis().ask(clock, START_S)
     clock.reset_filter()
@@ -241,7 +241,7 @@ def test_a_reset_forgets_better_answers() -> None:
     assert clock.uncertainty_ms == pytest.approx(10)
 
 
-def test_a_slew_ends_where_the_latest_reference_is() -> None:
+def test_slew_ends_at_the_latest_reference() -> None:
     """Although the clock is right on its way to where it is not."""
     clock = new_clock()
     Redis(-1000).ask(clock, START_S)
@@ -251,17 +251,17 @@ def test_a_slew_ends_where_the_latest_reference_is() -> None:
     assert abs(clock.offset_ms) < 0.102
 
 
-def test_a_reset_lets_a_slew_go_on() -> None:
+def test_reset_keeps_a_slew_in_progress() -> None:
     clock = new_clock()
     Redis(-5).ask(clock, START_S)
     clock.reset_filter()
     clock.at(START_S + 60)
     assert clock.offset_ms == pytest.approx(-5, abs=0.102)
-    # Nothing is heard meanwhile, and less and less is certain.
+    # Without samples the uncertainty grows.
     assert clock.uncertainty_ms == pytest.approx(0.1 + 60 * 0.1, abs=0.001)
 
 
-def test_times_that_were_told_before_the_answer_was_read_stand() -> None:
+def test_times_seen_before_a_late_reply_stay_valid() -> None:
     """The answer came at 0.2 ms, but the task that reads it was late."""
     clock, redis = new_clock(), Redis(-1000)
     told = clock.at(START_S + 0.01)
@@ -276,7 +276,7 @@ def test_times_that_were_told_before_the_answer_was_read_stand() -> None:
     rtt_s=st.floats(0, 1),
     waits=st.lists(st.floats(1e-6, 1e6), max_size=20),
 )
-def test_precision_is_that_of_the_float(
+def test_precision_is_that_of_a_float(
     start: float, ahead_ms: float, rtt_s: float, waits: list[float]
 ) -> None:
     """Neither slews nor weeks add up to rounding errors."""
@@ -316,7 +316,7 @@ WAIT_S = st.floats(1e-6, 1e-5) | st.floats(1e-6, 5) | st.floats(1e-6, 1e5)
 
 
 @given(start_s=st.floats(0, 2e6), history=st.lists(st.tuples(WAIT_S, ASKED | st.none())))
-def test_it_is_monotone_and_never_hurries(
+def test_clock_is_monotone_and_within_its_slew_rate(
     start_s: float, history: list[tuple[float, Asked | None]]
 ) -> None:
     clock = ServerClock(WALL_MS, start_s)
@@ -327,7 +327,7 @@ def test_it_is_monotone_and_never_hurries(
         if asked is not None:
             if asked.reset:
                 clock.reset_filter()
-            # Late: read after the instant `before_s` was told, though it came before.
+            # A late reply: read after a client saw the instant `before_s`, although it came before.
             received_s = before_s - wait_s if asked.late else now_s
             clock.observe(received_s - asked.rtt_s, received_s, asked.reference_ms)
             disciplined = True
@@ -341,7 +341,7 @@ def test_it_is_monotone_and_never_hurries(
         assert (error_ms is None) == (uncertainty_ms is None) == (not disciplined)
 
 
-def test_it_does_not_run_backwards_between_neighbouring_floats() -> None:
+def test_clock_is_monotone_between_neighbouring_floats() -> None:
     rng = random.Random(5)
     for _ in range(1000):
         start_s = rng.uniform(0, 1e6)

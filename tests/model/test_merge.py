@@ -25,7 +25,8 @@ from bandsync.model.session import (
 )
 from bandsync.model.transport import initial
 from bandsync.rules.actions import Audit, Drop
-from bandsync.rules.draft import ServerContext, new_session
+from bandsync.rules.draft import new_session
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, SetRole, UpdateMessage
 from bandsync.wire.messages import encode
 from bandsync.wire.snapshots import snapshot
@@ -191,13 +192,13 @@ def check_laws(a: Session, b: Session, c: Session) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(triples)
-def test_the_laws(copies: Sequence[Session]) -> None:
+def test_merge_is_commutative_associative_and_idempotent(copies: Sequence[Session]) -> None:
     check_laws(*copies)
 
 
 @settings(max_examples=100, deadline=None)
 @given(triples)
-def test_slots_are_unique_and_those_of_the_stored_copy_stay(copies: Sequence[Session]) -> None:
+def test_ring_slots_are_unique_and_stored_ones_stay(copies: Sequence[Session]) -> None:
     a, b, _ = copies
     merged = merge(a, b)
     slots = [chat.slot for chat in merged.chat]
@@ -213,7 +214,7 @@ def test_slots_are_unique_and_those_of_the_stored_copy_stay(copies: Sequence[Ses
 
 @settings(max_examples=100, deadline=None)
 @given(triples)
-def test_what_is_outside_the_merge(copies: Sequence[Session]) -> None:
+def test_version_and_activity_are_the_maximum(copies: Sequence[Session]) -> None:
     a, b, _ = copies
     merged = merge(a, b)
     assert merged.version == max(a.version, b.version)
@@ -231,7 +232,7 @@ def reslotted(session: Session) -> tuple[Chat, ...]:
 
 @settings(max_examples=100, deadline=None)
 @given(histories())
-def test_nothing_done_under_the_winning_leader_is_lost(copies: Sequence[Session]) -> None:
+def test_changes_under_the_winning_leader_survive(copies: Sequence[Session]) -> None:
     a, b, _ = copies
     merged = merge(a, b)
     for register in ("transport", "headline"):
@@ -246,7 +247,7 @@ def test_nothing_done_under_the_winning_leader_is_lost(copies: Sequence[Session]
 
 @settings(max_examples=100, deadline=None)
 @given(histories())
-def test_sizes_stay_bounded(copies: Sequence[Session]) -> None:
+def test_merge_keeps_sizes_bounded(copies: Sequence[Session]) -> None:
     a, b, c = copies
     merged = merge(merge(a, b), c)
     assert len(merged.chat) <= CHAT_RING
@@ -279,7 +280,7 @@ def leader_name(session: Session) -> str | None:
     return None if leader is None else leader.display_name
 
 
-def test_of_two_claims_of_the_same_term_the_later_wins_with_all_done_under_it() -> None:
+def test_later_claim_of_one_term_wins_with_its_changes() -> None:
     copies = apart_from("Ann", "Bob", "Cid")
     copies.step(1, "Bob", "claim", 0, 1.0)
     copies.step(2, "Cid", "claim", 0, 1.0)
@@ -293,7 +294,7 @@ def test_of_two_claims_of_the_same_term_the_later_wins_with_all_done_under_it() 
     assert merged.headline.value == "2"
 
 
-def test_a_change_of_one_part_does_not_undo_one_of_another() -> None:
+def test_changes_of_different_registers_both_survive() -> None:
     copies = apart_from("Ann", "Bob")
     copies.step(0, "Ann", "play", 0, 1.0)
     copies.step(1, "Bob", "chat", 0, 1.0)
@@ -305,14 +306,14 @@ def test_a_change_of_one_part_does_not_undo_one_of_another() -> None:
     assert not merged.members[copies.stage.ids["Bob"]].connected
 
 
-def test_a_tombstone_stays_against_a_copy_that_knows_nothing_of_it() -> None:
+def test_tombstone_wins_against_an_older_record() -> None:
     copies = apart_from("Ann", "Bob")
     copies.step(1, "Bob", "leave", 0, 1.0)
     copies.step(0, "Ann", "headline", 0, 100.0)
     assert not both(copies).members[copies.stage.ids["Bob"]].present
 
 
-def test_who_resumed_elsewhere_is_not_undone_by_a_later_drop_of_the_old_connection() -> None:
+def test_late_drop_of_the_old_connection_does_not_undo_a_resume() -> None:
     copies = apart_from("Ann", "Bob")
     old = copies.stage.connections["Bob"]
     copies.step(0, "Bob", "resume", 0, 1.0)
@@ -323,7 +324,7 @@ def test_who_resumed_elsewhere_is_not_undone_by_a_later_drop_of_the_old_connecti
     assert (merged.connection_id, merged.connected) == (new, True)
 
 
-def test_of_two_lives_the_one_born_first_goes_on_with_the_members_of_both() -> None:
+def test_older_epoch_wins_with_the_members_of_both() -> None:
     copies = Copies()
     copies.step(0, "Ann", "join", 0, 0.0)
     copies.step(1, "Bob", "join", 0, 5.0)
@@ -336,7 +337,7 @@ def test_of_two_lives_the_one_born_first_goes_on_with_the_members_of_both() -> N
     assert leader_name(merged) == "Bob"
 
 
-def test_the_ring_keeps_the_last_fifty_of_both() -> None:
+def test_ring_keeps_the_last_fifty_messages_of_both() -> None:
     copies = apart_from("Ann", "Bob")
     for number in range(CHAT_RING):
         copies.step(number % 2, NAMES[number % 2], "chat", number % 4, 1.0)
@@ -351,14 +352,14 @@ def test_the_ring_keeps_the_last_fifty_of_both() -> None:
     assert [(chat.sent_at, chat.message_id) for chat in merged.chat] == last
 
 
-def test_equal_stamps_are_decided_by_content() -> None:
+def test_equal_stamps_are_ordered_by_content() -> None:
     session = new_session("song", "epoch", HERES[0], NOW)
     a = replace(session, headline=replace(session.headline, value="a"))
     b = replace(session, headline=replace(session.headline, value="b"))
     assert merge(a, b).headline.value == merge(b, a).headline.value == "b"
 
 
-def test_copies_that_agree_share_what_is_stored() -> None:
+def test_equal_copies_share_the_stored_parts() -> None:
     stage = Stage()
     stage.join("Ann")
     stage.do("Ann", ChatMessage(text="hi"))

@@ -70,7 +70,7 @@ def sample(transport: Transport, instant: float) -> tuple[bool, float, float]:
 
 
 @given(transports(), later, tempi, st.none() | bars, whens)
-def test_a_tempo_change_never_jumps(
+def test_tempo_change_keeps_position_and_beat(
     transport: Transport, wait: float, tempo: float, bar: int | None, at: str
 ) -> None:
     now = NOW + 30_000 + wait
@@ -81,14 +81,14 @@ def test_a_tempo_change_never_jumps(
     assert after[1] == pytest.approx(before[1], abs=NOISE_MS)
     assert after[2] == pytest.approx(before[2], abs=NOISE_BEATS)
     if changed.next is not None and before[0]:
-        # Nor where it takes effect.
+        # The same at the instant it takes effect.
         edge = changed.next.anchor_time
         assert position_at(changed, edge) == pytest.approx(changed.next.position_ms, abs=NOISE_MS)
         assert beat_at(changed, edge) == pytest.approx(changed.next.beat, abs=NOISE_BEATS)
 
 
 @given(transports(), later, tempi, st.sampled_from(["beat", "bar"]))
-def test_a_quantised_tempo_takes_effect_on_the_next_line(
+def test_quantised_tempo_takes_effect_on_the_next_beat_or_bar(
     transport: Transport, wait: float, tempo: float, at: str
 ) -> None:
     now = NOW + 30_000 + wait
@@ -106,7 +106,7 @@ def test_a_quantised_tempo_takes_effect_on_the_next_line(
 
 
 @given(transports(), later, positions, whens)
-def test_a_seek_lands_where_it_says(
+def test_seek_reaches_its_position(
     transport: Transport, wait: float, position: float, at: str
 ) -> None:
     now = NOW + 30_000 + wait
@@ -120,7 +120,7 @@ def test_a_seek_lands_where_it_says(
 
 
 @given(transports(), later, st.none() | positions, st.floats(0, 10_000))
-def test_a_start_happens_after_its_lead_and_not_before(
+def test_start_happens_exactly_after_its_lead(
     transport: Transport, wait: float, position: float | None, delay: float
 ) -> None:
     now = NOW + 30_000 + wait
@@ -152,7 +152,7 @@ def test_pause_freezes_and_stop_rewinds(transport: Transport, wait: float) -> No
 
 
 @given(transports(), later, st.floats(-1000, 60_000))
-def test_a_shift_moves_position_and_beat_together(
+def test_shift_moves_position_and_beat_together(
     transport: Transport, wait: float, difference: float
 ) -> None:
     now = NOW + 30_000 + wait
@@ -170,7 +170,7 @@ def test_a_shift_moves_position_and_beat_together(
     )
 
 
-def test_a_tempo_tap_during_the_count_in_keeps_the_start() -> None:
+def test_tempo_change_during_the_count_in_keeps_the_start() -> None:
     counted = play(initial(NOW), NOW, 4000.0, 2000.0)
     tapped = set_tempo(counted, NOW + 500, 90.0, 3, "now")
     assert not in_force(tapped, NOW + 1999).is_playing
@@ -179,7 +179,7 @@ def test_a_tempo_tap_during_the_count_in_keeps_the_start() -> None:
     assert (start.tempo_bpm, start.beats_per_bar, start.position_ms) == (90.0, 3, 4000.0)
 
 
-def test_a_seek_during_the_count_in_moves_the_start() -> None:
+def test_seek_during_the_count_in_moves_the_start_position() -> None:
     sought = seek(play(initial(NOW), NOW, None, 2000.0), NOW + 500, 6000.0, "bar")
     assert in_force(sought, NOW + 1000).position_ms == 6000.0
     assert in_force(sought, NOW + 2000) == replace(
@@ -187,7 +187,7 @@ def test_a_seek_during_the_count_in_moves_the_start() -> None:
     )
 
 
-def test_a_tempo_change_moves_a_scheduled_seek_with_its_bar() -> None:
+def test_tempo_change_keeps_a_scheduled_seek_on_its_bar() -> None:
     playing = play(initial(NOW), NOW, 0.0, 0)  # 120 BPM: the bar line is at 2000 ms.
     sought = seek(playing, NOW + 500, 60_000.0, "bar")
     assert sought.next is not None
@@ -198,7 +198,7 @@ def test_a_tempo_change_moves_a_scheduled_seek_with_its_bar() -> None:
     assert (slower.next.position_ms, slower.next.tempo_bpm) == (60_000.0, 60.0)
 
 
-def test_a_seek_now_puts_a_scheduled_tempo_on_the_next_bar_of_the_new_place() -> None:
+def test_seek_moves_a_scheduled_tempo_to_the_next_bar() -> None:
     playing = play(initial(NOW), NOW, 0.0, 0)
     pending = set_tempo(playing, NOW + 100, 60.0, None, "bar")
     sought = seek(pending, NOW + 200, 10_250.0, "now")  # Beat 20.5: 3.5 beats to the bar line.
@@ -207,19 +207,19 @@ def test_a_seek_now_puts_a_scheduled_tempo_on_the_next_bar_of_the_new_place() ->
     assert (sought.next.beat, sought.next.tempo_bpm) == (pytest.approx(24.0), 60.0)
 
 
-def test_a_shift_before_the_start_moves_the_beat_as_far_as_the_position() -> None:
+def test_shift_before_the_start_moves_the_beat_with_the_position() -> None:
     playing = play(initial(NOW), NOW, 1000.0, 0)
     shifted = shift(playing, NOW, -5000.0)
     assert (shifted.position_ms, shifted.beat) == (0.0, 0.0)
 
 
-def test_a_song_is_at_most_a_day_long() -> None:
+def test_position_stops_at_the_longest_song() -> None:
     playing = play(initial(NOW), NOW, 86_399_000.0, 0)
     assert position_at(playing, NOW + 5000) == 86_400_000.0
     assert pause(playing, NOW + 5000).position_ms == 86_400_000.0
 
 
-def test_a_promised_start_of_a_playing_song_keeps_its_instant() -> None:
+def test_scheduled_start_of_a_playing_song_keeps_its_instant() -> None:
     playing = play(initial(NOW), NOW, 0.0, 0)
     restart = play(playing, NOW + 100, 30_000.0, 1234.5)
     slower = set_tempo(restart, NOW + 200, 60.0, None, "now")
@@ -229,7 +229,7 @@ def test_a_promised_start_of_a_playing_song_keeps_its_instant() -> None:
 
 
 @pytest.mark.parametrize("at", ["beat", "bar"])
-def test_a_promised_start_keeps_its_instant_when_the_tempo_is_to_change_on_a_line(at: At) -> None:
+def test_scheduled_start_keeps_its_instant_on_a_quantised_tempo_change(at: At) -> None:
     playing = play(initial(NOW), NOW, 0.0, 0)
     restart = play(playing, NOW + 100, 30_000.0, 2234.5)  # Four beats of count-in, and a lead.
     slower = set_tempo(restart, NOW + 200, 60.0, None, at)
@@ -239,7 +239,7 @@ def test_a_promised_start_keeps_its_instant_when_the_tempo_is_to_change_on_a_lin
     assert (start.position_ms, start.tempo_bpm, start.beat) == (30_000.0, 60.0, 30.0)
 
 
-def test_seek_and_tempo_on_the_same_bar_both_happen() -> None:
+def test_seek_and_tempo_on_the_same_bar_both_take_effect() -> None:
     playing = play(initial(NOW), NOW, 0.0, 0)
     both = set_tempo(seek(playing, NOW + 10, 8000.0, "bar"), NOW + 20, 90.0, None, "bar")
     landing = both.next
@@ -248,7 +248,7 @@ def test_seek_and_tempo_on_the_same_bar_both_happen() -> None:
     assert landing.beat == pytest.approx(12.0)
 
 
-def test_leads() -> None:
+def test_automatic_lead_is_the_largest_latency_up_to_its_limit() -> None:
     assert auto_lead([]) == auto_lead([300.0]) == 0.0
     assert auto_lead([20.0, 130.0]) == 130.0
     assert auto_lead([20.0, 3000.0]) == 400.0

@@ -23,7 +23,7 @@ from bandsync.ops.samples import (
     unpacked,
 )
 from bandsync.rules.actions import Drop
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.history import HISTORY, Failover, History, Mode, ModeChange, Recovery
 from tests.support.states import Stage

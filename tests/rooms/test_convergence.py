@@ -15,12 +15,13 @@ from msgspec.structs import replace
 
 from bandsync.model import merge as merge_module
 from bandsync.model.merge import merge, same_content
-from bandsync.model.session import Member, Session, Stamp, Tip, leader_of, present, settle, tip
+from bandsync.model.session import Member, Session, Stamp, Tip, leader_of, present, tip
 from bandsync.rules import draft as draft_module
 from bandsync.rules.actions import Actor, Audit, Bind, Command, Decision, Drop, Expire
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.leadership import settle
 from bandsync.rules.reconcile import Adopt, Write, reconcile, superseded
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import parse_resume_token
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, Refusal, SetRole, UpdateMessage
 from bandsync.wire.messages import Event, Snapshot, You
@@ -303,7 +304,7 @@ class Server:
         """Decide and commit; the events go to all connections."""
         for _ in range(MAX_ATTEMPTS):
             base = self.mirror
-            decision = decide(base, command, replace(actor, here=self.here), self.now)
+            decision = decide(base, command, replace(actor, server=self.here), self.now)
             if isinstance(decision, Refusal) or not decision.events:
                 return decision
             session = replace(decision.session, event_id=self.world.draw("event"))

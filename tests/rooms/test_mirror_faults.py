@@ -20,7 +20,7 @@ from bandsync.rooms.hub import Hub
 from bandsync.rooms.room import Room
 from bandsync.rules.actions import Actor, Bind, Command, Decision, Drop
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import (
     Committed,

@@ -21,20 +21,20 @@ def admitted(message: JoinSession, doorway: JoinContext) -> Bind:
     return command
 
 
-def test_what_the_message_leaves_out() -> None:
+def test_omitted_fields_get_defaults() -> None:
     command = admitted(JoinSession(), JoinContext("song"))
     assert command == Bind("song", "e", "s", "Musician")
     assert admitted(JoinSession(session_id="mine"), JoinContext("song")).session_id == "mine"
 
 
 @pytest.mark.parametrize("path", ["", "a b", "x" * 65])
-def test_no_session(path: str) -> None:
+def test_missing_session_id_is_refused(path: str) -> None:
     refused = admit(JoinSession(), JoinContext(path), epoch_id="e", secret="s", now=NOW)
     assert isinstance(refused, Refusal)
     assert refused.context == {"field": "sessionId"}
 
 
-def test_which_resume_tokens_are_tried_in_which_order() -> None:
+def test_resume_tokens_are_tried_in_order() -> None:
     there = JoinContext("song", "song", OWN)
     assert admitted(JoinSession(), there).resume == (OWN,)
     assert admitted(JoinSession(resume_token=str(OTHER)), there).resume == (OTHER, OWN)
@@ -42,7 +42,7 @@ def test_which_resume_tokens_are_tried_in_which_order() -> None:
     assert admitted(JoinSession(session_id="other"), there).resume == ()
 
 
-def test_claims_go_before_the_message() -> None:
+def test_claims_override_the_message() -> None:
     claims = {"sub": "u", "session": "song", "exp": NOW / 1000 + 60}
     guarded = JoinContext("song", join_secret=SECRET)
 
@@ -62,7 +62,7 @@ def test_claims_go_before_the_message() -> None:
         assert refused.code == "unauthorized"
 
 
-def test_a_token_that_has_expired_lets_nobody_in_but_back() -> None:
+def test_expired_token_allows_only_a_resume() -> None:
     guarded = JoinContext("song", join_secret=SECRET)
     old = jwt.encode({"sub": "u", "session": "song", "exp": NOW / 1000 - 1}, SECRET)
     back = admitted(JoinSession(token=old, resume_token=str(OWN)), guarded)
@@ -89,5 +89,5 @@ def test_a_token_that_has_expired_lets_nobody_in_but_back() -> None:
         (200.1, "poor"),
     ],
 )
-def test_names_of_round_trips(latency: float | None, name: str) -> None:
+def test_quality_names_a_round_trip(latency: float | None, name: str) -> None:
     assert quality(latency) == name

@@ -1,7 +1,5 @@
 """The rules of a session, by property and by example."""
 
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +14,9 @@ from bandsync.model.session import (
     leader_of,
     present,
 )
-from bandsync.model.transport import in_force
 from bandsync.rules.actions import Actor, Bind, Decision, Drop, Expire
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import ResumeToken, parse_resume_token
 from bandsync.wire.commands import (
     ChatMessage,
@@ -27,29 +24,21 @@ from bandsync.wire.commands import (
     Play,
     PositionSync,
     Refusal,
-    RequestLeader,
     Seek,
-    SetRole,
     SetTempo,
     Stop,
     SyncRequest,
 )
 from bandsync.wire.messages import (
-    Event,
     MemberConnection,
     Played,
-    RoleChanged,
     Snapshot,
     SyncResponse,
     TempoChanged,
     UserLeft,
     encode,
 )
-from tests.support.states import HERE, NOW, Stage, step, steps
-
-
-def kinds(events: Sequence[Event]) -> list[str]:
-    return [type(event).__name__ for event in events]
+from tests.support.states import NOW, Stage, kinds, step, steps
 
 
 def registers(session: Session) -> dict[str, tuple[object, object]]:
@@ -68,7 +57,7 @@ def registers(session: Session) -> dict[str, tuple[object, object]]:
 
 @settings(max_examples=300, deadline=None)
 @given(steps, st.booleans(), st.sampled_from(["claim", "open"]))
-def test_whatever_a_band_does(
+def test_invariants_hold_for_any_commands(
     script: list[tuple[str, str, int, float]], isolated: bool, leadership: str
 ) -> None:
     stage = Stage(ServerContext("stage", "boot-1", 3, leadership, isolated))
@@ -90,7 +79,7 @@ def test_whatever_a_band_does(
         elif isinstance(decision, Refusal):
             assert after is before
 
-        # Exactly one leader while anybody is connected, unless the only one stepped down.
+        # Exactly one leader while a member is connected, unless the only member stepped down.
         connected = [member for member in present(after) if member.connected]
         if after.leader.member_id == "":
             vacated = True
@@ -103,7 +92,7 @@ def test_whatever_a_band_does(
         assert sum(1 for _ in present(after)) <= after.settings.value.max_members
         assert len(after.chat) <= CHAT_RING
 
-        # What a merge compares never goes backwards, and never changes without going forwards.
+        # Stamps never go backwards, and content never changes without a later stamp.
         if before is not None:
             assert after.epoch == before.epoch
             assert after.last_active_at >= before.last_active_at
@@ -122,7 +111,7 @@ def test_whatever_a_band_does(
             assert len({chat.slot for chat in after.chat}) == len(after.chat)
 
 
-def test_deciding_again_repeats_nothing() -> None:
+def test_second_decision_is_idempotent() -> None:
     stage = Stage()
     stage.join("Ann")
     assert stage.session is not None
@@ -134,142 +123,7 @@ def test_deciding_again_repeats_nothing() -> None:
     assert again.session is once.session
 
 
-def test_the_first_member_leads_whatever_it_wants() -> None:
-    stage = Stage()
-    assert stage.join("Ann").role == "leader"
-    assert stage.join("Bob", lead=True).role == "follower"
-    assert stage.session is not None
-    assert stage.session.version == 2
-
-
-def test_a_leader_in_its_grace_can_be_replaced_by_who_joins_to_lead() -> None:
-    stage = Stage()
-    stage.join("Ann")
-    stage.join("Bob")
-    stage.do("Ann", Drop())
-    assert stage.join("Cid").role == "follower"
-    assert stage.join("Dan", lead=True).role == "leader"
-    assert stage.join("Ann", resume=True).role == "follower"
-
-
-def test_a_claim_tells_of_the_old_leader_first() -> None:
-    stage = Stage()
-    ann = stage.join("Ann")
-    bob = stage.join("Bob")
-    refused = stage.attempt("Bob", SetRole(role="leader"))
-    assert isinstance(refused, Refusal)
-    assert refused.code == "leader_present"
-    stage.do("Ann", Drop())
-    claimed = stage.do("Bob", SetRole(role="leader"))
-    assert [
-        (event.member_id, event.role, event.previous_role, event.reason)
-        for event in claimed.events
-        if isinstance(event, RoleChanged)
-    ] == [
-        (ann.member_id, "follower", "leader", "claimed"),
-        (bob.member_id, "leader", "follower", "claimed"),
-    ]
-    assert not stage.do("Bob", SetRole(role="leader")).events
-
-
-def test_open_leadership_can_be_claimed_at_any_time() -> None:
-    stage = Stage(ServerContext("stage", "boot-1", 8, "open"))
-    stage.join("Ann")
-    stage.join("Bob")
-    stage.do("Bob", SetRole(role="leader"))
-    assert stage.leader == "Bob"
-
-
-def test_in_memory_mode_a_leader_out_of_reach_can_be_replaced() -> None:
-    stage = Stage(ServerContext("far", "boot-far", 8))
-    stage.join("Ann")
-    stage.here = HERE
-    stage.join("Bob")
-    stage.do("Bob", SetRole(role="leader"))
-    assert stage.leader == "Bob"
-    stage.here = ServerContext("stage", "boot-1", 8, isolated=False)
-    stage.join("Cid")
-    refused = stage.attempt("Cid", SetRole(role="leader"))
-    assert isinstance(refused, Refusal)
-
-
-def test_hand_over() -> None:
-    stage = Stage()
-    ann = stage.join("Ann")
-    bob = stage.join("Bob")
-    for name, command, code in [
-        ("Bob", SetRole(role="leader", member_id=ann.member_id), "not_leader"),
-        ("Bob", SetRole(role="follower", member_id=ann.member_id), "invalid_field"),
-        ("Ann", SetRole(role="follower", member_id=bob.member_id), "invalid_field"),
-        ("Ann", SetRole(role="leader", member_id="nobody"), "not_member"),
-    ]:
-        refused = stage.attempt(name, command)
-        assert isinstance(refused, Refusal)
-        assert refused.code == code
-    handed = stage.do("Ann", SetRole(role="leader", member_id=bob.member_id))
-    assert [event.reason for event in handed.events if isinstance(event, RoleChanged)] == [
-        "handed_over"
-    ] * 2
-    assert stage.leader == "Bob"
-
-
-def test_stepping_down_elects_the_longest_connected_but_never_oneself() -> None:
-    stage = Stage()
-    stage.join("Ann")
-    for name in ("Bob", "Cid"):
-        stage.now += 1000
-        stage.join(name)
-    stage.now += 1000
-    stage.do("Bob", Drop())
-    stage.join("Bob", resume=True)  # Its latest connection is younger than Cid's now.
-    down = stage.do("Ann", SetRole(role="follower"))
-    assert [
-        (event.role, event.reason) for event in down.events if isinstance(event, RoleChanged)
-    ] == [
-        ("follower", "stepped_down"),
-        ("leader", "elected"),
-    ]
-    assert stage.leader == "Cid"
-
-
-def test_alone_one_can_step_down_and_the_next_leads() -> None:
-    stage = Stage()
-    stage.join("Ann")
-    down = stage.do("Ann", SetRole(role="follower"))
-    assert kinds(down.events) == ["RoleChanged"]
-    assert stage.leader is None
-    stage.do("Ann", ChatMessage(text="still nobody leads"))
-    assert stage.leader is None
-    assert isinstance(stage.attempt("Ann", Play()), Refusal)
-    assert stage.join("Bob").role == "leader"
-
-
-def test_leaderless_whoever_resumes_leads() -> None:
-    stage = Stage()
-    stage.join("Ann")
-    stage.join("Bob")
-    stage.do("Bob", Drop())
-    stage.do("Ann", LeaveSession())
-    assert stage.leader is None
-    assert stage.join("Bob", resume=True).role == "leader"
-
-
-def test_the_grace_of_a_leader_ends_in_an_election_and_the_song_plays_on() -> None:
-    stage = Stage()
-    stage.join("Ann")
-    stage.now += 1
-    stage.join("Bob")
-    stage.do("Ann", Play(start_in_ms=0))
-    stage.do("Ann", Drop())
-    assert stage.leader == "Ann"
-    ended = stage.do("Ann", Expire("timeout"))
-    assert kinds(ended.events) == ["UserLeft", "RoleChanged"]
-    assert stage.leader == "Bob"
-    assert stage.session is not None
-    assert in_force(stage.session.transport.value, stage.now + 5).is_playing
-
-
-def test_drops_and_graces_name_their_connection() -> None:
+def test_drop_and_expire_of_an_old_connection_do_nothing() -> None:
     stage = Stage()
     stage.join("Ann")
     old = stage.connections["Ann"]
@@ -285,7 +139,7 @@ def test_drops_and_graces_name_their_connection() -> None:
     assert kinds(stage.do("Ann", Drop()).events) == ["MemberConnection"]
 
 
-def test_a_resume_binds_and_counts() -> None:
+def test_resume_binds_and_increments_the_incarnation() -> None:
     stage = Stage()
     ann = stage.join("Ann")
     again = stage.join("Ann", resume=True)
@@ -295,12 +149,12 @@ def test_a_resume_binds_and_counts() -> None:
     assert member.incarnation == 2
     assert again.resume_token.startswith(f"{ann.member_id}.2.")
     assert again.resumed
-    # A server that knows an older state takes over the count of the token.
+    # A server with an older state takes the incarnation from the token.
     stage.tokens["Ann"] = again.resume_token.replace(".2.", ".40.")
     assert f"{ann.member_id}.41." in stage.join("Ann", resume=True).resume_token
 
 
-def test_a_resume_after_the_grace_joins_anew() -> None:
+def test_resume_after_the_grace_joins_anew() -> None:
     stage = Stage()
     ann = stage.join("Ann")
     stage.do("Ann", Drop())
@@ -310,7 +164,7 @@ def test_a_resume_after_the_grace_joins_anew() -> None:
     assert again.member_id != ann.member_id
 
 
-def test_a_connection_that_resumes_as_another_replaces_itself() -> None:
+def test_connection_that_resumes_as_another_member_replaces_its_own() -> None:
     stage = Stage()
     stage.join("Ann")
     stage.join("Bob")
@@ -325,7 +179,7 @@ def test_a_connection_that_resumes_as_another_replaces_itself() -> None:
     assert (replaced.member_id, replaced.reason) == (stage.ids["Cid"], "replaced")
 
 
-def test_the_members_of_a_full_session_can_still_resume() -> None:
+def test_members_of_a_full_session_can_resume() -> None:
     stage = Stage(ServerContext("stage", "boot-1", 2))
     stage.join("Ann")
     stage.join("Bob")
@@ -337,7 +191,7 @@ def test_the_members_of_a_full_session_can_still_resume() -> None:
     assert stage.join("Bob", resume=True).resumed
 
 
-def test_who_may_only_come_back_does_not_come_anew() -> None:
+def test_resume_only_refuses_a_new_member() -> None:
     stage = Stage()
     stage.join("Ann")
     token = parse_resume_token(stage.tokens["Ann"])
@@ -359,7 +213,7 @@ def test_who_may_only_come_back_does_not_come_anew() -> None:
     ("latencies", "lead"),
     [({}, 0.0), ({"Bob": 120.0}, 120.0), ({"Ann": 30.0, "Bob": 900.0}, 400.0)],
 )
-def test_the_lead_of_a_start_lets_the_slowest_hear_of_it(
+def test_lead_of_a_start_covers_the_slowest_member(
     latencies: dict[str, float], lead: float
 ) -> None:
     stage = Stage()
@@ -374,12 +228,12 @@ def test_the_lead_of_a_start_lets_the_slowest_hear_of_it(
     assert isinstance(played, Played)
     assert played.transport.next is not None
     assert played.transport.next.anchor_time == NOW + lead + 1000
-    # What is before the counted beats is waiting, and not counted.
+    # The lead before the count-in is not counted.
     assert played.count_in_beats == 2
     assert b"countInBeats" not in encode(alone.events[0])
 
 
-def test_tempo_events_name_both_tempi() -> None:
+def test_tempo_event_has_both_tempi() -> None:
     stage = Stage()
     stage.join("Ann")
     (event,) = stage.do("Ann", SetTempo(tempo_bpm=90.0, tempo=50.0, beats_per_bar=3)).events
@@ -391,7 +245,7 @@ def test_tempo_events_name_both_tempi() -> None:
 @pytest.mark.parametrize(
     ("difference", "moves"), [(20.0, False), (20.5, True), (-20.0, False), (-21.0, True)]
 )
-def test_the_leader_re_anchors_beyond_20_ms(difference: float, moves: bool) -> None:
+def test_leader_re_anchors_beyond_20_ms(difference: float, moves: bool) -> None:
     stage = Stage()
     stage.join("Ann")
     stage.do("Ann", Play(position_ms=10_000))
@@ -406,7 +260,7 @@ def test_the_leader_re_anchors_beyond_20_ms(difference: float, moves: bool) -> N
         assert segment.beat == pytest.approx(30 + difference * 120 / 60_000)
 
 
-def test_a_report_that_crossed_a_seek_does_not_undo_it() -> None:
+def test_report_that_crossed_a_seek_is_ignored() -> None:
     stage = Stage()
     stage.join("Ann")
     stage.do("Ann", Play(position_ms=0))
@@ -416,15 +270,7 @@ def test_a_report_that_crossed_a_seek_does_not_undo_it() -> None:
     assert not stage.do("Ann", PositionSync(position_ms=4990, timestamp=NOW + 4990)).events
 
 
-def test_asking_where_nobody_leads_is_leading() -> None:
-    stage = Stage()
-    stage.join("Ann")
-    stage.do("Ann", SetRole(role="follower"))
-    stage.do("Ann", RequestLeader())
-    assert stage.leader == "Ann"
-
-
-def test_sync_requests() -> None:
+def test_sync_request_gets_a_snapshot_when_behind() -> None:
     stage = Stage()
     stage.join("Ann")
     assert stage.session is not None
@@ -439,7 +285,7 @@ def test_sync_requests() -> None:
         assert type(stage.do("Ann", request).reply) is reply
 
 
-def test_the_chat_keeps_the_last_fifty() -> None:
+def test_chat_keeps_the_last_fifty() -> None:
     stage = Stage()
     stage.join("Ann")
     for number in range(CHAT_RING + 7):
@@ -449,7 +295,7 @@ def test_the_chat_keeps_the_last_fifty() -> None:
     assert sorted(chat.slot for chat in stage.session.chat) == list(range(CHAT_RING))
 
 
-def test_chat_stays_in_order_when_the_clock_does_not() -> None:
+def test_chat_stays_in_order_when_the_clock_steps_back() -> None:
     stage = Stage()
     stage.join("Ann")
     for text in ("first", "second", "third"):
@@ -461,7 +307,7 @@ def test_chat_stays_in_order_when_the_clock_does_not() -> None:
     assert len({sent_at for sent_at, _ in ring}) == 3
 
 
-def test_a_snapshot_shows_where_the_song_is_now() -> None:
+def test_snapshot_shows_the_current_position() -> None:
     stage = Stage()
     stage.join("Ann")
     stage.do("Ann", Play(position_ms=10_000))
@@ -476,7 +322,7 @@ def test_a_snapshot_shows_where_the_song_is_now() -> None:
     assert (reply.position, reply.tempo, reply.tempo_bpm) == (17_500, 90.0, 90.0)
 
 
-def test_tombstones_are_pruned() -> None:
+def test_old_tombstones_are_pruned() -> None:
     stage = Stage()
     stage.join("Ann")
     bob = stage.join("Bob").member_id
@@ -488,7 +334,7 @@ def test_tombstones_are_pruned() -> None:
     assert bob not in stage.session.members
 
 
-def test_tombstones_are_few() -> None:
+def test_number_of_tombstones_is_bounded() -> None:
     stage = Stage()
     stage.join("Ann")
     for number in range(MAX_TOMBSTONES + 10):
@@ -501,7 +347,7 @@ def test_tombstones_are_few() -> None:
     assert stage.ids["Guest 0"] not in stage.session.members
 
 
-def test_deciding_a_join_again_repeats_nothing() -> None:
+def test_second_decision_of_a_join_is_idempotent() -> None:
     stage = Stage(ServerContext("stage", "boot-1", 1))
     bind = Bind("song", "e", "secret", "Ann")
     actor = Actor(stage.here, "connection", "", "member")
@@ -515,7 +361,7 @@ def test_deciding_a_join_again_repeats_nothing() -> None:
     assert again.reply.you == once.reply.you
 
 
-def test_events_of_joining_and_dropping() -> None:
+def test_join_and_drop_emit_their_events() -> None:
     stage = Stage()
     stage.join("Ann")
     stage.join("Bob")

@@ -14,7 +14,6 @@ from bandsync.model.session import (
     role_of,
 )
 from bandsync.rules.actions import Audit, Decision, Drop, Expire
-from bandsync.rules.draft import ServerContext
 from bandsync.rules.reconcile import (
     FORGETTABLE_MS,
     Adopt,
@@ -23,6 +22,7 @@ from bandsync.rules.reconcile import (
     reconcile,
     superseded,
 )
+from bandsync.rules.server_context import ServerContext
 from bandsync.wire.commands import (
     ChatMessage,
     LeaveSession,
@@ -85,27 +85,27 @@ def written(outcome: Adopt | Write | None) -> Write:
     return outcome
 
 
-def test_nothing_is_made_of_nothing(band: Band) -> None:
+def test_no_mirror_and_nothing_stored_gives_nothing(band: Band) -> None:
     assert reconcile(None, None, {}, ONE, NOW) is None
 
 
-def test_without_a_mirror_what_is_stored_is_adopted(band: Band) -> None:
+def test_stored_state_is_adopted_without_a_mirror(band: Band) -> None:
     assert reconcile(None, band.state, {}, ONE, NOW) == Adopt(band.state)
 
 
-def test_same_tips_write_nothing(band: Band) -> None:
+def test_equal_tips_write_nothing(band: Band) -> None:
     assert reconcile(band.state, band.state, band.own("Ann"), ONE, band.now) == Adopt(band.state)
     assert reconcile(band.state, band.state, band.own("Bob"), TWO, band.now) == Adopt(band.state)
 
 
-def test_what_others_committed_is_adopted_as_it_is(band: Band) -> None:
+def test_newer_stored_state_is_adopted(band: Band) -> None:
     mirror = band.state
     own = band.own("Bob")
     band.do("Ann", UpdateMessage(message="from the top"))
     assert reconcile(mirror, band.state, own, TWO, band.now) == Adopt(band.state)
 
 
-def test_who_leads_by_now_is_told_where_the_versions_have_room(band: Band) -> None:
+def test_role_changes_fill_the_skipped_versions(band: Band) -> None:
     mirror = band.state
     own = band.own("Bob")
     band.do("Ann", SetRole("leader", band.ids["Bob"]))
@@ -123,7 +123,7 @@ def test_who_leads_by_now_is_told_where_the_versions_have_room(band: Band) -> No
     assert first + 1 == band.state.version
 
 
-def test_adopting_never_goes_backwards(band: Band) -> None:
+def test_older_version_is_not_adopted(band: Band) -> None:
     stored = band.state
     mirror = replace(stored, version=stored.version + 5, event_id="later")
     outcome = written(reconcile(mirror, stored, band.own("Ann"), ONE, band.now))
@@ -133,7 +133,7 @@ def test_adopting_never_goes_backwards(band: Band) -> None:
     assert outcome.shown == outcome.session
 
 
-def test_a_flushed_redis_refilled_to_the_same_number_is_merged(band: Band) -> None:
+def test_flushed_redis_with_the_same_version_is_merged(band: Band) -> None:
     mirror = band.state
     stranger = Stage(TWO, band.now + 10, "other-")
     stranger.join("Cid")
@@ -147,7 +147,7 @@ def test_a_flushed_redis_refilled_to_the_same_number_is_merged(band: Band) -> No
     assert outcome.session.version > mirror.version
 
 
-def test_an_absent_key_is_put_back(band: Band) -> None:
+def test_absent_key_is_written_back(band: Band) -> None:
     outcome = written(reconcile(band.state, None, band.own("Ann"), ONE, band.now))
     assert same_content(outcome.session, band.state)
     assert outcome.session.version == band.state.version + 1
@@ -155,7 +155,7 @@ def test_an_absent_key_is_put_back(band: Band) -> None:
     assert outcome.session.last_active_at == band.state.last_active_at
 
 
-def test_an_older_dump_takes_nothing_back(band: Band) -> None:
+def test_older_dump_is_merged_without_loss(band: Band) -> None:
     dump = band.state
     band.do("Ann", UpdateMessage(message="kept"))
     band.do("Bob", ChatMessage(text="kept too"))
@@ -164,7 +164,7 @@ def test_an_older_dump_takes_nothing_back(band: Band) -> None:
     assert [chat.text for chat in outcome.session.chat] == ["kept too"]
 
 
-def test_a_dirty_room_is_put_back_with_its_last_member_gone(band: Band) -> None:
+def test_dirty_room_without_members_is_written_back(band: Band) -> None:
     stored = band.state
     band.at(ALONE, stored)
     band.do("Ann", UpdateMessage(message="written in memory mode"))
@@ -172,13 +172,13 @@ def test_a_dirty_room_is_put_back_with_its_last_member_gone(band: Band) -> None:
     outcome = written(reconcile(band.state, stored, {}, ONE, band.now))
     assert outcome.session.headline.value == "written in memory mode"
     assert not outcome.session.members[band.ids["Ann"]].present
-    # Among all servers now, Bob can be elected; in memory mode it was out of reach.
+    # Bob is eligible among all servers; in memory mode it was out of reach.
     leader = leader_of(outcome.session)
     assert leader is not None
     assert leader.display_name == "Bob"
 
 
-def test_two_claims_of_the_same_term_are_settled_and_told(band: Band) -> None:
+def test_two_claims_of_one_term_are_settled_with_events(band: Band) -> None:
     band.here = TWO
     band.join("Cid")
     common = band.state
@@ -206,7 +206,7 @@ def test_two_claims_of_the_same_term_are_settled_and_told(band: Band) -> None:
     assert role_of(outcome.shown, band.ids["Cid"]) == "leader"
 
 
-def test_the_leader_moved_in_a_partition_and_keeps_the_lead(band: Band) -> None:
+def test_leader_that_moved_in_a_partition_keeps_the_lead(band: Band) -> None:
     common = band.state
     old = band.own("Ann")
     # Server one is cut off; Ann comes back at server two, where its binding is older.
@@ -230,7 +230,7 @@ def test_the_leader_moved_in_a_partition_and_keeps_the_lead(band: Band) -> None:
     assert superseded(moved, old) == [ann.member_id]
 
 
-def test_a_zombie_commit_executed_late_is_merged(band: Band) -> None:
+def test_late_zombie_commit_is_merged(band: Band) -> None:
     base = band.state
     band.do("Ann", UpdateMessage(message="sent, answer lost"))
     zombie = band.state
@@ -244,7 +244,7 @@ def test_a_zombie_commit_executed_late_is_merged(band: Band) -> None:
     assert again == Adopt(outcome.session)
 
 
-def test_a_zombie_join_whose_connection_is_gone_starts_its_grace(band: Band) -> None:
+def test_zombie_join_without_a_connection_starts_its_grace(band: Band) -> None:
     mirror = band.state
     band.join("Cid")  # Committed, but the answer and then the connection were lost.
     outcome = written(reconcile(mirror, band.state, band.own("Ann"), ONE, band.now))
@@ -269,14 +269,14 @@ def test_members_swept_in_a_partition_are_asserted_again(band: Band) -> None:
     assert (ann.joined_at, ann.incarnation) == (own[ann.member_id].joined_at, 1)
     assert ann.time > swept.members[ann.member_id].time
     assert role_of(outcome.session, ann.member_id) == "follower"
-    # Ours showed Ann as leader: its clients must hear of it.
+    # This server's clients saw Ann as leader and need the event.
     assert [(band.name(event.member_id), event.role) for event in outcome.events] == [
         ("Ann", "follower"),
         ("Bob", "leader"),
     ]
 
 
-def test_who_resumed_with_the_same_token_on_two_servers_stays_at_one(band: Band) -> None:
+def test_member_resumed_on_two_servers_stays_on_one(band: Band) -> None:
     common = band.state
     token = band.tokens["Bob"]
     band.at(ALONE, common)
@@ -292,7 +292,7 @@ def test_who_resumed_with_the_same_token_on_two_servers_stays_at_one(band: Band)
     assert superseded(merged, mine) == [bob]
     assert superseded(merged, yours) == []
     assert audit(merged, yours, TWO, band.now) is merged
-    # The later one leaves again: who is still connected is not closed any more, but asserted.
+    # After the later one left, the connected member is asserted, not closed.
     band.at(TWO, merged)
     band.do("Bob", Drop())
     assert superseded(band.state, mine) == []
@@ -300,12 +300,12 @@ def test_who_resumed_with_the_same_token_on_two_servers_stays_at_one(band: Band)
     assert (asserted.connection_id, asserted.connected) == (mine[bob].connection_id, True)
 
 
-def test_the_audit_changes_nothing_that_is_so(band: Band) -> None:
+def test_audit_of_a_correct_state_changes_nothing(band: Band) -> None:
     assert audit(band.state, band.own("Ann"), ONE, band.now) is band.state
     assert audit(band.state, band.own("Bob"), TWO, band.now) is band.state
 
 
-def test_the_audit_disconnects_whom_nobody_holds(band: Band) -> None:
+def test_audit_disconnects_a_member_without_a_connection(band: Band) -> None:
     audited = audit(band.state, {}, ONE, band.now - 10_000)
     ann = audited.members[band.ids["Ann"]]
     assert (ann.present, ann.connected, ann.writer) == (True, False, "boot-one")
@@ -313,7 +313,7 @@ def test_the_audit_disconnects_whom_nobody_holds(band: Band) -> None:
     assert audited.members[band.ids["Bob"]] is band.member("Bob")
 
 
-def test_the_audit_asserts_a_member_that_the_session_never_heard_of(band: Band) -> None:
+def test_audit_asserts_an_unknown_own_member(band: Band) -> None:
     own = band.own("Ann")
     stranger = Stage(TWO, band.now, "other-")
     stranger.join("Cid")
@@ -324,7 +324,7 @@ def test_the_audit_asserts_a_member_that_the_session_never_heard_of(band: Band) 
     assert ann.time > own[ann.member_id].time
 
 
-def test_a_connection_bound_once_more_than_was_heard_of_is_no_other(band: Band) -> None:
+def test_connection_bound_again_is_not_superseded(band: Band) -> None:
     own = band.own("Ann")
     ann = band.ids["Ann"]
     again = replace(band.member("Ann"), incarnation=2, connected=False)
@@ -334,7 +334,7 @@ def test_a_connection_bound_once_more_than_was_heard_of_is_no_other(band: Band) 
     assert (asserted.incarnation, asserted.connected) == (2, True)
 
 
-def test_a_change_that_does_not_touch_the_ring_rewrites_no_message_of_it(band: Band) -> None:
+def test_change_outside_the_ring_rewrites_no_chat(band: Band) -> None:
     band.do("Ann", ChatMessage(text="one"))
     common = band.state
     band.do("Ann", ChatMessage(text="ours"))
@@ -347,7 +347,7 @@ def test_a_change_that_does_not_touch_the_ring_rewrites_no_message_of_it(band: B
     assert len({chat.slot for chat in outcome.session.chat}) == 3
 
 
-def test_old_tombstones_that_others_pruned_are_not_put_back(band: Band) -> None:
+def test_pruned_tombstones_are_not_written_back(band: Band) -> None:
     band.join("Cid")
     band.do("Cid", LeaveSession())
     mirror = band.state
@@ -359,7 +359,7 @@ def test_old_tombstones_that_others_pruned_are_not_put_back(band: Band) -> None:
     for behind in (0.0, 1000.0):
         outcome = reconcile(mirror, band.state, band.own("Ann"), ONE, band.now - behind)
         assert outcome == Adopt(band.state)
-    # A young one is: another server may still show its member.
+    # A recent tombstone is written back: another server may still show its member.
     band.now -= TOMBSTONE_MS - FORGETTABLE_MS + 1000
     outcome = written(reconcile(mirror, band.state, band.own("Ann"), ONE, band.now))
     assert not outcome.session.members[band.ids["Cid"]].present
@@ -379,17 +379,17 @@ def away(band: Band, *left: str) -> tuple[Session, Session]:
     for name in left:
         band.do(name, LeaveSession())
     band.now += TOMBSTONE_MS + 100
-    # Whoever comes in clears away the tombstones that are old.
+    # The next join prunes old tombstones.
     band.join("Eve")
     assert all(band.ids[name] not in band.state.members for name in left)
     return mirror, band.state
 
 
-def test_who_left_elsewhere_in_a_long_partition_does_not_come_back(band: Band) -> None:
+def test_member_that_left_in_a_long_partition_stays_removed(band: Band) -> None:
     mirror, stored = away(band, "Cid")
     outcome = reconcile(mirror, stored, band.own("Ann"), ONE, band.now)
     assert outcome == Adopt(stored)
-    # Nor if something happened here meanwhile.
+    # The same with a change on this server meanwhile.
     band.at(ALONE, mirror)
     band.do("Ann", ChatMessage(text="hello?"))
     merged = written(reconcile(band.state, stored, band.own("Ann"), ONE, band.now)).session
@@ -397,13 +397,13 @@ def test_who_left_elsewhere_in_a_long_partition_does_not_come_back(band: Band) -
     assert [chat.text for chat in merged.chat] == ["hello?"]
 
 
-def test_who_is_missing_but_did_not_leave_is_asserted_by_its_own_server(band: Band) -> None:
+def test_missing_member_is_asserted_by_its_own_server(band: Band) -> None:
     mirror, stored = away(band)
     own = {**band.own("Bob"), **band.own("Cid"), **band.own("Dan"), **band.own("Eve")}
     cid = band.ids["Cid"]
     members = {key: member for key, member in stored.members.items() if key != cid}
     stored = replace(stored, version=stored.version + 1, members=members)
-    # Server one cannot know better.
+    # Server one has no newer information.
     assert reconcile(mirror, stored, band.own("Ann"), ONE, band.now) == Adopt(stored)
     asserted = written(reconcile(band.state, stored, own, TWO, band.now)).session.members[cid]
     assert (asserted.present, asserted.connected, asserted.boot_id) == (True, True, "boot-two")
@@ -411,7 +411,7 @@ def test_who_is_missing_but_did_not_leave_is_asserted_by_its_own_server(band: Ba
 
 
 @pytest.mark.parametrize("loss", ["absent", "older", "another history"])
-def test_a_redis_that_lost_its_memory_takes_no_member_away(band: Band, loss: str) -> None:
+def test_data_loss_in_redis_removes_no_member(band: Band, loss: str) -> None:
     dump = band.state
     mirror, stored = away(band)
     missing = {"absent": None, "older": dump, "another history": None}[loss]
@@ -425,7 +425,7 @@ def test_a_redis_that_lost_its_memory_takes_no_member_away(band: Band, loss: str
 
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "in its grace"])
-def test_our_own_members_that_others_forgot_are_put_back(band: Band, connected: bool) -> None:
+def test_forgotten_own_members_are_written_back(band: Band, connected: bool) -> None:
     if not connected:
         band.do("Ann", Drop())
     own = band.own("Ann") if connected else {}
@@ -453,7 +453,7 @@ class Newcomer(Stage):
         return written(reconcile(self.session, stored, own, ONE, self.now)).session
 
 
-def test_who_opens_a_session_in_an_outage_does_not_lead_the_band_that_is_in_redis(
+def test_session_opened_in_an_outage_does_not_take_the_lead_of_the_stored_one(
     band: Band,
 ) -> None:
     band.do("Ann", SetTempo(tempo=90))
@@ -471,11 +471,11 @@ def test_who_opens_a_session_in_an_outage_does_not_lead_the_band_that_is_in_redi
     assert merged.headline == band.state.headline
     assert role_of(merged, eve.ids["Eve"]) == "follower"
     assert merged.members.keys() == {*band.state.members, eve.ids["Eve"]}
-    # What is nobody's privilege is kept.
+    # Chat needs no leadership and is kept.
     assert [chat.text for chat in merged.chat] == ["hi"]
 
 
-def test_who_opens_a_session_in_an_outage_leads_it_if_there_was_none(band: Band) -> None:
+def test_session_opened_in_an_outage_keeps_its_leader_if_none_is_stored(band: Band) -> None:
     eve = Newcomer(NOW)
     eve.do("Eve", SetTempo(tempo=140))
     assert eve.session is not None
@@ -486,7 +486,7 @@ def test_who_opens_a_session_in_an_outage_leads_it_if_there_was_none(band: Band)
     assert leader.display_name == "Eve"
 
 
-def test_alone_after_stepping_down_nobody_is_elected_by_a_reconcile(band: Band) -> None:
+def test_reconcile_elects_nobody_after_the_only_member_stepped_down(band: Band) -> None:
     stage = Stage(ALONE)
     stage.join("Ann")
     stage.do("Ann", SetRole(role="follower"))
@@ -498,7 +498,7 @@ def test_alone_after_stepping_down_nobody_is_elected_by_a_reconcile(band: Band) 
     assert outcome.events == ()
 
 
-def test_who_steps_down_with_all_others_out_of_reach_is_not_elected_at_once(band: Band) -> None:
+def test_stepped_down_member_is_not_elected_while_others_are_unreachable(band: Band) -> None:
     band.at(ALONE, band.state)
     band.do("Ann", SetRole(role="follower"))
     assert band.leader is None
@@ -506,7 +506,7 @@ def test_who_steps_down_with_all_others_out_of_reach_is_not_elected_at_once(band
     assert band.leader is None
 
 
-def test_the_command_to_audit_tells_what_it_asserts(band: Band) -> None:
+def test_audit_command_emits_events(band: Band) -> None:
     own = band.own("Ann")
     band.do("Ann", Drop())
     back = band.do("Ann", Audit(own))
@@ -527,7 +527,7 @@ def test_the_command_to_audit_tells_what_it_asserts(band: Band) -> None:
     assert (joined.member.role, joined.member_count) == ("follower", 2)
 
 
-def test_the_command_to_audit_elects_where_nobody_leads(band: Band) -> None:
+def test_audit_command_elects_a_leader(band: Band) -> None:
     own = band.own("Ann")
     band.do("Bob", LeaveSession())
     band.do("Ann", Drop())
@@ -549,7 +549,7 @@ def test_the_command_to_audit_elects_where_nobody_leads(band: Band) -> None:
     assert (role.member_id, role.role, role.reason) == (band.ids["Ann"], "leader", "elected")
 
 
-def test_a_drop_sweeps_the_member_of_another_server(band: Band) -> None:
+def test_drop_disconnects_a_member_of_another_server(band: Band) -> None:
     band.here = TWO
     (event,) = band.do("Ann", Drop()).events
     assert isinstance(event, MemberConnection)

@@ -1,4 +1,4 @@
-"""A page with a `BandSync`, and what it saw, for tests of `bandsync/web/bandsync.js`."""
+"""A page with a `BandSync`, and what it saw, for tests of `bandsync/web/client/bandsync.js`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ JOIN = "() => band.join()"
 
 def open_band(open_page: Pages, url: str, **options: object) -> "Page":
     """A page with a `band` that has not joined yet."""
-    page = open_page.blank(ORIGIN, *WEB.glob("*.js"), tolerate=LOST_CONNECTIONS)
+    page = open_page.blank(ORIGIN, *WEB.rglob("*.js"), tolerate=LOST_CONNECTIONS)
     evaluate(page, CREATE, {"url": url, **options})
     return page
 

@@ -1,12 +1,14 @@
 """Sessions and commands for tests of the rules."""
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from bandsync.model.session import Session
 from bandsync.rules.actions import Actor, Bind, Command, Decision, Drop, Expire
 from bandsync.rules.decide import decide
-from bandsync.rules.draft import ServerContext
+from bandsync.rules.server_context import ServerContext
 from bandsync.rules.tokens import parse_resume_token
 from bandsync.wire.commands import (
     ChatMessage,
@@ -211,3 +213,8 @@ def step(stage: Stage, name: str, what: str, number: int) -> Decision | Refusal 
     if stage.session is None:
         return None
     return stage.attempt(name, command_for(stage, what, number))
+
+
+def kinds(events: Sequence[Event]) -> list[str]:
+    """The types of the events, in order."""
+    return [type(event).__name__ for event in events]

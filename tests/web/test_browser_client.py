@@ -1,4 +1,4 @@
-"""`bandsync/web/bandsync.js` in a browser, with real servers and a real network between."""
+"""`bandsync/web/client/bandsync.js` in a browser, with real servers and a real network between."""
 
 import time
 from collections.abc import Callable

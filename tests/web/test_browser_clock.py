@@ -1,4 +1,4 @@
-"""`bandsync/web/sessionclock.js`: how well, and how honestly, a page knows the session clock.
+"""`bandsync/web/client/sessionclock.js`: precision and error bound of a page's session clock.
 
 First in a made-up world (`clock_simulation.js`), where the truth is known exactly and time costs
 nothing; then with real servers, a real Redis and a network that delays.
@@ -31,7 +31,7 @@ LOPSIDED = {"up": [20, 30], "down": [120, 160]}
 @pytest.fixture
 def page(open_page: Pages) -> "Page":
     """A page that can import the simulation and the clock."""
-    return open_page.blank(NOWHERE, *WEB.glob("*.js"), TESTS / "clock_simulation.js")
+    return open_page.blank(NOWHERE, *WEB.rglob("*.js"), TESTS / "clock_simulation.js")
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_two_pages_on_two_servers_are_together(
         )
         network = network_to(server.port)
         network.delay((50, 110), (50, 110))
-        page = open_page.blank(NOWHERE, *WEB.glob("*.js"))
+        page = open_page.blank(NOWHERE, *WEB.rglob("*.js"))
         evaluate(page, JOIN, [network.ws_url, "together"])
         pages.append(page)
     first = pages[0]

@@ -1,4 +1,4 @@
-"""`bandsync/web/bandsync.js` against a server that says what no real one would, or rarely does."""
+"""`bandsync/web/client/bandsync.js` against a scripted server: rare and invalid messages."""
 
 import math
 from collections.abc import Iterator

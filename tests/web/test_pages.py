@@ -2,7 +2,7 @@
 
 import gzip
 import re
-from importlib import resources
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,8 +10,7 @@ import pytest
 from bandsync.ops.pages import Pages
 from bandsync.wire.http_messages import HttpRequest, HttpResponse
 from tests.support.servers import Server
-
-WEB = resources.files("bandsync").joinpath("web")
+from tests.support.web_files import WEB_FILES
 
 
 def ask(path: str, **headers: str) -> HttpResponse | None:
@@ -30,19 +29,19 @@ def header(answer: HttpResponse, name: str) -> str | None:
 
 
 def test_the_stage_is_the_root() -> None:
-    assert found("/").body == WEB.joinpath("index.html").read_bytes()
+    assert found("/").body == WEB_FILES["index.html"].read_bytes()
     assert found("/").content_type == "text/html; charset=utf-8"
 
 
 @pytest.mark.parametrize(
-    "path", ["/index.htm", "/../app.py", "/web/index.html", "/ops.html", "/sub/stage.js", "//"]
+    "path", ["/index.htm", "/../app.py", "/web/index.html", "/ops.html", "/stage/stage.js", "//"]
 )
 def test_nothing_else_is_served(path: str) -> None:
     assert ask(path) is None
 
 
 def test_every_file_has_a_type_and_a_strict_policy() -> None:
-    names = [entry.name for entry in WEB.iterdir() if not entry.name.endswith(".html")]
+    names = [name for name in WEB_FILES if not name.endswith(".html")]
     assert "bandsync.js" in names
     for name in names:
         policy = header(found(f"/{name}"), "Content-Security-Policy")
@@ -83,7 +82,7 @@ async def test_what_a_browser_has_is_not_sent_again(server: Server) -> None:
 def test_pages_ask_for_nothing_from_elsewhere() -> None:
     """No address of another host in any file, but for names of formats."""
     formats = {"http://www.w3.org/2000/svg"}
-    for entry in WEB.iterdir():
+    for entry in WEB_FILES.values():
         if entry.name.endswith((".html", ".css", ".js", ".svg", ".webmanifest")):
             markup = re.sub(r"(?m)^\s*(//|\*|/\*).*$", "", entry.read_text())
             addresses = set(re.findall(r"\b(?:https?|wss?)://[\w.]+[\w/.-]*", markup))
@@ -92,7 +91,7 @@ def test_pages_ask_for_nothing_from_elsewhere() -> None:
 
 def test_the_kept_page_is_the_whole_page() -> None:
     """What opens without a network is what `/` names and those files import: all of it, no more."""
-    written = re.search(r"(?m)^const NAMED = /(.+)/g;$", WEB.joinpath("sw.js").read_text())
+    written = re.search(r"(?m)^const NAMED = /(.+)/g;$", WEB_FILES["sw.js"].read_text())
     assert written is not None
     named = re.compile(written[1].replace(r"\/", "/"))
     kept: set[str] = set()
@@ -102,8 +101,16 @@ def test_the_kept_page_is_the_whole_page() -> None:
         kept.add(name)
         if name.endswith(".png"):
             continue
-        found = {"".join(each)[1:] for each in named.findall(WEB.joinpath(name).read_text())}
+        found = {"".join(each)[1:] for each in named.findall(WEB_FILES[name].read_text())}
         waiting += found - kept
-    assert all(WEB.joinpath(name).is_file() for name in kept)
-    used = {entry.name for entry in WEB.iterdir()} - {"sw.js", "icon-512.png"}
+    assert kept <= set(WEB_FILES)
+    used = set(WEB_FILES) - {"sw.js", "icon-512.png"}
     assert kept == {name for name in used if not name.startswith("ops")}
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("stage", "ops"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "words.js").write_text("")
+    with pytest.raises(ValueError, match=r"two files named 'words\.js'"):
+        Pages(tmp_path)

@@ -5,19 +5,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import pytest
 
 from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
 from scripts.testbed.server_process import ServerProcess
+from tests.support.web_files import WEB_FILES
 from tests.web.test_stage import shows, stage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-WEB = resources.files("bandsync").joinpath("web")
 TYPES = {
     "css": "text/css",
     "html": "text/html",
@@ -112,8 +111,8 @@ class House:
         if path == "/login":
             return b'<!doctype html><html lang="en"><title>Log in</title></html>', "text/html"
         name = path.removeprefix("/") or "index.html"
-        file = WEB.joinpath(name)
-        if "/" in name or not file.is_file():
+        file = WEB_FILES.get(name)
+        if file is None:
             return b"", ""
         text = file.read_bytes()
         if name == "words.js":
@@ -213,8 +212,7 @@ def test_all_that_the_page_asks_for_is_kept(
 
 def test_a_server_that_hangs_is_waited_for_once(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
-    names = [entry.name for entry in WEB.iterdir()]
-    house.hung = {"/", *(f"/{name}" for name in names)}
+    house.hung = {"/", *(f"/{name}" for name in WEB_FILES)}
     house.asked.clear()
     page.reload()
     alive(page, 1)

@@ -96,12 +96,12 @@ def undecodable(message: dict[str, Any] | str | bytes) -> Undecodable:
     return outcome
 
 
-def test_the_table_is_complete() -> None:
+def test_table_covers_every_message() -> None:
     assert FIELDS.keys() == TYPES
 
 
 @pytest.mark.parametrize("kind", FIELDS)
-def test_right_messages(kind: str) -> None:
+def test_valid_messages_decode(kind: str) -> None:
     message = {**right(kind), "requestId": "r" * 64, "unknown": {"ignored": [1]}}
     decoded = decode(json.dumps(message, ensure_ascii=False).encode())
     assert not isinstance(decoded, Undecodable), decoded
@@ -113,7 +113,7 @@ def test_right_messages(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), WRONG)
-def test_wrong_values_are_named(kind: str, field: str, value: object) -> None:
+def test_invalid_value_is_refused_with_its_field(kind: str, field: str, value: object) -> None:
     outcome = undecodable({**right(kind), "requestId": "r1", field: value})
     assert outcome.kind == kind
     assert outcome.refusal.code == "invalid_field"
@@ -126,7 +126,7 @@ def test_wrong_values_are_named(kind: str, field: str, value: object) -> None:
     ("kind", "field"),
     [(kind, name[:-1]) for kind, fields in FIELDS.items() for name in fields if name.endswith("!")],
 )
-def test_missing_fields_are_named(kind: str, field: str) -> None:
+def test_missing_field_is_refused_with_its_name(kind: str, field: str) -> None:
     message = right(kind)
     del message[field]
     if field == "tempoBpm":
@@ -134,7 +134,7 @@ def test_missing_fields_are_named(kind: str, field: str) -> None:
     assert undecodable(message).refusal.context == {"field": field}
 
 
-def test_a_request_id_that_cannot_be_answered_to_is_not_echoed() -> None:
+def test_invalid_request_id_is_not_echoed() -> None:
     assert undecodable({"type": "play", "requestId": "x" * 65}).request_id != "x" * 65
     assert undecodable({"type": "nope", "requestId": "r9"}).request_id == "r9"
 
@@ -163,17 +163,17 @@ def test_a_request_id_that_cannot_be_answered_to_is_not_echoed() -> None:
         '{"type":"chat_message","text":"\n"}',
     ],
 )
-def test_what_is_no_json_object_is_a_bad_message(text: str) -> None:
+def test_payload_without_a_json_object_is_a_bad_message(text: str) -> None:
     assert undecodable(text).refusal.code == "bad_message"
 
 
 @pytest.mark.parametrize("kind", ["", "PLAY", "play ", "scroll_tick", "\ud800", "x" * 10_000])
-def test_unknown_types(kind: str) -> None:
+def test_unknown_type_is_refused(kind: str) -> None:
     assert undecodable({"type": kind}).refusal.code == "unknown_type"
 
 
 @pytest.mark.parametrize("message", [{}, {"type": None}, {"type": 1}, {"type": ["play"]}])
-def test_a_type_that_is_none(message: dict[str, Any]) -> None:
+def test_type_that_is_not_a_string_is_an_invalid_field(message: dict[str, Any]) -> None:
     outcome = undecodable(message)
     assert (outcome.refusal.code, outcome.refusal.context) == ("invalid_field", {"field": "type"})
 
@@ -185,24 +185,24 @@ def test_numbers_that_overflow_a_float_are_out_of_range() -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1.5, 2**53 + 1, 2**64 - 1, -(2**63), 1e300])
-def test_numbers_go_back_as_they_came(number: float) -> None:
+def test_numbers_are_echoed_unchanged(number: float) -> None:
     assert echoed(number) == number
     assert type(echoed(number)) is type(number)
 
 
-def test_what_no_64_bits_hold_goes_back_as_a_float() -> None:
+def test_integers_over_64_bits_are_echoed_as_floats() -> None:
     decoded = decode(b'{"type":"latency_probe","timestamp":12345678901234567890123}')
     assert isinstance(decoded, LatencyProbe)
     assert echoed(decoded.timestamp) == 1.2345678901234568e22
 
 
-def test_timestamps_are_at_most_ten_seconds_away() -> None:
+def test_timestamp_over_ten_seconds_away_is_refused() -> None:
     for distance, refused in ((9_999.0, False), (10_001.0, True), (-10_001.0, True)):
         message = PositionSync(position_ms=0, timestamp=NOW + distance)
         assert (out_of_range(message, NOW) is not None) is refused
 
 
-def test_tempo_is_an_alias() -> None:
+def test_tempo_is_an_alias_of_tempo_bpm() -> None:
     assert SetTempo(tempo=90.0).new_tempo == 90.0
     assert SetTempo(tempo_bpm=80.0, tempo=90.0).new_tempo == 80.0
 
@@ -218,7 +218,7 @@ junk = st.recursive(
     st.binary(max_size=300)
     | st.text(max_size=300).map(lambda text: text.encode("utf-8", "replace"))
 )
-def test_decoding_anything_never_fails(payload: bytes) -> None:
+def test_decoding_never_raises(payload: bytes) -> None:
     outcome = decode(payload)
     assert isinstance(outcome, Undecodable) or kind_of(outcome) in TYPES
 
@@ -229,9 +229,7 @@ def test_decoding_anything_never_fails(payload: bytes) -> None:
         st.sampled_from(sorted({name.rstrip("!") for f in FIELDS.values() for name in f})), junk
     ),
 )
-def test_any_fields_decode_or_are_refused_and_rules_survive_them(
-    kind: str, fields: dict[str, Any]
-) -> None:
+def test_any_fields_decode_or_are_refused(kind: str, fields: dict[str, Any]) -> None:
     try:
         text = json.dumps({"type": kind, **fields})
     except ValueError:

@@ -271,3 +271,16 @@ const encoder = new TextEncoder();
 function bytesOf(text) {
   return encoder.encode(text).length;
 }
+
+/**
+ * The URL of the WebSocket of a session.
+ *
+ * @param {string} base the server: `ws://`, `wss://`, `http://` or `https://`
+ * @param {string} sessionId
+ * @returns {string}
+ */
+export function webSocketUrl(base, sessionId) {
+  const host = String(base).replace(/^http/, "ws").replace(/\/+$/, "");
+  // Browsers resolve a path of dots; the join names the session in any case.
+  return /^\.*$/.test(sessionId) ? `${host}/ws` : `${host}/ws/${sessionId}`;
+}
