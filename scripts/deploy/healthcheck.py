@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exit with 0 if the server in this container takes clients: `/api/health` answers 200."""
+"""Exit with 0 if the server in this container accepts clients: `/api/health` answers 200."""
 
 import http.client
 import os
@@ -8,11 +8,11 @@ import sys
 
 
 def main() -> int:
-    """Ask once; a server that drains answers 503."""
+    """Query the health document once. A draining server answers 503."""
     port = int(os.environ.get("PORT") or 3001)
     connection: http.client.HTTPConnection
     if os.environ.get("TLS_CERT"):
-        # The certificate is for the name that clients use, which is not this one.
+        # The certificate names the public host, not 127.0.0.1.
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
