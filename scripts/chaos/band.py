@@ -7,7 +7,8 @@ from itertools import count
 import trio
 
 from scripts.chaos.player import Player
-from scripts.chaos.records import ConnectionRecord, JsonMessage
+from scripts.chaos.records import ConnectionRecord
+from scripts.testbed.json_messages import JsonMessage
 
 _STORM_SPEED_UP = 10
 _TEMPI = (60, 92, 120, 138, 174)

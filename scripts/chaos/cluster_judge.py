@@ -13,8 +13,9 @@ from scripts.chaos.cluster_records import (
     ServerRun,
 )
 from scripts.chaos.judge import Violation, versions
-from scripts.chaos.records import CHAT_RING, CommandRecord, JsonChat, JsonMessage, agreed_state
+from scripts.chaos.records import CHAT_RING, CommandRecord, agreed_state
 from scripts.chaos.trace import CommitTraces, RegisterName, sort_key
+from scripts.testbed.json_messages import JsonChat, JsonMessage
 
 # A conflict: other servers were faster on every attempt. The statistics count them.
 _RIGHTLY_REFUSED = frozenset({"not_leader", "leader_present", "not_member", "conflict"})

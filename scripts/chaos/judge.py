@@ -15,10 +15,9 @@ from scripts.chaos.records import (
     ClockSample,
     CommandRecord,
     ConnectionRecord,
-    JsonMessage,
-    JsonTransport,
     agreed_state,
 )
+from scripts.testbed.json_messages import JsonMessage, JsonTransport
 
 ViolationKind = Literal["ack", "connection", "version", "refusal", "state"]
 

@@ -13,13 +13,8 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from bandsync import client
 from bandsync.wire.commands import Undecodable, decode
-from scripts.chaos.records import (
-    ClockSample,
-    CommandRecord,
-    ConnectionRecord,
-    JsonMessage,
-    agreed_state,
-)
+from scripts.chaos.records import ClockSample, CommandRecord, ConnectionRecord, agreed_state
+from scripts.testbed.json_messages import JsonMessage
 
 HOST = "127.0.0.1"
 PATIENCE_S = 30.0

@@ -5,7 +5,8 @@ Times are seconds on the clock of the clients' process, unless a name says `_ms`
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+
+from scripts.testbed.json_messages import JsonMessage
 
 # PROTOCOL.md: a snapshot holds this many chat messages.
 CHAT_RING = 50
@@ -17,74 +18,6 @@ EVENTS = frozenset(
     }
 )
 _AGREED = ("epoch", "version", "message", "transport", "leaderId")
-
-
-class JsonTransport(TypedDict):
-    """The `transport` of a message."""
-
-    isPlaying: bool
-    positionMs: float
-    anchorTime: float
-    tempoBpm: float
-    beat: float
-    beatsPerBar: int
-    next: "JsonTransport | None"
-
-
-class JsonMember(TypedDict):
-    """A member in a snapshot."""
-
-    memberId: str
-    displayName: str
-    role: str
-    connected: bool
-
-
-class JsonChat(TypedDict, total=False):
-    """A chat message in a snapshot."""
-
-    messageId: str
-    text: str
-    sentAt: float
-
-
-class JsonYou(TypedDict):
-    """The part of a snapshot for the member who joined."""
-
-    memberId: str
-    role: str
-    resumed: bool
-    resumeToken: str
-
-
-class JsonMessage(TypedDict, total=False):
-    """A message of the server, with the fields that any type of message may have."""
-
-    type: str
-    requestId: str
-    epoch: str
-    version: int
-    serverTime: float
-    code: str
-    message: str
-    transport: JsonTransport
-    leaderId: str | None
-    members: list[JsonMember]
-    chat: list[JsonChat]
-    you: JsonYou
-    member: JsonMember
-    memberId: str
-    role: str
-    connected: bool
-    reason: str
-    positionMs: float
-    messageId: str
-    text: str
-    sentAt: float
-    t0: float
-    t1: float
-    t2: float
-    storageType: str
 
 
 @dataclass

@@ -17,9 +17,10 @@ from scripts.chaos.cluster_records import (
     ServerRun,
 )
 from scripts.chaos.player import HOST
-from scripts.chaos.records import CommandRecord, JsonMessage, JsonYou
+from scripts.chaos.records import CommandRecord
 from scripts.chaos.servers import ChaosCluster
 from scripts.chaos.view import SessionReplica
+from scripts.testbed.json_messages import JsonMessage, JsonYou
 
 _LONG_PATIENCE_S = 35.0
 _OPEN_TIMEOUT_S = 1.5

@@ -13,8 +13,8 @@ import trio
 
 from scripts.chaos.cluster_records import GRACE_S, Registers, ServerRun
 from scripts.chaos.player import HOST, ChaosError
-from scripts.chaos.records import JsonMessage
 from scripts.chaos.stage import AsyncServerProcess, FaultProxy, RedisServer, as_snapshot
+from scripts.testbed.json_messages import JsonMessage
 
 _POLL_S = 0.05
 _TRACED_SERVER = ("-m", "scripts.chaos.traced_server")

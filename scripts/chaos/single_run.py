@@ -11,8 +11,9 @@ from scripts.chaos.band import ChaosBand
 from scripts.chaos.faults import Fault, no_action
 from scripts.chaos.judge import FaultWindow, FinalState, RunResult, Violation, judge
 from scripts.chaos.player import ChaosError, Player
-from scripts.chaos.records import ConnectionRecord, JsonMessage, agreed_state
+from scripts.chaos.records import ConnectionRecord, agreed_state
 from scripts.chaos.stage import ChaosSetup, as_snapshot, start_setup
+from scripts.testbed.json_messages import JsonMessage
 
 _BASELINE_S = 2.0
 _REST_S = (0.5, 1.5)

@@ -18,8 +18,8 @@ from bandsync.model.session import present, role_of
 from bandsync.settings import OPTIONS
 from bandsync.storage.records import read_session
 from scripts.chaos.player import HOST, ChaosError, patience
-from scripts.chaos.records import JsonMember, JsonMessage
 from scripts.testbed.fault_proxy import FaultProxy
+from scripts.testbed.json_messages import JsonMember, JsonMessage
 from scripts.testbed.redis_server import RedisServer, free_port, reaper_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,7 @@
 """A client's replica of a session, built from its messages, to compare with snapshots. No I/O."""
 
-from scripts.chaos.records import CHAT_RING, EVENTS, JsonMessage, JsonTransport
+from scripts.chaos.records import CHAT_RING, EVENTS
+from scripts.testbed.json_messages import JsonMessage, JsonTransport
 
 
 class SessionReplica:

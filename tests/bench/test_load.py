@@ -16,16 +16,16 @@ import pytest
 from websockets.sync.client import connect
 
 from bandsync.wire.frames import text_frame
-from scripts.bench.band import Band
-from scripts.bench.epoll_ws import Address, Loop
+from scripts.bench.band import LoadBand
+from scripts.bench.epoll_ws import ServerAddress, EpollLoop
 from scripts.bench.gig import summary  # noqa: F401  # it can be imported without a terminal
 from scripts.bench.histogram import Histogram
-from scripts.bench.hosts import census, numbers, places_of
-from scripts.bench.phone import Phone
+from scripts.bench.hosts import live_counts, numbers, addresses_of
+from scripts.bench.phone import LoadMember
 from scripts.bench.plot import PANELS, picture
 from scripts.bench.processes import BenchError
-from scripts.bench.score import Score
-from scripts.bench.trend import Row, Series, bottleneck, leaks, left_behind, trend
+from scripts.bench.score import LoadScore
+from scripts.bench.trend import LoadRow, RowSeries, bottleneck, leaks, left_behind, trend
 from scripts.testbed.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
@@ -168,11 +168,11 @@ def test_nobody_there() -> None:
 @pytest.mark.parametrize("servers", ["http://", "https://127.0.0.1:1", "127.0.0.1:http", "a/b:1"])
 def test_what_is_no_address(servers: str) -> None:
     with pytest.raises(BenchError, match="the address"):
-        places_of(servers)
+        addresses_of(servers)
 
 
 def test_addresses() -> None:
-    (first, second) = places_of("http://127.0.0.1:3001, 127.0.0.1:3002")
+    (first, second) = addresses_of("http://127.0.0.1:3001, 127.0.0.1:3002")
     assert first[1:] == ("127.0.0.1", 3001, "127.0.0.1:3001")
     assert second[1:] == ("127.0.0.1", 3002, "127.0.0.1:3002")
 
@@ -213,7 +213,7 @@ def test_clocks_that_disagree_do_not_break_percentiles() -> None:
 # Flatness.
 
 
-def rows(memory: "list[float]", **columns: "list[float]") -> list[Row]:
+def rows(memory: "list[float]", **columns: "list[float]") -> list[LoadRow]:
     plain = {"phase": "play", "connections": 100, "descriptors": 110}
     return [
         plain
@@ -294,10 +294,10 @@ def test_tasks_of_more_connections_are_no_leak() -> None:
 
 def test_tasks_that_are_left_behind_are_found() -> None:
     with ServerProcess() as server:
-        before = census([("127.0.0.1", server.port)], 1).there
-        with connect(f"{server.ws_url}/ws/song") as phone:
-            phone.recv(PATIENCE_S)
-            meanwhile = census([("127.0.0.1", server.port)], 1).there
+        before = live_counts([("127.0.0.1", server.port)], 1).current
+        with connect(f"{server.ws_url}/ws/song") as member:
+            member.recv(PATIENCE_S)
+            meanwhile = live_counts([("127.0.0.1", server.port)], 1).current
     found = left_behind(before, meanwhile)
     assert any(
         re.fullmatch(r"\d tasks were left behind \(\d+ before, \d+ now\)", each) for each in found
@@ -337,7 +337,7 @@ def test_a_driver_that_is_the_bottleneck_says_so() -> None:
 
 
 def test_a_long_run_is_kept_in_bounded_rows() -> None:
-    series = Series(most=100)
+    series = RowSeries(most=100)
     for second in range(10_000):
         series.add(
             {"t": float(second), "phase": "play", "rate": 4.0, "p99Ms": float(second), "none": None}
@@ -429,37 +429,37 @@ class Hall:
     """A band of two that were told of version 5, without a server."""
 
     def __init__(self) -> None:
-        self.score = Score()
-        self.loop = Loop()
-        address = Address(2, ("127.0.0.1", 1), "nowhere")
+        self.score = LoadScore()
+        self.loop = EpollLoop()
+        address = ServerAddress(2, ("127.0.0.1", 1), "nowhere")
         chance = random.Random(1)
-        self.band = Band(self.loop, self.score, "b", 0, 2, [address], chance=chance)
-        for number, phone in enumerate(self.band.phones):
-            phone.away = False
-            phone.line = Deaf()  # type: ignore[assignment]
-            self.tell(phone, snapshot(you=you(number)))
+        self.band = LoadBand(self.loop, self.score, "b", 0, 2, [address], chance=chance)
+        for number, member in enumerate(self.band.members):
+            member.away = False
+            member.connection = Deaf()  # type: ignore[assignment]
+            self.tell(member, snapshot(you=you(number)))
 
     @property
     def found(self) -> dict[str, int]:
         return dict(self.score.findings)
 
-    def tell(self, phone: Phone, message: dict[str, Any]) -> None:
+    def tell(self, member: LoadMember, message: dict[str, Any]) -> None:
         # As it comes from the server: without spaces.
         payload = json.dumps(message, separators=(",", ":")).encode()
         frame = text_frame(payload)
         start = len(frame) - len(payload)
         kind = frame[start + 9 : start + 13]
-        phone.heard(kind, frame, start, len(frame))
+        member.received(kind, frame, start, len(frame))
 
     def tell_all(self, message: dict[str, Any]) -> None:
-        for phone in self.band.phones:
-            self.tell(phone, message)
+        for member in self.band.members:
+            self.tell(member, message)
 
     def end(self, *snapshots: dict[str, Any]) -> None:
-        self.band.look()
-        for phone, each in zip(self.band.phones, snapshots, strict=True):
-            self.tell(phone, each)
-        self.band.truth.judge()
+        self.band.request_snapshots()
+        for member, each in zip(self.band.members, snapshots, strict=True):
+            self.tell(member, each)
+        self.band.oracle.judge()
 
 
 LINE = {
@@ -499,8 +499,8 @@ def event(kind: str, version: int, **fields: object) -> dict[str, Any]:
 
 def test_nothing_is_found_where_all_is_well() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    assert leader.ask("seek", positionMs=0)
+    leader = hall.band.members[0]
+    assert leader.request("seek", positionMs=0)
     moved = event("seek", 6, transport=LINE | {"positionMs": 7.0}, by="m0")
     hall.tell_all(moved)
     hall.tell(leader, {"type": "ack", "requestId": "1", "version": 6})
@@ -518,7 +518,7 @@ def test_a_gap_is_found() -> None:
 
 def test_two_truths_are_found() -> None:
     hall = Hall()
-    first, second = hall.band.phones
+    first, second = hall.band.members
     hall.tell(first, event("seek", 6, transport=LINE, by="m0"))
     hall.tell(second, event("seek", 6, transport=LINE | {"positionMs": 30.0}, by="m0"))
     assert hall.found == {"disagreement": 1, "beat": 1}
@@ -527,8 +527,8 @@ def test_two_truths_are_found() -> None:
 
 def test_a_lost_ack_is_found() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    leader.ask("seek", positionMs=0)
+    leader = hall.band.members[0]
+    leader.request("seek", positionMs=0)
     hall.tell(leader, {"type": "ack", "requestId": "1", "version": 6})
     hall.end(snapshot(), snapshot())
     assert hall.found == {"lostAck": 1}
@@ -536,8 +536,8 @@ def test_a_lost_ack_is_found() -> None:
 
 def test_an_ack_of_something_else_is_found() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    leader.ask("seek", positionMs=0)
+    leader = hall.band.members[0]
+    leader.request("seek", positionMs=0)
     hall.tell_all(event("message_updated", 6, message="x", by="m0"))
     hall.tell(leader, {"type": "ack", "requestId": "1", "version": 6})
     assert hall.found == {"otherAck": 1}
@@ -547,8 +547,8 @@ def test_an_ack_of_something_else_is_found() -> None:
 
 def test_an_ack_before_another_event_is_found() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    leader.ask("seek", positionMs=0)
+    leader = hall.band.members[0]
+    leader.request("seek", positionMs=0)
     hall.tell(leader, {"type": "ack", "requestId": "1", "version": 6})
     hall.tell_all(event("message_updated", 6, message="x", by="m0"))
     assert hall.found == {"otherAck": 1}
@@ -556,8 +556,8 @@ def test_an_ack_before_another_event_is_found() -> None:
 
 def test_a_lost_chat_message_is_found() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    leader.ask("chat_message", text="hello")
+    leader = hall.band.members[0]
+    leader.request("chat_message", text="hello")
     hall.tell_all(event("chat_message", 6, text="hello"))
     hall.tell(leader, {"type": "ack", "requestId": "1", "version": 6})
     hall.end(snapshot(6), snapshot(6))
@@ -566,8 +566,8 @@ def test_a_lost_chat_message_is_found() -> None:
 
 def test_an_old_chat_message_may_be_gone() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    leader.ask("chat_message", text="hello")
+    leader = hall.band.members[0]
+    leader.request("chat_message", text="hello")
     hall.tell(leader, {"type": "ack", "requestId": "1", "version": 6})
     for version in range(6, 57):
         hall.tell_all(event("chat_message", version, text=str(version)))
@@ -578,26 +578,26 @@ def test_an_old_chat_message_may_be_gone() -> None:
 
 def test_a_question_without_an_answer_is_found() -> None:
     hall = Hall()
-    leader = hall.band.phones[0]
-    leader.ask("seek", positionMs=0)
-    hall.band.sweep(time.perf_counter() + 9)
+    leader = hall.band.members[0]
+    leader.request("seek", positionMs=0)
+    hall.band.check_deadlines(time.perf_counter() + 9)
     assert hall.found == {}
-    hall.band.sweep(time.perf_counter() + 11)
+    hall.band.check_deadlines(time.perf_counter() + 11)
     assert hall.found == {"unanswered": 1}
 
 
 def test_a_place_that_is_not_given_back_is_found() -> None:
     hall = Hall()
-    follower = hall.band.phones[1]
+    follower = hall.band.members[1]
     follower.cut(1.0)
-    follower.line = Deaf()  # type: ignore[assignment]
+    follower.connection = Deaf()  # type: ignore[assignment]
     hall.tell(follower, snapshot(6, you=you(1)))
     assert hall.found == {"notResumed": 1}
 
 
 def test_a_session_that_began_again_is_found() -> None:
     hall = Hall()
-    hall.tell(hall.band.phones[1], snapshot(1, epoch="f"))
+    hall.tell(hall.band.members[1], snapshot(1, epoch="f"))
     assert hall.found == {"newEpoch": 1}
 
 
@@ -610,5 +610,5 @@ def test_different_ends_are_found() -> None:
 def test_a_tick_off_the_anchor_is_seen() -> None:
     hall = Hall()
     tick = {"type": "scroll_tick", "serverTime": 3000.0, "positionMs": 2012.0}
-    hall.tell(hall.band.phones[0], tick)
+    hall.tell(hall.band.members[0], tick)
     assert hall.score.tick_error_ms == pytest.approx(12)
