@@ -183,7 +183,7 @@ def slow_consumer(
     phases: dict[str, dict[str, float]] = {}
     with bandsync(sessions * members, members) as server, Fleet(server.port) as fleet:
         leaders = join(fleet, sessions, members, slow=True)
-        sleepers = fleet.clients[-sessions:]
+        slow_clients = fleet.clients[-sessions:]
         latencies.watch(fleet.clients[sessions:-sessions])
         for leader in leaders:
             leader.on_text = _note_drop(leader.session, dropped)
@@ -198,8 +198,8 @@ def slow_consumer(
 
         chatter.run_until(after(WARM_UP_S))
         phase("before", after(seconds))
-        for sleeper in sleepers:
-            fleet.stop_reading(sleeper)
+        for slow_client in slow_clients:
+            fleet.stop_reading(slow_client)
         began = now_s()
         phase("during", lambda: len(dropped) == sessions)
         phase("after", after(seconds))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from statistics import median
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 import redis
 import trio
@@ -127,7 +127,9 @@ def _run(cores: Sequence[int], *given: str | float) -> Slice:
 
 
 class ThreadedClient:
-    """redis-py's blocking client in threads, with the interface of a `Link`."""
+    """redis-py's blocking client in threads, with as much of a `Link` as a commit uses."""
+
+    publish_verb: Final = "PUBLISH"
 
     def __init__(self, url: str, threads: int) -> None:
         self._client = redis.Redis.from_url(url, max_connections=threads)

@@ -94,6 +94,8 @@ def _run(
             own = start_target(2 * bands * members, members, workers=workers, redis_url=url)
             target = stack.enter_context(own)
             remote = addresses_of(f"127.0.0.1:{own.port}")
+        # Fails at once if a server does not answer.
+        target.live_counts()
         empty = _idle_usage(target)
         before = target.live_counts()
         plan = LoadPlan(

@@ -51,5 +51,5 @@ class Histogram:
         if not self.count:
             return None
         shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-        told = {name: round(self.percentile(share) or 0.0, 3) for name, share in shares.items()}
-        return told | {"max": round(self.longest, 3), "count": self.count}
+        spread = {name: round(self.percentile(share) or 0.0, 3) for name, share in shares.items()}
+        return spread | {"max": round(self.longest, 3), "count": self.count}

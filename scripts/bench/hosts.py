@@ -280,12 +280,12 @@ def live_counts(
             raise BenchError(f"{len(answered)} of {workers} workers answered")
         for metrics in answered.values():
             values = numbers(metrics)
-            for name, name in LIVE_GAUGES.items():
-                if name in values:
-                    current[name] += values[name]
+            for metric, name in LIVE_GAUGES.items():
+                if metric in values:
+                    current[name] = current.get(name, 0.0) + values[metric]
             for code, count in _CLOSED.findall(metrics):
                 closed[code] += int(float(count))
-    return LiveCounts(dict(current), closed)
+    return LiveCounts(current, closed)
 
 
 def scrape(host: str, port: int, token: str | None = None) -> str:

@@ -162,7 +162,7 @@ class SessionOracle:
         add_finding = self._score.add_finding
         if not self._final_snapshots:
             if self._epoch:
-                add_finding("unheard", f"{self._name}: nobody was shown how it ends")
+                add_finding("noSnapshot", f"{self._name}: no member received a final snapshot")
             return
         reference = next(iter(self._final_snapshots.values()))
         at = reference["serverTime"]

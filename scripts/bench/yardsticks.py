@@ -115,14 +115,14 @@ def serve_send_message(connections: int, payload: str) -> None:
             await nursery.start(server.run)
             print(f"listening on {HOST}:{server.port}", flush=True)
             await complete.wait()
-            everybody = list(rooms.values())
+            all_rooms = list(rooms.values())
             due = trio.current_time()
             while True:
                 for slot in range(_TICK_SLOTS):
                     due += _TICK_S / _TICK_SLOTS
                     await trio.sleep_until(due)
                     due = max(due, trio.current_time() - _TICK_S)
-                    for room in everybody[slot::_TICK_SLOTS]:
+                    for room in all_rooms[slot::_TICK_SLOTS]:
                         for websocket in room:
                             await websocket.send_message(payload)
 

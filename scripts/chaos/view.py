@@ -39,14 +39,14 @@ class SessionReplica:
     def apply(self, message: JsonMessage) -> str | None:
         """Apply a message. Return its difference, if it is a snapshot of the same version."""
         if message["type"] == "snapshot":
-            shown = SessionReplica()
-            shown._replace(message)
-            same = (shown.epoch, shown.version) == (self.epoch, self.version)
-            own, shown_content = self.content(), shown.content()
+            other = SessionReplica()
+            other._replace(message)
+            same = (other.epoch, other.version) == (self.epoch, self.version)
+            own, other_content = self.content(), other.content()
             self._replace(message)
-            if same and own != shown_content:
+            if same and own != other_content:
                 differ = [
-                    f"{p}: {own[p]} / {shown_content[p]}" for p in own if own[p] != shown_content[p]
+                    f"{p}: {own[p]} / {other_content[p]}" for p in own if own[p] != other_content[p]
                 ]
                 return f"replica / snapshot at version {self.version}: {'; '.join(differ)}"
         elif message["type"] in EVENTS:
