@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the README's pictures: a real band on a real server, whose Redis is killed.
+"""Make the README's pictures with a real server, real pages, and a Redis that is killed.
 
 Needs the test extra, a Chromium and a redis-server.
 """
@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
 from scripts.testbed.redis_server import RedisServer
@@ -28,8 +28,8 @@ WIDE = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 844}
 
 
-def join(pages: Pages, server: ServerProcess, name: str, **options: object) -> "Page":
-    """A page whose owner has joined the band's session."""
+def join(pages: Pages, server: ServerProcess, name: str, **options: Any) -> "Page":  # noqa: ANN401
+    """Open a page with playwright's context options, and join the session."""
     page = pages(f"{server.url}/#amber-organ-42", **options)
     page.get_by_label("Your name").fill(name)
     page.get_by_role("button", name="Join").click()
@@ -37,8 +37,8 @@ def join(pages: Pages, server: ServerProcess, name: str, **options: object) -> "
     return page
 
 
-def say(page: "Page", text: str) -> None:
-    """Write in the chat."""
+def send_chat(page: "Page", text: str) -> None:
+    """Send a chat message from a page."""
     page.evaluate("document.querySelector('#views [data-view=chat]').click()")
     page.get_by_label("Say something").fill(text)
     page.get_by_label("Say something").press("Enter")
@@ -46,13 +46,13 @@ def say(page: "Page", text: str) -> None:
     page.evaluate("document.querySelector('#views [data-view=play]').click()")
 
 
-def on_the_beat(page: "Page", place: int) -> None:
-    """Wait until the light has just shown this beat of a bar."""
+def wait_for_beat(page: "Page", place: int) -> None:
+    """Wait until the page has just shown this beat of a bar."""
     page.evaluate(
         """(place) => new Promise((shown) => {
-          document.addEventListener("beat", function look({ detail }) {
+          document.addEventListener("beat", function onBeat({ detail }) {
             if (detail.place !== place) return;
-            document.removeEventListener("beat", look);
+            document.removeEventListener("beat", onBeat);
             requestAnimationFrame(() => requestAnimationFrame(shown));
           });
         })""",
@@ -60,8 +60,8 @@ def on_the_beat(page: "Page", place: int) -> None:
     )
 
 
-def play(pages: Pages, server: ServerProcess) -> None:
-    """A band on stage: the leader's wide screen, and a follower's phone."""
+def take_session_pictures(pages: Pages, server: ServerProcess) -> None:
+    """Take the pictures of a playing session: the leader's wide screen and a follower's phone."""
     ann = join(pages, server, BAND[0], viewport=WIDE, color_scheme="dark")
     others = [
         join(pages, server, name, viewport=PHONE, color_scheme="dark", device_scale_factor=2)
@@ -71,28 +71,28 @@ def play(pages: Pages, server: ServerProcess) -> None:
     ann.get_by_role("button", name="Show").click()
     by_name = dict(zip(BAND, [ann, *others], strict=True))
     for name, text in CHAT:
-        say(by_name[name], text)
+        send_chat(by_name[name], text)
     ann.get_by_label("BPM", exact=True).fill("96")
     ann.get_by_label("BPM", exact=True).press("Enter")
     ann.get_by_label("To bar").fill("17")
     ann.locator("#barForm button", has_text="Go").click()
     ann.get_by_role("button", name="Play").click()
-    # All clocks are known, to within a few milliseconds.
+    # All clock errors are known, to within a few milliseconds.
     ann.wait_for_function(
         "() => /^all within ±[0-4][.]/.test(document.getElementById('together').textContent)",
         timeout=60_000,
     )
     ann.evaluate("() => { document.activeElement.blur(); scrollTo(0, 0); }")
-    on_the_beat(ann, 0)
+    wait_for_beat(ann, 0)
     ann.screenshot(path=PICTURES / "stage.png")
-    on_the_beat(others[0], 2)
+    wait_for_beat(others[0], 2)
     others[0].screenshot(path=PICTURES / "phone.png")
 
 
-def fail_over(pages: Pages, server: ServerProcess, redis: RedisServer) -> None:
-    """The operator's screen while Redis is away for the second time."""
+def take_outage_picture(pages: Pages, server: ServerProcess, redis: RedisServer) -> None:
+    """Take the picture of the operator's screen during the second outage of Redis."""
     ops = pages(f"{server.url}/ops", viewport=WIDE, color_scheme="dark")
-    time.sleep(20)  # The charts want a past.
+    time.sleep(20)  # The charts need history.
     redis.kill()
     time.sleep(8)
     redis.start()
@@ -103,7 +103,7 @@ def fail_over(pages: Pages, server: ServerProcess, redis: RedisServer) -> None:
 
 
 def main() -> int:
-    """Make them all; 1 without a browser."""
+    """Take all pictures; return 1 without a browser."""
     executable = find_browser()
     if executable is None:
         print(INSTALL_BROWSER, file=sys.stderr)
@@ -113,8 +113,8 @@ def main() -> int:
         redis = stack.enter_context(RedisServer())
         server = stack.enter_context(ServerProcess(REDIS_ENABLED="true", REDIS_URL=redis.url()))
         pages = Pages(stack.enter_context(chromium(executable)))
-        play(pages, server)
-        fail_over(pages, server, redis)
+        take_session_pictures(pages, server)
+        take_outage_picture(pages, server, redis)
         pages.close()
     print(f"Pictures in {PICTURES}")
     return 0

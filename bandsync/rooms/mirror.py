@@ -187,7 +187,7 @@ class Mirror:
             changed = patch_session(session, change)
         except UnreadableError:
             return GAP
-        self._replace(changed)
+        self.set_state(changed)
         # After a merge there are more versions than events, so the clients need the whole state.
         merged = before_events != known.version
         snapshot = replace(changed, version=before_events) if merged else None
@@ -234,7 +234,7 @@ class Mirror:
         context.commit_seconds(context.timer() - started)
         match result:
             case Committed(session=session):
-                self._replace(session)
+                self.set_state(session)
             case Conflict():
                 context.counters.conflicts += 1
             case unusable:
@@ -256,7 +256,7 @@ class Mirror:
                 case None:
                     return Resynced()
                 case Adopt(session=session, shown=shown, events=merged):
-                    self._replace(session)
+                    self.set_state(session)
                     if known == tip(session):
                         return Resynced()
                     return Resynced(shown or session, [encode(event) for event in merged])
@@ -281,7 +281,7 @@ class Mirror:
             return None
         return await self.reconcile(era, stored, own)
 
-    def _replace(self, session: Session) -> None:
+    def set_state(self, session: Session) -> None:
         """Make ``session`` the mirrored state."""
         self.session = session
 

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m scripts.bench`."""
+"""Benchmarks, `python -m scripts.bench`; README.md explains each."""

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
-"""Measure a BandSync server, beside yardsticks that run on the same machine in the same minute.
+"""Measure a BandSync server beside yardsticks, on the same machine in the same minute.
 
-Servers run on the first core, the load generator on the others. While one server is measured,
-the rest are suspended; their windows alternate, so that noise of the machine meets all alike.
-Each sub-command prints one line of JSON. `cpuUs…` is microseconds of the server's user and system
-time, `…Ms` milliseconds, `…Kb` 1024 bytes, `…Cpu` a fraction of one core.
+Servers run on the first core, the load generator on the others. While one server is measured, the
+others are suspended. Their windows alternate, so that noise of the machine hits all alike.
+
+Each sub-command prints one line of JSON. `cpuUs…` is user and system time of the server in
+microseconds, `…Ms` milliseconds, `…Kb` 1024 bytes, `…Cpu` a fraction of one core.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from scripts.bench.load import (
     SETTLE_S,
     TICK,
     WARM_UP_S,
-    Chatter,
+    ChatSender,
     Latencies,
     after,
     capture,
+    disable_garbage_collection,
     join,
-    settle,
 )
 from scripts.bench.migrate import migrate
 from scripts.bench.processes import (
@@ -46,14 +46,23 @@ from scripts.bench.processes import (
 from scripts.bench.resume import resume
 from scripts.bench.rolling import rolling
 from scripts.bench.scale import sessions, workers
-from scripts.bench.windows import Contender, Window, alternate, cpu_us, measure, median_ratio, total
+from scripts.bench.windows import (
+    Contender,
+    MeasuredWindow,
+    alternate,
+    cpu_us,
+    measure,
+    median_ratio,
+    total,
+)
 
-# A whole number of ping and statistics periods.
+_PROGRAM = "python -m scripts.bench"
+# A whole number of periods of pings and statistics.
 _IDLE_S = 5.0
 
 
 def fanout(connections: int, members: int, seconds: float) -> dict[str, object]:
-    """Ticks of playing sessions: CPU per delivery, latency, memory."""
+    """CPU per delivery, latency and memory of the ticks of playing sessions."""
     sessions = connections // members
     latencies = Latencies()
     measured: list[float] = []
@@ -70,14 +79,18 @@ def fanout(connections: int, members: int, seconds: float) -> dict[str, object]:
         fleet.run_for(WARM_UP_S)
         payload = capture(fleet, leaders[0], TICK)
 
-        def note() -> None:
+        def save_latencies() -> None:
             measured.extend(latencies.take())
 
         latencies.watch(fleet.clients[::16])
-        contenders = {"bandsync": Contender(server, fleet, start=latencies.take, rest=note)}
+        contenders = {
+            "bandsync": Contender(
+                server, fleet, begin_slice=latencies.take, end_turn=save_latencies
+            )
+        }
         for name in ("bare", "send_message"):
             contenders[name] = _yardstick(stack, name, sessions, members, payload)
-        settle()
+        disable_garbage_collection()
         windows = alternate(contenders, seconds)
     result: dict[str, object] = {
         "bench": "fanout",
@@ -89,7 +102,7 @@ def fanout(connections: int, members: int, seconds: float) -> dict[str, object]:
         "latencyMs": spread(measured),
         "latencySamples": len(measured),
         "rssPerConnectionKb": round((full - empty) / (sessions * members), 2),
-        # Pings and statistics, which the yardsticks do not have; part of BandSync's figure below.
+        # Pings and statistics are part of BandSync's figures below. The yardsticks have none.
         "idleServerCpu": round(idle.server_cpu_s / idle.seconds, 3),
     }
     costs: dict[str, float] = {}
@@ -113,7 +126,7 @@ def fanout(connections: int, members: int, seconds: float) -> dict[str, object]:
     }
 
 
-def _tick_cost(window: Window) -> float:
+def _tick_cost(window: MeasuredWindow) -> float:
     return cpu_us(window, window.frames())
 
 
@@ -132,15 +145,15 @@ def _yardstick(
 
 
 def many_connections(connections: int, members: int) -> dict[str, object]:
-    """How fast connections are accepted, and what an idle one keeps."""
+    """Rate of accepted connections, and memory per idle connection."""
     sessions = connections // members
     count = sessions * members
     result: dict[str, object] = {"bench": "connections", "connections": count, "members": members}
     with bandsync(count, members) as server, Fleet(server.port) as fleet:
         empty, cpu, began = server.rss_kb(), server.cpu_s(), now_s()
         fleet.open(index // members for index in range(count))
-        took = now_s() - began
-        result["acceptedPerSecond"] = round(count / took)
+        add_latency = now_s() - began
+        result["acceptedPerSecond"] = round(count / add_latency)
         result["cpuUsPerAccept"] = round((server.cpu_s() - cpu) / count * 1e6)
         fleet.run_for(WARM_UP_S)
         result["rssPerConnectionKb"] = round((server.rss_kb() - empty) / count, 2)
@@ -148,12 +161,12 @@ def many_connections(connections: int, members: int) -> dict[str, object]:
         empty, cpu, began = server.rss_kb(), server.cpu_s(), now_s()
         fleet.open((index // members for index in range(count)), masked({"type": "join_session"}))
         fleet.run_until(lambda: fleet.kinds[b"snap"] == count)
-        took = now_s() - began
-        result["joinedPerSecond"] = round(count / took)
+        add_latency = now_s() - began
+        result["joinedPerSecond"] = round(count / add_latency)
         result["cpuUsPerJoin"] = round((server.cpu_s() - cpu) / count * 1e6)
         fleet.run_for(WARM_UP_S)
         result["rssPerJoinedKb"] = round((server.rss_kb() - empty) / count, 2)
-        # Ten seconds in which everybody is pinged twice.
+        # Within ten seconds every member is pinged twice.
         idle = measure(server, fleet, 10.0)
         result["rssPerJoinedAfterPingsKb"] = round((server.rss_kb() - empty) / count, 2)
         result["idleServerCpu"] = round(idle.server_cpu_s / idle.seconds, 3)
@@ -164,19 +177,19 @@ def many_connections(connections: int, members: int) -> dict[str, object]:
 def slow_consumer(
     sessions: int, members: int, seconds: float, chats_per_second: float
 ) -> dict[str, object]:
-    """What a member that stops reading costs the others, while the band chats a lot."""
+    """Tick latency of the other members, while slow consumers stop reading and are closed."""
     latencies = Latencies()
     dropped: dict[int, float] = {}
     phases: dict[str, dict[str, float]] = {}
     with bandsync(sessions * members, members) as server, Fleet(server.port) as fleet:
         leaders = join(fleet, sessions, members, slow=True)
-        sleepers = fleet.clients[-sessions:]
+        slow_clients = fleet.clients[-sessions:]
         latencies.watch(fleet.clients[sessions:-sessions])
         for leader in leaders:
-            leader.on_text = _watch_for_drop(leader.session, dropped)
+            leader.on_text = _note_drop(leader.session, dropped)
             leader.send(masked({"type": "play"}))
-        chatter = Chatter(fleet, leaders, chats_per_second)
-        settle()
+        chatter = ChatSender(fleet, leaders, chats_per_second)
+        disable_garbage_collection()
 
         def phase(name: str, ended: Callable[[], bool]) -> None:
             latencies.take()
@@ -185,12 +198,12 @@ def slow_consumer(
 
         chatter.run_until(after(WARM_UP_S))
         phase("before", after(seconds))
-        for sleeper in sleepers:
-            fleet.stop_reading(sleeper)
+        for slow_client in slow_clients:
+            fleet.stop_reading(slow_client)
         began = now_s()
         phase("during", lambda: len(dropped) == sessions)
         phase("after", after(seconds))
-        closed = closes(server.get("/metrics"), 1013)
+        closed = close_count(server.get("/metrics"), 1013)
     if closed != sessions:
         raise BenchError(f"{closed} of {sessions} slow consumers were closed with 1013")
     waits = [at - began for at in dropped.values()]
@@ -210,37 +223,37 @@ def slow_consumer(
     }
 
 
-def closes(metrics: str, code: int) -> int:
-    """How many connections the server closed with ``code``, by its own count."""
+def close_count(metrics: str, code: int) -> int:
+    """Number of connections that the server closed with ``code``, by its own count."""
     found = re.search(
         rf'^bandsync_\w*clos\w*\{{[^}}]*"{code}"[^}}]*\}} (\S+)', metrics, re.MULTILINE
     )
     return int(float(found[1])) if found else 0
 
 
-def _watch_for_drop(session: int, dropped: dict[int, float]) -> Callable[[bytes, int, int], None]:
-    def look(data: bytes, start: int, end: int) -> None:
+def _note_drop(session: int, dropped: dict[int, float]) -> Callable[[bytes, int, int], None]:
+    def receive(data: bytes, start: int, end: int) -> None:
         if data.startswith(b'{"type":"member_connection"', start):
             dropped[session] = now_s()
 
-    return look
+    return receive
 
 
 def main() -> int:
-    """Run one benchmark."""
+    """Run one benchmark; return the exit code."""
     options = vars(parse_arguments())
     bench = _BENCHES[options.pop("bench")]
     pin_generator()
-    # As an exception, like Ctrl-C: whatever was started, or suspended, must not stay behind.
+    # Raised as an exception, like Ctrl-C: no started or suspended server may stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         members = options.get("members", 1)
-        bands = options.get("sessions", options.get("bands", 0))
-        connections = options.get("connections", bands * members)
+        start_bands = options.get("sessions", options.get("bands", 0))
+        connections = options.get("connections", start_bands * members)
         raise_file_limit(3 * connections)
         result = bench.run(**options)
     except BenchError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -248,21 +261,26 @@ def main() -> int:
     findings = result.get("findings", [])
     assert isinstance(findings, list)
     for finding in findings:
-        print(f"bench.py: {finding}", file=sys.stderr)
+        print(f"{_PROGRAM}: {finding}", file=sys.stderr)
     return 1 if findings else 0
 
 
-class Bench(NamedTuple):
-    """A benchmark, and the arguments it takes with their defaults."""
+class Benchmark(NamedTuple):
+    """A benchmark.
+
+    Attributes:
+        run: runs it with these arguments; returns its figures.
+        defaults: of the arguments, by name.
+    """
 
     run: Callable[..., dict[str, object]]
     defaults: dict[str, float | str]
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Which benchmark, and how large."""
+    """The benchmark and its arguments, from the command line."""
     parser = argparse.ArgumentParser(
-        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=_PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     benches = parser.add_subparsers(dest="bench", required=True)
     for name, bench in _BENCHES.items():
@@ -290,44 +308,48 @@ _LOAD: dict[str, float | str] = {
     "plot": "",
 }
 _BENCHES = {
-    "fanout": Bench(fanout, {"connections": 1000, "members": 8, "seconds": 10.0}),
-    "commands": Bench(commands, {"sessions": 25, "members": 8, "seconds": 10.0, "redis": False}),
-    "connections": Bench(many_connections, {"connections": 5000, "members": 8}),
-    "slow": Bench(
+    "fanout": Benchmark(fanout, {"connections": 1000, "members": 8, "seconds": 10.0}),
+    "commands": Benchmark(
+        commands, {"sessions": 25, "members": 8, "seconds": 10.0, "redis": False}
+    ),
+    "connections": Benchmark(many_connections, {"connections": 5000, "members": 8}),
+    "slow": Benchmark(
         slow_consumer, {"sessions": 25, "members": 8, "seconds": 5.0, "chats_per_second": 20.0}
     ),
-    "commit": Bench(commit, {"callers": 50, "members": 8, "seconds": 10.0}),
-    "cluster": Bench(cluster, {"sessions": 25, "members": 8, "seconds": 10.0}),
-    "remote": Bench(remote, {"seconds": 10.0}),
-    "resume": Bench(resume, {"connections": 1000, "members": 8, "seconds": 25.0, "alone": False}),
-    "rolling": Bench(rolling, {"sessions": 10, "members": 4, "seconds": 6.0}),
-    "migrate": Bench(migrate, {"sessions": 1000, "members": 1, "seconds": 2.0}),
-    "sessions": Bench(sessions, {"few": 125, "many": 1000, "members": 8, "seconds": 10.0}),
-    "workers": Bench(workers, {"sessions": 200, "members": 8, "seconds": 20.0, "processes": 2}),
-    "load": Bench(load, _LOAD),
-    "soak": Bench(soak, _LOAD),
+    "commit": Benchmark(commit, {"callers": 50, "members": 8, "seconds": 10.0}),
+    "cluster": Benchmark(cluster, {"sessions": 25, "members": 8, "seconds": 10.0}),
+    "remote": Benchmark(remote, {"seconds": 10.0}),
+    "resume": Benchmark(
+        resume, {"connections": 1000, "members": 8, "seconds": 25.0, "alone": False}
+    ),
+    "rolling": Benchmark(rolling, {"sessions": 10, "members": 4, "seconds": 6.0}),
+    "migrate": Benchmark(migrate, {"sessions": 1000, "members": 1, "seconds": 2.0}),
+    "sessions": Benchmark(sessions, {"few": 125, "many": 1000, "members": 8, "seconds": 10.0}),
+    "workers": Benchmark(workers, {"sessions": 200, "members": 8, "seconds": 20.0, "processes": 2}),
+    "load": Benchmark(load, _LOAD),
+    "soak": Benchmark(soak, _LOAD),
 }
 
 _HELP = {
-    "alone": "all members of a session are on the server that dies, not every other one",
-    "bands": "how many (default %(default)s)",
-    "callers": "how many commit at the same time (default %(default)s)",
-    "chats_per_second": "long messages of each leader (default %(default)s)",
-    "connections": "how many, in sessions of --members (default %(default)s)",
+    "alone": "put all members of a session on the killed server, not every other one",
+    "bands": "number of bands (default %(default)s)",
+    "callers": "number of concurrent callers (default %(default)s)",
+    "chats_per_second": "long chat messages of each leader (default %(default)s)",
+    "connections": "number of connections, in sessions of --members (default %(default)s)",
     "few": "sessions of the one server (default %(default)s)",
-    "many": "sessions of the other one (default %(default)s)",
-    "processes": "workers of the server beside the one of a single process (default %(default)s)",
-    "json": "file for the summary and what was measured each second",
-    "members": "of each session (default %(default)s)",
-    "minutes": "from the first join to the last command (default %(default)s)",
-    "pace": "how much livelier than usual bands are (default %(default)s)",
-    "plot": "file for a picture of it, SVG",
-    "redis": "a server of our own keeps its sessions in Redis (commands: measured, too)",
-    "seed": "the same one makes the bands wish the same (default %(default)s)",
-    "servers": "addresses, with commas, instead of servers of our own; ADMIN_TOKEN is theirs",
-    "seconds": "how long each measurement takes (default %(default)s)",
-    "sessions": "how many (default %(default)s)",
-    "workers": "processes of a server of our own; several of them need Redis, and get one",
+    "many": "sessions of the other server (default %(default)s)",
+    "processes": "number of workers (default %(default)s)",
+    "json": "file for the summary and the row of each second",
+    "members": "members of each session (default %(default)s)",
+    "minutes": "time from the first join to the last command (default %(default)s)",
+    "pace": "factor on the frequency of the bands' actions (default %(default)s)",
+    "plot": "file for a picture of the rows, SVG",
+    "redis": "store the sessions in Redis (commands: measure that, too)",
+    "seed": "draws the bands' actions (default %(default)s)",
+    "servers": "comma-separated addresses of running servers; ADMIN_TOKEN is read for them",
+    "seconds": "duration of each measurement (default %(default)s)",
+    "sessions": "number of sessions (default %(default)s)",
+    "workers": "number of processes; several use a Redis (default %(default)s)",
 }
 
 

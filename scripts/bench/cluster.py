@@ -1,16 +1,23 @@
-"""Two servers that share their sessions through Redis; bench.py starts it."""
+"""Benchmarks `cluster` and `remote`: two servers that share their sessions through Redis."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import cycle
 
-from scripts.bench.commands import NO_EVENTS, bands, event_rate, expect_no_failover
-from scripts.bench.fleet import ACK, Client, Fleet, masked, masked_text
-from scripts.bench.load import SETTLE_S, WARM_UP_S, ClosedLoop, after, join, settle
+from scripts.bench.commands import NO_EVENTS, event_rate, expect_no_failover, start_bands
+from scripts.bench.fleet import ACK, Fleet, FleetClient, masked, masked_text
+from scripts.bench.load import (
+    SETTLE_S,
+    WARM_UP_S,
+    ClosedLoop,
+    after,
+    disable_garbage_collection,
+    join,
+)
 from scripts.bench.processes import (
     BenchError,
-    Server,
+    MeasuredServer,
     bandsync,
     cpu_of,
     now_s,
@@ -19,26 +26,26 @@ from scripts.bench.processes import (
     yardstick,
 )
 from scripts.bench.redis import RedisServer, new_redis
-from scripts.bench.windows import Contender, Window, alternate, cpu_us, median_ratio, total
+from scripts.bench.windows import Contender, MeasuredWindow, alternate, cpu_us, median_ratio, total
 
 INSTALL = "the yardstick is missing: pip install -e '.[bench]'"
 
 _SERVERS = 2
-# What python-socketio sends: an event, and the answers to those that were sent.
+# Frames of python-socketio: an event, and the acknowledgements of sent events.
 _EVENT = b'42["'
 _ANSWERS = tuple(b"43%d[" % number for number in range(10))
 _CHANGE = b'{"type":"seek"'
 # A leader, a member on the other server and one on the same.
 _MEMBERS = 3
-# Longer than a change takes, so that each finds everybody idle.
+# Longer than a change takes, so that each change finds all servers idle.
 _PAUSE_S = 0.02
 _PATIENCE_S = 5.0
 
 
-class Cluster:
-    """Servers and the Redis that they share, measured as one."""
+class ServerCluster:
+    """Servers and their Redis, measured as one."""
 
-    def __init__(self, servers: Sequence[Server], redis: RedisServer) -> None:
+    def __init__(self, servers: Sequence[MeasuredServer], redis: RedisServer) -> None:
         self.servers = servers
         self.ports = [server.port for server in servers]
         self._redis = redis
@@ -46,43 +53,43 @@ class Cluster:
         self._since = 0.0
 
     def suspend(self) -> None:
-        """Let the servers use no CPU at all while others are measured."""
+        """Stop the servers while others are measured."""
         for server in self.servers:
             server.suspend()
 
     def resume(self) -> None:
-        """Let the servers go on."""
+        """Continue the servers."""
         for server in self.servers:
             server.resume()
 
     def cpu_s(self) -> float:
-        """User and system time of all of them so far, seconds."""
+        """User and system time of the servers and Redis so far, seconds."""
         return sum(server.cpu_s() for server in self.servers) + cpu_of(self._redis.pid)
 
     def begin(self) -> None:
-        """A slice begins."""
+        """Begin to count the CPU of Redis in a slice."""
         self._since = cpu_of(self._redis.pid)
 
     def end(self) -> None:
-        """A slice ends."""
+        """End a slice."""
         self._redis_cpu_s += cpu_of(self._redis.pid) - self._since
 
-    def redis_share(self, windows: Iterable[Window]) -> float:
-        """How much of the time of all was Redis's in the slices."""
+    def redis_share(self, windows: Iterable[MeasuredWindow]) -> float:
+        """Redis's share of all CPU time in the slices."""
         return self._redis_cpu_s / sum(window.server_cpu_s for window in windows)
 
 
 class SocketIoFleet(Fleet):
-    """Clients of python-socketio: frames of Engine.IO 4 and Socket.IO 5 in texts."""
+    """Clients of python-socketio: frames of Engine.IO 4 and Socket.IO 5 in text frames."""
 
     target = "/socket.io/?EIO=4&transport=websocket&room=bench-{}"
     kind_at = 0
 
 
-def bandsync_cluster(stack: ExitStack, connections: int, members: int) -> Cluster:
-    """BandSync servers on a Redis of their own."""
+def bandsync_cluster(stack: ExitStack, connections: int, members: int) -> ServerCluster:
+    """Start BandSync servers with a Redis of their own."""
     redis = stack.enter_context(new_redis())
-    return Cluster(
+    return ServerCluster(
         [
             stack.enter_context(bandsync(connections, members, redis_url=redis.url(), patient=True))
             for _ in range(_SERVERS)
@@ -97,11 +104,14 @@ def cluster(sessions: int, members: int, seconds: float) -> dict[str, object]:
         raise BenchError(INSTALL)
     with ExitStack() as stack:
         ours = bandsync_cluster(stack, sessions * members, members)
-        # Ticks, which the page does not ask for either, are nothing that the yardstick has.
-        own, event_bytes = bands(stack, ours, ours.ports, sessions, members, ticks=False)
+        # No ticks: the yardstick has none, and the pages do not request them either.
+        own, event_bytes = start_bands(stack, ours, ours.ports, sessions, members, ticks=False)
         theirs, other = _yardstick(stack, sessions, members, event_bytes)
-        settle()
-        contenders = {"bandsync": _noting(own, ours), "socketio": _noting(other, theirs)}
+        disable_garbage_collection()
+        contenders = {
+            "bandsync": _with_redis_cpu(own, ours),
+            "socketio": _with_redis_cpu(other, theirs),
+        }
         windows = alternate(contenders, seconds)
         for server in ours.servers:
             expect_no_failover(server)
@@ -116,7 +126,7 @@ def cluster(sessions: int, members: int, seconds: float) -> dict[str, object]:
         "eventBytes": event_bytes,
     }
     plain = {"bandsync": windows["bandsync"]}
-    plain["socketio"] = [_translated(window) for window in windows["socketio"]]
+    plain["socketio"] = [_with_our_kinds(window) for window in windows["socketio"]]
     for name, clustered in (("bandsync", ours), ("socketio", theirs)):
         parts = plain[name]
         whole = total(parts)
@@ -142,43 +152,45 @@ def cluster(sessions: int, members: int, seconds: float) -> dict[str, object]:
 
 def _yardstick(
     stack: ExitStack, sessions: int, members: int, event_bytes: int
-) -> tuple[Cluster, Contender]:
-    """Servers that do nothing but broadcast what a leader sends."""
+) -> tuple[ServerCluster, Contender]:
+    """Start python-socketio servers that broadcast what a leader sends."""
     redis = stack.enter_context(new_redis())
     servers = [stack.enter_context(yardstick("socketio", redis.url())) for _ in range(_SERVERS)]
-    theirs = Cluster(servers, redis)
+    theirs = ServerCluster(servers, redis)
     fleet = stack.enter_context(SocketIoFleet(*theirs.ports))
     places = [fleet.open(range(sessions), masked_text(b"40"), place=n) for n in range(members)]
     fleet.run_until(lambda: fleet.kinds[b'40{"'] == sessions * members)
     fleet.run_for(SETTLE_S)
-    # As long as our events are, with what Socket.IO puts around it.
+    # As long as our events, including what Socket.IO adds.
     head, tail = b'["change",{"pad":"', b'"}]'
     pad = b"x" * (event_bytes - len(b"42" + head + tail))
     frames = [masked_text(b"42%d" % number + head + pad + tail) for number in range(10)]
-    # Its acknowledgements come before anybody on the other server has the event, and if nobody
-    # waits for that, it falls ever further behind. So what answers is the event over there.
-    loop = ClosedLoop(frames, _heard)
-    for leader, hearer in zip(places[0], places[1], strict=True):
-        loop.add(leader, hearer)
-    return theirs, Contender(theirs, fleet, wake=loop.start, rest=lambda: loop.stop(fleet))
+    # An acknowledgement precedes the delivery on the other server. A closed loop on it would let
+    # the delivery fall ever further behind. So the reply is the event on the other server.
+    loop = ClosedLoop(frames, _answered)
+    for leader, receiver in zip(places[0], places[1], strict=True):
+        loop.add(leader, receiver)
+    return theirs, Contender(
+        theirs, fleet, begin_turn=loop.start, end_turn=lambda: loop.stop(fleet)
+    )
 
 
-def _heard(data: bytes, start: int, end: int) -> int | None:
+def _answered(data: bytes, start: int, end: int) -> int | None:
     return -1 if data.startswith(_EVENT, start) else None
 
 
-def _noting(contender: Contender, clustered: Cluster) -> Contender:
-    """Note the time of Redis in the slices, not in between."""
+def _with_redis_cpu(contender: Contender, clustered: ServerCluster) -> Contender:
+    """Count the CPU of Redis within the slices only."""
 
     def rest() -> None:
         clustered.end()
-        contender.rest()
+        contender.end_turn()
 
-    return contender._replace(start=clustered.begin, rest=rest)
+    return contender._replace(begin_slice=clustered.begin, end_turn=rest)
 
 
-def _translated(window: Window) -> Window:
-    """Frames of python-socketio under the names that ours have."""
+def _with_our_kinds(window: MeasuredWindow) -> MeasuredWindow:
+    """Frames of python-socketio, under the names of ours."""
     kinds = window.kinds.copy()
     answers = sum(kinds.pop(kind, 0) for kind in _ANSWERS)
     if set(kinds) - {_EVENT}:
@@ -187,36 +199,36 @@ def _translated(window: Window) -> Window:
     return window._replace(kinds=kinds)
 
 
-def _delivery_cost(window: Window) -> float:
+def _delivery_cost(window: MeasuredWindow) -> float:
     return cpu_us(window, window.frames(without=NO_EVENTS))
 
 
 def remote(seconds: float) -> dict[str, object]:
-    """How much later a change reaches members on another server than those on the same."""
+    """Latency of a change for members on another server, beside members on the same one."""
     near: list[float] = []
     far: list[float] = []
     with ExitStack() as stack:
         ours = bandsync_cluster(stack, 2 * _MEMBERS, _MEMBERS)
         fleet = stack.enter_context(Fleet(*ours.ports))
-        # One is led on each server, with a member here and a member there.
-        pairs = [(leader, _Hearing()) for leader in join(fleet, _SERVERS, _MEMBERS)]
-        for leader, hearing in pairs:
+        # One session is led on each server, with one member on each.
+        pairs = [(leader, _ReceiptTimes()) for leader in join(fleet, _SERVERS, _MEMBERS)]
+        for leader, receipts in pairs:
             for client in fleet.clients:
                 if client.session == leader.session and client is not leader:
-                    hearing.add(client, "near" if client.server == leader.server else "far")
-        settle()
+                    receipts.add(client, "near" if client.server == leader.server else "far")
+        disable_garbage_collection()
         fleet.run_for(WARM_UP_S)
         ended = after(seconds)
-        for number, (leader, hearing) in enumerate(cycle(pairs)):
+        for number, (leader, receipts) in enumerate(cycle(pairs)):
             if ended():
                 break
             frame = masked({"type": "seek", "positionMs": 1000.0 * (number % 1000)})
-            hearing.heard.clear()
+            receipts.received.clear()
             sent = now_s()
             leader.send(frame)
-            fleet.run_until(lambda heard=hearing.heard: len(heard) == 2, _PATIENCE_S)
-            near.append((hearing.heard["near"] - sent) * 1000)
-            far.append((hearing.heard["far"] - sent) * 1000)
+            fleet.run_until(receipts.complete, _PATIENCE_S)
+            near.append((receipts.received["near"] - sent) * 1000)
+            far.append((receipts.received["far"] - sent) * 1000)
             fleet.run_for(_PAUSE_S)
         for server in ours.servers:
             expect_no_failover(server)
@@ -231,17 +243,21 @@ def remote(seconds: float) -> dict[str, object]:
     }
 
 
-class _Hearing:
-    """When the members of a session heard the change that was made last."""
+class _ReceiptTimes:
+    """When the two followers of a session received its latest change."""
 
     def __init__(self) -> None:
-        self.heard: dict[str, float] = {}
+        self.received: dict[str, float] = {}
 
-    def add(self, client: Client, where: str) -> None:
-        """Note what ``client`` hears."""
+    def complete(self) -> bool:
+        """Whether both have received it."""
+        return len(self.received) == 2
+
+    def add(self, client: FleetClient, where: str) -> None:
+        """Record when ``client`` receives a change."""
 
         def note(data: bytes, start: int, end: int) -> None:
             if data.startswith(_CHANGE, start):
-                self.heard[where] = now_s()
+                self.received[where] = now_s()
 
         client.on_text = note

@@ -1,17 +1,17 @@
-"""Commands in a closed loop; bench.py starts it."""
+"""Benchmark `commands`: commands in a closed loop, two per leader in flight."""
 
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from scripts.bench.fleet import ACK, Client, Fleet, masked, masked_text
-from scripts.bench.load import SETTLE_S, WARM_UP_S, ClosedLoop, join, settle
-from scripts.bench.processes import BenchError, Server, bandsync, yardstick
+from scripts.bench.fleet import ACK, Fleet, FleetClient, masked, masked_text
+from scripts.bench.load import SETTLE_S, WARM_UP_S, ClosedLoop, disable_garbage_collection, join
+from scripts.bench.processes import BenchError, MeasuredServer, bandsync, yardstick
 from scripts.bench.redis import new_redis
 from scripts.bench.windows import (
     Contender,
-    Measured,
-    Window,
+    Measurable,
+    MeasuredWindow,
     alternate,
     cpu_us,
     median_ratio,
@@ -19,12 +19,12 @@ from scripts.bench.windows import (
 )
 
 _ACK = b'{"type":"ack","requestId":"'
-# Kinds of what BandSync sends besides the events of commands.
+# Messages of BandSync that are no events caused by commands.
 NO_EVENTS = (ACK, b"erro", b"room", b"scro", b"snap", b"stor", b"sync", b"welc")
 
 
 def command_frames() -> list[bytes]:
-    """A cycle of leader's commands, each of which changes something."""
+    """A cycle of leader commands, each of which changes something."""
     frames: list[bytes] = []
     for turn in range(16):
         commands: list[dict[str, object]] = [
@@ -39,7 +39,7 @@ def command_frames() -> list[bytes]:
 
 
 def acked(data: bytes, start: int, end: int) -> int | None:
-    """Which command of `command_frames` a frame of BandSync answers."""
+    """The index in `command_frames` that a frame acknowledges; None for any other frame."""
     if data.startswith(b'{"type":"error"', start):
         raise BenchError(f"refused: {data[start:end].decode()}")
     if not data.startswith(_ACK, start):
@@ -51,19 +51,23 @@ def acked(data: bytes, start: int, end: int) -> int | None:
 def commands(
     sessions: int, members: int, seconds: float, *, redis: bool = False
 ) -> dict[str, object]:
-    """Commands as fast as they are answered: BandSync beside a server that only broadcasts."""
+    """Commands in a closed loop, beside a websockets server that only broadcasts."""
     contenders: dict[str, Contender] = {}
     with ExitStack() as stack:
         server = stack.enter_context(bandsync(sessions * members, members))
-        contenders["bandsync"], event_bytes = bands(stack, server, [server.port], sessions, members)
+        contenders["bandsync"], event_bytes = start_bands(
+            stack, server, [server.port], sessions, members
+        )
         if redis:
             url = stack.enter_context(new_redis()).url()
             server = stack.enter_context(
                 bandsync(sessions * members, members, redis_url=url, patient=True)
             )
-            contenders["bandsyncRedis"], _ = bands(stack, server, [server.port], sessions, members)
+            contenders["bandsyncRedis"], _ = start_bands(
+                stack, server, [server.port], sessions, members
+            )
         contenders["websockets"] = _yardstick(stack, sessions, members, event_bytes)
-        settle()
+        disable_garbage_collection()
         windows = alternate(contenders, seconds)
         if redis:
             expect_no_failover(server)
@@ -101,16 +105,16 @@ def commands(
     }
 
 
-def bands(
+def start_bands(
     stack: ExitStack,
-    server: Measured,
+    server: Measurable,
     ports: Sequence[int],
     sessions: int,
     members: int,
     *,
     ticks: bool = True,
 ) -> tuple[Contender, int]:
-    """BandSync servers to whom leaders give commands, and the mean size of the events, bytes."""
+    """Fill sessions whose leaders send commands; also return the mean size of events, bytes."""
     fleet = stack.enter_context(Fleet(*ports))
     leaders = join(fleet, sessions, members, ticks=ticks)
     loop = ClosedLoop(command_frames(), acked)
@@ -120,7 +124,9 @@ def bands(
     fleet.run_for(WARM_UP_S)
     loop.stop(fleet)
     event_bytes = _event_bytes(fleet, leaders[0])
-    return Contender(server, fleet, wake=loop.start, rest=lambda: loop.stop(fleet)), event_bytes
+    return Contender(
+        server, fleet, begin_turn=loop.start, end_turn=lambda: loop.stop(fleet)
+    ), event_bytes
 
 
 def _yardstick(stack: ExitStack, sessions: int, members: int, event_bytes: int) -> Contender:
@@ -134,11 +140,11 @@ def _yardstick(stack: ExitStack, sessions: int, members: int, event_bytes: int) 
     echo = ClosedLoop([masked_text(text)], lambda data, start, end: -1)
     for leader in leaders:
         echo.add(leader)
-    return Contender(server, fleet, wake=echo.start, rest=lambda: echo.stop(fleet))
+    return Contender(server, fleet, begin_turn=echo.start, end_turn=lambda: echo.stop(fleet))
 
 
-def expect_no_failover(server: Server) -> None:
-    """Fail if the server did not keep its sessions in Redis all the time.
+def expect_no_failover(server: MeasuredServer) -> None:
+    """Check that the server kept its sessions in Redis all the time.
 
     Raises:
         BenchError: it did not.
@@ -148,17 +154,17 @@ def expect_no_failover(server: Server) -> None:
         raise BenchError(f"not all commands went to Redis: {status}")
 
 
-def _command_cost(window: Window) -> float:
+def _command_cost(window: MeasuredWindow) -> float:
     return cpu_us(window, window.kinds[ACK])
 
 
-def event_rate(window: Window) -> float:
-    """Deliveries per second."""
+def event_rate(window: MeasuredWindow) -> float:
+    """Event deliveries per second."""
     return window.frames(without=NO_EVENTS) / window.seconds
 
 
-def _event_bytes(fleet: Fleet, leader: Client) -> int:
-    """The mean size of the events that one turn of commands causes, bytes."""
+def _event_bytes(fleet: Fleet, leader: FleetClient) -> int:
+    """The mean size of the events of one cycle of commands, bytes."""
     sizes: list[int] = []
 
     def note(data: bytes, start: int, end: int) -> None:
@@ -166,7 +172,7 @@ def _event_bytes(fleet: Fleet, leader: Client) -> int:
             sizes.append(end - start)
 
     previous, leader.on_text = leader.on_text, note
-    # Eight: both play and pause, at whose end the song stands as it did.
+    # Eight commands contain play and pause: the song ends paused, as it began.
     for frame in command_frames()[:8]:
         leader.send(frame)
     fleet.run_until(lambda: len(sizes) >= 8)

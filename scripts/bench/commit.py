@@ -1,4 +1,4 @@
-"""What a versioned commit to Redis costs; bench.py starts it, and it starts its contenders."""
+"""Benchmark `commit`: CPU per versioned commit to Redis. Each contender is a process of its own."""
 
 import itertools
 import json
@@ -9,12 +9,11 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from statistics import median
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 import redis
 import trio
 from msgspec.structs import replace
-from serve import relax_garbage_collection
 
 from bandsync.model.session import Session
 from bandsync.redis_link.connection import Argument, Reply
@@ -27,7 +26,14 @@ from bandsync.storage.base import Committed
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import Seek
 from bandsync.wire.messages import encode
-from scripts.bench.processes import ROOT, BenchError, all_cores, clean_environment, now_s
+from scripts.bench.processes import (
+    ROOT,
+    BenchError,
+    all_cores,
+    clean_environment,
+    now_s,
+    relax_garbage_collection,
+)
 
 _SLICE_S = 2.0
 _WARM_UP_S = 0.5
@@ -50,12 +56,12 @@ class Slice(NamedTuple):
 
 
 def commit(callers: int, members: int, seconds: float) -> dict[str, object]:
-    """Versioned commits to Redis in a closed loop: BandSync's link beside redis-py in threads.
+    """CPU per commit to Redis in a closed loop: BandSync's link beside redis-py in threads.
 
-    Both prepare a commit with the same code. On one core threads cannot fight for the GIL, which
-    is most of what they cost on several: so each is measured on one core, and free to use all.
+    Both contenders prepare a commit with the same code. Most of the threads' cost on several cores
+    is contention for the GIL. So each contender is measured on one core, and on all cores.
     """
-    # Not at the top: the contenders should pay for nothing of it.
+    # Imported late, so that the contenders' processes do not load it.
     from scripts.bench.redis import new_redis
 
     slices = max(2, round(seconds / _SLICE_S))
@@ -101,8 +107,8 @@ def _total(slices: Sequence[Slice]) -> Slice:
 
 
 def _run(cores: Sequence[int], *given: str | float) -> Slice:
-    """One contender in a process of its own, on these cores."""
-    process = subprocess.Popen(  # noqa: S603  # our own script
+    """Run one contender in a process of its own, on these cores."""
+    process = subprocess.Popen(  # noqa: S603  # our own module
         [sys.executable, "-m", "scripts.bench.commit", *map(str, given)],
         stdout=subprocess.PIPE,
         env=clean_environment(),
@@ -121,14 +127,16 @@ def _run(cores: Sequence[int], *given: str | float) -> Slice:
 
 
 class ThreadedClient:
-    """redis-py's blocking client, each command in a thread, in the place of a `Link`."""
+    """redis-py's blocking client in threads, with as much of a `Link` as a commit uses."""
+
+    publish_verb: Final = "PUBLISH"
 
     def __init__(self, url: str, threads: int) -> None:
         self._client = redis.Redis.from_url(url, max_connections=threads)
         self._threads = trio.CapacityLimiter(threads)
 
     async def execute(self, *args: Argument) -> Reply:
-        """As `Link.execute`."""
+        """Send a command in a thread; return the reply."""
         return await trio.to_thread.run_sync(
             self._client.execute_command, *args, limiter=self._threads
         )
@@ -154,19 +162,19 @@ async def _linked(url: str, callers: int) -> AsyncIterator[Link]:
         nursery.cancel_scope.cancel()
 
 
-# Ours first. What they share, above all the preparation of a commit, is part of both figures.
+# Ours first. The common preparation of a commit is part of both figures.
 CONTENDERS: dict[str, Callable[[str, int], AbstractAsyncContextManager[Link]]] = {
     "bandsync": _linked,
     "redisPy": _threaded,
 }
 
 
-class Band:
-    """A session in Redis, and what its leader does to it again and again."""
+class CommittingSession:
+    """A session in Redis, whose leader sends one command after the other."""
 
     def __init__(self, storage: RedisStorage, number: int, members: int) -> None:
         self._storage = storage
-        self._here = ServerContext(server_id="bench", boot_id="boot", max_members=members)
+        self._server = ServerContext(server_id="bench", boot_id="boot", max_members=members)
         self._session = self._filled(f"band-{number}", members)
         self.commits = 0
 
@@ -174,18 +182,18 @@ class Band:
         session: Session | None = None
         for number in range(members):
             bind = Bind(session_id, "epoch", f"secret-{number}", f"Musician {number}")
-            actor = Actor(self._here, f"connection-{number}", "", f"member-{number}")
+            actor = Actor(self._server, f"connection-{number}", "", f"member-{number}")
             session = _decided(session, bind, actor).session
         assert session is not None
         return replace(session, version=1)
 
     async def store(self) -> None:
-        """Put the session into Redis."""
+        """Store the session in Redis."""
         await self._commit(None, self._session, ())
 
     async def work(self, ended: Callable[[], bool]) -> None:
-        """Commit one change after the other until then."""
-        actor = Actor(self._here, "connection-0", "member-0", "fresh")
+        """Commit one change after the other until ``ended``."""
+        actor = Actor(self._server, "connection-0", "member-0", "fresh")
         decisions = [
             _decided(self._session, Seek(position_ms=1000.0 * number), actor)
             for number in range(_VARIETY)
@@ -214,7 +222,7 @@ def _decided(session: Session | None, command: Bind | Seek, actor: Actor) -> Dec
     return decision
 
 
-async def _contend(name: str, url: str, callers: int, members: int, seconds: float) -> Slice:
+async def _measure(name: str, url: str, callers: int, members: int, seconds: float) -> Slice:
     ended = False
     async with CONTENDERS[name](url, callers) as link:
         storage = RedisStorage(
@@ -225,31 +233,33 @@ async def _contend(name: str, url: str, callers: int, members: int, seconds: flo
             event_ids=(f"event-{number:x}" for number in itertools.count()),
             on_loss=lambda reason, error: print(f"lost: {reason}: {error}", file=sys.stderr),
         )
-        bands = [Band(storage, number, members) for number in range(callers)]
-        for band in bands:
-            await band.store()
+        sessions = [CommittingSession(storage, number, members) for number in range(callers)]
+        for session in sessions:
+            await session.store()
         relax_garbage_collection()
 
-        def look() -> Slice:
+        def usage() -> Slice:
             used = resource.getrusage(resource.RUSAGE_SELF)
-            commits = sum(band.commits for band in bands)
+            commits = sum(session.commits for session in sessions)
             return Slice(commits, now_s(), used.ru_utime + used.ru_stime)
 
         async with trio.open_nursery() as nursery:
-            for band in bands:
-                nursery.start_soon(band.work, lambda: ended)
+            for session in sessions:
+                nursery.start_soon(session.work, lambda: ended)
             await trio.sleep(_WARM_UP_S)
-            before = look()
+            before = usage()
             await trio.sleep(seconds)
-            after = look()
+            after = usage()
             ended = True
-    return Slice(*(late - early for early, late in zip(before, after, strict=True)))
+    return Slice(
+        after.commits - before.commits, after.seconds - before.seconds, after.cpu_s - before.cpu_s
+    )
 
 
 def main(given: Sequence[str]) -> None:
-    """Be one of the contenders."""
+    """Run one contender, and print its figures."""
     name, url, callers, members, seconds = given
-    figures = trio.run(_contend, name, url, int(callers), int(members), float(seconds))
+    figures = trio.run(_measure, name, url, int(callers), int(members), float(seconds))
     print(json.dumps(figures))
 
 

@@ -1,8 +1,7 @@
-"""Connections that come and go, and timers, in one epoll loop: what a load is driven with.
+"""WebSocket connections that come and go, and timers, in one epoll loop: the driver's transport.
 
-Unlike a `benchfleet.Fleet`, whose connections stay, these may be refused, cut, closed and slow.
-Like there, frames are read by their header and a few letters only, so that the driver costs less
-per frame than any server.
+Connections of a `Fleet` stay open. These may be refused, reset, closed and slow. Both parse only
+the header and a few letters of a frame, so that the driver costs less per frame than any server.
 """
 
 import heapq
@@ -24,7 +23,7 @@ _KIND_AT = len('{"type":"')
 _KIND_TO = _KIND_AT + 4
 _RECEIVE_BYTES = 65_536
 _POLL_EVENTS = 512
-# Sockets are looked at so often, however many timers are due.
+# Timers per turn. Beyond that, sockets are polled first.
 _TIMERS_PER_TURN = 64
 _HEAD_BYTES = 16_384
 _FRAME_BYTES = 4 * 1024 * 1024
@@ -34,12 +33,13 @@ _PING = 0x89
 _PONG = 0x8A
 
 
-class Address(NamedTuple):
-    """Where a server listens.
+class ServerAddress(NamedTuple):
+    """The address of a server.
 
     Attributes:
-        family, place: for a socket.
-        host: as it is named in a request.
+        family: of the socket.
+        place: host and port, for the socket.
+        host: as named in requests.
     """
 
     family: int
@@ -47,58 +47,61 @@ class Address(NamedTuple):
     host: str
 
 
-class Owner(Protocol):
-    """Who has a line."""
+class ConnectionOwner(Protocol):
+    """Receives the events of a connection."""
 
     def opened(self) -> None:
-        """The handshake is done."""
+        """The handshake is complete."""
 
-    def heard(self, kind: bytes, data: bytes, start: int, end: int) -> None:
-        """A text came, ``data[start:end]``, whose ``type`` begins with ``kind``."""
+    def received(self, kind: bytes, data: bytes, start: int, end: int) -> None:
+        """Receive a text frame ``data[start:end]`` whose ``type`` begins with ``kind``."""
 
-    def ended(self, how: str) -> None:
-        """The line is gone, and not because of `Line.cut`: a close code, or a word."""
+    def ended(self, reason: str) -> None:
+        """The connection ended, but not by `EpollConnection.cut`; by a close code or reason."""
 
 
-class Line:
+class EpollConnection:
     """One connection.
 
     Attributes:
-        all_ticks: whether `Owner.heard` is told of ticks, too.
+        owner: receives its events.
+        report_ticks: whether `ConnectionOwner.received` receives ticks, too.
         open: whether it was opened and has not ended.
+        close_code: from the server's close frame; None before.
+        sock: its socket.
     """
 
     __slots__ = (
         "_address",
+        "_buffer",
         "_loop",
         "_paused",
-        "_rest",
         "_target",
         "_upgraded",
-        "all_ticks",
         "close_code",
         "open",
         "owner",
+        "report_ticks",
         "sock",
     )
 
     def __init__(
         self,
-        loop: "Loop",
-        address: Address,
+        loop: "EpollLoop",
+        address: ServerAddress,
         target: str,
-        owner: Owner,
+        owner: ConnectionOwner,
         *,
         receive_buffer: int | None = None,
     ) -> None:
         self._loop = loop
         self._address = address
         self._target = target
-        self._rest = b""
+        self._buffer = b""
         self._upgraded = False
         self._paused = False
         self.owner = owner
-        self.all_ticks = False
+        self.report_ticks = False
         self.open = True
         self.close_code: int | None = None
         self.sock = socket.socket(address.family)
@@ -107,10 +110,10 @@ class Line:
         if receive_buffer is not None:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.connect_ex(address.place)
-        loop.watch(self, select.EPOLLOUT)
+        loop.register(self, select.EPOLLOUT)
 
     def send(self, frame: bytes) -> None:
-        """Send a frame; a line that does not take it whole, because nobody reads, ends."""
+        """Send a frame. A connection whose socket buffer is full ends."""
         if not self.open:
             return
         try:
@@ -121,48 +124,48 @@ class Line:
             self._end("stuck")
 
     def close(self) -> None:
-        """Say goodbye; the server closes."""
+        """Send a close frame; the server closes the connection."""
         self.send(_control(_CLOSE, struct.pack("!H", 1000)))
 
     def cut(self) -> None:
-        """End it with a reset, as a network does; the owner is not told."""
+        """Reset the connection, as a network failure does. The owner receives no event."""
         if self.open:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._forget()
 
     def pause(self) -> None:
-        """Leave what comes in the kernel."""
+        """Stop reading: received data stay in the kernel."""
         if self.open and not self._paused:
-            # Not watched at all: a hang-up would be told without end.
-            self._loop.unwatch(self)
+            # Unregistered, because epoll would report a hang-up without end.
+            self._loop.unregister(self)
             self._paused = True
 
-    def go_on(self) -> None:
-        """Take `pause` back."""
+    def resume(self) -> None:
+        """Undo `pause`."""
         if self.open and self._paused:
             self._paused = False
-            self._loop.watch(self, select.EPOLLIN)
+            self._loop.register(self, select.EPOLLIN)
 
     def ready(self, event: int) -> None:
-        """The socket can be read, or is connected, or has failed."""
+        """Handle an event of the socket: readable, connected or failed."""
         if not self._upgraded:
             self._shake_hands(event)
             return
-        data = _received(self.sock)
+        data = _receive(self.sock)
         if data:
-            self._parse(self._rest + data if self._rest else data)
+            self._parse(self._buffer + data if self._buffer else data)
         else:
             self._end("eof" if self.close_code is None else str(self.close_code))
 
     def _shake_hands(self, event: int) -> None:
         if event & select.EPOLLOUT and not event & (select.EPOLLERR | select.EPOLLHUP):
-            self._loop.rewatch(self, select.EPOLLIN)
+            self._loop.modify(self, select.EPOLLIN)
             self.send(upgrade(self._target, self._address.host))
             return
-        data = _received(self.sock)
-        head, end, rest = (self._rest + data).partition(b"\r\n\r\n")
+        data = _receive(self.sock)
+        head, end, remaining = (self._buffer + data).partition(b"\r\n\r\n")
         if not end:
-            self._rest = head
+            self._buffer = head
             if not data or len(head) > _HEAD_BYTES:
                 self._end("refused")
             return
@@ -171,12 +174,12 @@ class Line:
             self._end(f"http {status}")
             return
         self._upgraded = True
-        self._rest = b""
+        self._buffer = b""
         self.owner.opened()
-        self._parse(rest)
+        self._parse(remaining)
 
     def _parse(self, data: bytes) -> None:
-        """Walk from header to header; one function, because this is what the driver does."""
+        """Walk from header to header; one function, because it takes most of the time."""
         size = len(data)
         position = 0
         kinds = self._loop.kinds
@@ -202,8 +205,8 @@ class Line:
             if first == _TEXT:
                 kind = data[start + _KIND_AT : start + _KIND_TO]
                 kinds[kind] += 1
-                if kind != TICK or self.all_ticks:
-                    self.owner.heard(kind, data, start, end)
+                if kind != TICK or self.report_ticks:
+                    self.owner.received(kind, data, start, end)
                     if not self.open:
                         return
             elif first == _PING:
@@ -212,36 +215,36 @@ class Line:
                 self.close_code = int.from_bytes(data[start : start + 2], "big")
                 self.send(_control(_CLOSE, data[start : start + 2]))
             position = end
-        self._rest = data[position:]
+        self._buffer = data[position:]
 
-    def _end(self, how: str) -> None:
+    def _end(self, reason: str) -> None:
         if self.open:
             self._forget()
-            self.owner.ended(how)
+            self.owner.ended(reason)
 
     def _forget(self) -> None:
         self.open = False
         if not self._paused:
-            self._loop.unwatch(self)
+            self._loop.unregister(self)
         self._loop.forget(self)
         self.sock.close()
 
 
-class Loop:
-    """Watches lines and timers.
+class EpollLoop:
+    """Polls connections and timers.
 
-    Lines are opened by timers only: within one batch of events, the number of a socket that was
-    closed must not come to be that of another one.
+    Only timers open connections. Otherwise, within one batch of events, a new socket could have the
+    descriptor of a closed one.
 
     Attributes:
-        kinds: texts received, by the first four letters of their ``type``.
-        lag_s: how late a timer fired at worst; whoever reads it may set it to 0.
+        kinds: text frames received, by the first four letters of their ``type``.
+        lag_s: longest delay of a timer; readers may reset it to 0.
     """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._lines: dict[int, Line] = {}
-        self._open: set[Line] = set()
+        self._connections: dict[int, EpollConnection] = {}
+        self._open: set[EpollConnection] = set()
         self._readers: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -257,48 +260,48 @@ class Loop:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Cut what is still open."""
-        for line in list(self._open):
-            line.cut()
+        """Reset all open connections."""
+        for connection in list(self._open):
+            connection.cut()
         self._epoll.close()
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        """Call ``action`` once, so much later."""
+        """Call ``action`` once, after this time."""
         heapq.heappush(self._timers, (now_s() + seconds, next(self._count), action))
 
     def read(self, fd: int, ready: Callable[[], None]) -> None:
-        """Call ``ready`` when something that is no line can be read."""
+        """Call ``ready`` whenever another file descriptor is readable."""
         self._readers[fd] = ready
         self._epoll.register(fd, select.EPOLLIN)
 
-    def read_no_more(self, fd: int) -> None:
-        """Take `read` back."""
+    def stop_reading(self, fd: int) -> None:
+        """Undo `read`."""
         del self._readers[fd]
         self._epoll.unregister(fd)
 
-    def watch(self, line: Line, events: int) -> None:
-        """Tell ``line`` when something happens to it."""
-        fd = line.sock.fileno()
-        self._lines[fd] = line
-        self._open.add(line)
+    def register(self, connection: EpollConnection, events: int) -> None:
+        """Report these epoll events to ``connection``."""
+        fd = connection.sock.fileno()
+        self._connections[fd] = connection
+        self._open.add(connection)
         self._epoll.register(fd, events)
 
-    def rewatch(self, line: Line, events: int) -> None:
-        """Tell ``line`` of other things."""
-        self._epoll.modify(line.sock.fileno(), events)
+    def modify(self, connection: EpollConnection, events: int) -> None:
+        """Report other epoll events to ``connection``."""
+        self._epoll.modify(connection.sock.fileno(), events)
 
-    def unwatch(self, line: Line) -> None:
-        """Tell ``line`` nothing any more."""
-        fd = line.sock.fileno()
-        del self._lines[fd]
+    def unregister(self, connection: EpollConnection) -> None:
+        """Report no more events to ``connection``."""
+        fd = connection.sock.fileno()
+        del self._connections[fd]
         self._epoll.unregister(fd)
 
-    def forget(self, line: Line) -> None:
-        """It has ended."""
-        self._open.discard(line)
+    def forget(self, connection: EpollConnection) -> None:
+        """Drop an ended connection."""
+        self._open.discard(connection)
 
     def run_until(self, ended: Callable[[], bool], seconds: float) -> bool:
-        """Go on until ``ended``, or for ``seconds``; whether it ended."""
+        """Run until ``ended``, or for ``seconds``; return whether it ended."""
         deadline = now_s() + seconds
         while not ended():
             now = now_s()
@@ -307,10 +310,10 @@ class Loop:
             due = min(self._timers[0][0] if self._timers else deadline, deadline)
             events = self._epoll.poll(min(max(due - now, 0.0), 0.1), _POLL_EVENTS)
             for fd, event in events:
-                # An earlier one of the same batch may have ended it.
-                line = self._lines.get(fd)
-                if line is not None:
-                    line.ready(event)
+                # An earlier event of the same batch may have closed it.
+                connection = self._connections.get(fd)
+                if connection is not None:
+                    connection.ready(event)
                 elif fd in self._readers:
                     self._readers[fd]()
             self._fire()
@@ -327,11 +330,11 @@ class Loop:
 
 
 def _control(first: int, payload: bytes) -> bytes:
-    """A control frame of a client; the mask may be any, so it is the one that changes nothing."""
+    """A client's control frame. The mask is zero, which leaves the payload as it is."""
     return bytes((first, 0x80 | len(payload), 0, 0, 0, 0)) + payload
 
 
-def _received(sock: socket.socket) -> bytes:
+def _receive(sock: socket.socket) -> bytes:
     try:
         return sock.recv(_RECEIVE_BYTES)
     except OSError:

@@ -1,7 +1,6 @@
 """The load generator: many cheap WebSocket clients in one epoll loop.
 
-It reads server frames by their header only, so that it costs much less per frame than any server
-does.
+It parses only the headers of server frames, and so costs much less per frame than any server.
 """
 
 import base64
@@ -17,7 +16,7 @@ from typing import Self
 
 from scripts.bench.processes import HOST, BenchError, now_s
 
-# The kind of an acknowledgement, as in `Fleet.kinds`.
+# The kind of an acknowledgement in `Fleet.kinds`.
 ACK = b'ack"'
 
 _START_S = 20.0
@@ -30,17 +29,20 @@ _PING = 0x89
 _PONG = 0x8A
 
 
-class Client:
+class FleetClient:
     """One connection of a `Fleet`.
 
     Attributes:
-        session: to which it belongs, by number.
-        server: to which it is connected, by its place among the ports of the fleet.
-        greeting: sent as soon as the handshake is done.
-        on_text: called with (data, start, end) for every text frame, whose payload is
-            ``data[start:end]``; None to count them only.
-        on_end: called when the server ends the connection; None for nothing.
-        close_code: of the close frame that came, if one did.
+        sock: its socket.
+        session: number of its session.
+        server: index of its server among the ports of the fleet.
+        greeting: frame to send after the handshake.
+        rest: received bytes of an incomplete frame.
+        upgraded: whether the handshake is complete.
+        on_text: called with (data, start, end) for each text frame ``data[start:end]``; None to
+            only count them.
+        on_end: called when the server closes the connection; None for no call.
+        close_code: from the server's close frame; None before.
     """
 
     __slots__ = (
@@ -67,43 +69,42 @@ class Client:
         self.close_code: int | None = None
 
     def send(self, frame: bytes) -> None:
-        """Send a frame that `masked` made."""
+        """Send a frame made by `masked`."""
         if self.sock.send(frame) != len(frame):
             raise BenchError("the server does not read: the load is too high")
 
 
 class Fleet:
-    """Many connections to one server or more, in one epoll loop.
+    """Many connections to one or several servers, in one epoll loop.
 
     Args:
         ports: of the servers on this machine.
-        open_on: on how many of them `open` opens connections; None for all.
+        open_on: `open` uses only this many of the servers; None for all.
 
     Attributes:
-        target: what is asked for in a handshake; ``{}`` stands for the number of the session.
-        kind_at: where in a text its kind begins.
-        clients: all that were opened, in order.
-        kinds: text frames received, by their kind: of servers that send our messages, the first
-            four letters of ``type``.
-        payload_bytes: of all text frames received.
-        gone: connections that the server ended.
-        on_connect: called with each client before anything comes; None for nothing.
+        target: path of the handshake; ``{}`` stands for the number of the session.
+        kind_at: offset of the kind in a text frame.
+        clients: all connections, in the order of opening.
+        kinds: text frames received, by kind; for BandSync the first four letters of ``type``.
+        payload_bytes: payload of all text frames received.
+        gone: connections that the server closed.
+        on_connect: called with each client before it receives anything; None for no call.
     """
 
     target = "/ws/bench-{}"
     kind_at = len('{"type":"')
 
     def __init__(self, *ports: int, open_on: int | None = None) -> None:
-        self.clients: list[Client] = []
+        self.clients: list[FleetClient] = []
         self.kinds: Counter[bytes] = Counter()
         self.payload_bytes = 0
         self.gone = 0
         self._upgraded = 0
-        self.on_connect: Callable[[Client], None] | None = None
+        self.on_connect: Callable[[FleetClient], None] | None = None
         self._ports = ports
         self._open_on = open_on or len(ports)
         self._epoll = select.epoll()
-        self._by_fd: dict[int, Client] = {}
+        self._by_fd: dict[int, FleetClient] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +115,7 @@ class Fleet:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close everything at once."""
+        """Close all connections."""
         for client in self.clients:
             client.sock.close()
         self._epoll.close()
@@ -126,16 +127,17 @@ class Fleet:
         *,
         place: int = 0,
         receive_buffer: int | None = None,
-    ) -> list[Client]:
-        """Open a connection for each of ``sessions`` and shake hands, many at a time.
+    ) -> list[FleetClient]:
+        """Open a connection for each of ``sessions`` and complete the handshakes.
 
         Args:
-            greeting: sent as soon as the handshake is done.
-            place: of these members among those of their sessions: the members of a session take
-                turns on the servers, and the sessions begin on different ones.
+            sessions: numbers of the sessions.
+            greeting: frame to send after the handshake.
+            place: of these members within their sessions. The members of a session take turns on
+                the servers, and sessions begin on different ones.
             receive_buffer: of the kernel, bytes; None for its default.
         """
-        opened: list[Client] = []
+        opened: list[FleetClient] = []
         before = self._upgraded
         for session in sessions:
             while len(opened) - (self._upgraded - before) >= _OPENING:
@@ -146,20 +148,20 @@ class Fleet:
         while self._upgraded - before < len(opened):
             self._poll(1.0)
             if now_s() > deadline:
-                raise BenchError("the handshakes do not come to an end")
+                raise BenchError("the handshakes take too long")
         return opened
 
     def connect(
         self, session: int, greeting: bytes, server: int, receive_buffer: int | None = None
-    ) -> Client:
-        """Begin to open one connection."""
+    ) -> FleetClient:
+        """Start to open one connection."""
         sock = socket.socket()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.connect_ex((HOST, self._ports[server]))
-        client = Client(sock, session, server, greeting)
+        client = FleetClient(sock, session, server, greeting)
         if self.on_connect is not None:
             self.on_connect(client)
         self.clients.append(client)
@@ -168,7 +170,7 @@ class Fleet:
         return client
 
     def run_for(self, seconds: float) -> None:
-        """Receive for so long."""
+        """Receive for this time."""
         deadline = now_s() + seconds
         while (left := deadline - now_s()) > 0:
             self._poll(left)
@@ -182,19 +184,19 @@ class Fleet:
         deadline = now_s() + seconds
         while not condition():
             if now_s() > deadline:
-                raise BenchError(f"what was waited for did not come: {dict(self.kinds)}")
+                raise BenchError(f"the awaited messages did not arrive: {dict(self.kinds)}")
             self._poll(0.05)
 
-    def stop_reading(self, client: Client) -> None:
-        """Leave what comes for ``client`` in the kernel from now on."""
+    def stop_reading(self, client: FleetClient) -> None:
+        """Leave data for ``client`` in the kernel from now on."""
         self._epoll.unregister(client.sock)
 
-    def read_again(self, client: Client) -> None:
-        """Take `stop_reading` back."""
+    def read_again(self, client: FleetClient) -> None:
+        """Undo `stop_reading`."""
         self._epoll.register(client.sock, select.EPOLLIN)
 
     def frames(self) -> int:
-        """All text frames received."""
+        """Number of text frames received."""
         return sum(self.kinds.values())
 
     def _poll(self, timeout_s: float) -> None:
@@ -208,7 +210,7 @@ class Fleet:
             else:
                 self._shake_hands(client)
 
-    def _shake_hands(self, client: Client) -> None:
+    def _shake_hands(self, client: FleetClient) -> None:
         data = client.rest + _received(client.sock)
         head, end, client.rest = data.partition(b"\r\n\r\n")
         if not end:
@@ -222,7 +224,7 @@ class Fleet:
                 client.send(client.greeting)
             self._parse(client, client.rest)
 
-    def _receive(self, client: Client) -> None:
+    def _receive(self, client: FleetClient) -> None:
         data = _received(client.sock)
         if data:
             self._parse(client, client.rest + data if client.rest else data)
@@ -233,8 +235,8 @@ class Fleet:
             if client.on_end is not None:
                 client.on_end()
 
-    def _parse(self, client: Client, data: bytes) -> None:
-        """Walk from header to header; one function, because this is what the generator does."""
+    def _parse(self, client: FleetClient, data: bytes) -> None:
+        """Walk from header to header; one function, because it takes most of the time."""
         size = len(data)
         position = 0
         kind_from = self.kind_at
@@ -267,12 +269,12 @@ class Fleet:
 
 
 def masked(message: dict[str, object]) -> bytes:
-    """A client's text frame."""
+    """A client's text frame with a JSON message."""
     return _client_frame(_TEXT, json.dumps(message, ensure_ascii=False).encode())
 
 
 def masked_text(text: bytes) -> bytes:
-    """A client's text frame with a payload that is encoded already."""
+    """A client's text frame with an encoded payload."""
     return _client_frame(_TEXT, text)
 
 
@@ -289,7 +291,7 @@ def _client_frame(first: int, payload: bytes) -> bytes:
 
 
 def upgrade(target: str, host: str = HOST) -> bytes:
-    """The head of a handshake: RFC 6455, section 4.1."""
+    """The request of a handshake: RFC 6455, section 4.1."""
     key = base64.b64encode(secrets.token_bytes(16)).decode()
     return (
         f"GET {target} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\n"

@@ -1,8 +1,8 @@
-"""Latencies in buckets: millions of them in bounded memory, with percentiles to some per cent."""
+"""Latencies in buckets: millions of them in bounded memory. Percentiles have a small error."""
 
 import math
 
-# A bucket is 2 ** (1 / 16) wide: what is told is wrong by 2.2 % at most.
+# A bucket is 2 ** (1 / 16) wide: the error of a percentile is at most 2.2 %.
 _PER_OCTAVE = 16
 _LEAST_MS = 0.001
 _MOST = 32 * _PER_OCTAVE
@@ -12,8 +12,8 @@ class Histogram:
     """Counts latencies, milliseconds.
 
     Attributes:
-        count: how many were added.
-        longest: of these; exact.
+        count: number of latencies.
+        longest: the largest one, exact.
     """
 
     __slots__ = ("_buckets", "count", "longest")
@@ -24,7 +24,7 @@ class Histogram:
         self.longest = 0.0
 
     def add(self, latency_ms: float) -> None:
-        """Count one; one that is not positive, by an error of clocks, as the shortest there is."""
+        """Count a latency. One that a clock error made negative counts as the shortest."""
         if latency_ms > _LEAST_MS:
             bucket = min(_MOST, int(math.log2(latency_ms / _LEAST_MS) * _PER_OCTAVE))
         else:
@@ -35,7 +35,7 @@ class Histogram:
             self.longest = latency_ms
 
     def percentile(self, share: float) -> float | None:
-        """What ``share`` (0 to 1) of them do not exceed; None if there are none."""
+        """The value that ``share`` (0 to 1) of them do not exceed; None without any."""
         if not self.count:
             return None
         wanted = min(self.count, math.floor(share * self.count) + 1)
@@ -47,9 +47,9 @@ class Histogram:
         raise AssertionError("the buckets hold what was counted")
 
     def spread(self) -> dict[str, float] | None:
-        """The percentiles that are told; None if there are none."""
+        """The usual percentiles; None without any latency."""
         if not self.count:
             return None
         shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-        told = {name: round(self.percentile(share) or 0.0, 3) for name, share in shares.items()}
-        return told | {"max": round(self.longest, 3), "count": self.count}
+        spread = {name: round(self.percentile(share) or 0.0, 3) for name, share in shares.items()}
+        return spread | {"max": round(self.longest, 3), "count": self.count}

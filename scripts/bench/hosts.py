@@ -1,4 +1,4 @@
-"""The servers under a load: our own processes, or those at given addresses; what they use."""
+"""The servers under a load: local processes or remote addresses, and the resources they use."""
 
 import contextlib
 import http.client
@@ -16,38 +16,39 @@ from typing import NamedTuple, Protocol, Self
 from urllib.parse import urlsplit
 
 from bandsync.settings import OPTIONS
-from scripts.bench.processes import HOST, ROOT, BenchError, Server, all_cores, cpu_of
+from scripts.bench.processes import HOST, ROOT, BenchError, MeasuredServer, all_cores, cpu_of
 
 _TASKS = "bandsync_tasks"
-# What is asked of `/metrics` to see whether everything came to an end.
-CENSUS = {
+# Gauges of `/metrics` that must return to their initial values.
+LIVE_GAUGES = {
     "bandsync_connections": "connections",
     "bandsync_rooms": "rooms",
     "bandsync_members": "members",
-    # Not told by every version.
+    # Older versions lack it.
     _TASKS: "tasks",
     "bandsync_process_open_fds": "descriptors",
 }
-# Counted by code; what is closed with 1013 has often no room for a close frame any more.
+# Counted by code. A slow consumer closed with 1013 often has no room for a close frame.
 _CLOSED = re.compile(r'^bandsync_closed_total\{code="(\w+)"\} (\S+)$', re.MULTILINE)
 _START = "bandsync_process_start_time_seconds"
 _CPU = "bandsync_process_cpu_seconds_total"
 _MEMORY = "bandsync_process_resident_memory_bytes"
 _FDS = "bandsync_process_open_fds"
 _PATIENCE_S = 3.0
-# Of workers at one port, each is met by then, as good as surely.
-_ASKS_PER_WORKER = 12
+# Scrapes that meet every worker behind one port, with near certainty.
+_SCRAPES_PER_WORKER = 12
 
 
-class Vitals(NamedTuple):
-    """What all processes of a server use together; None is what cannot be told.
+class ResourceUsage(NamedTuple):
+    """The resources of all processes of a server; None where unknown.
 
     Attributes:
-        cpu_s: so far, seconds.
+        cpu_s: user and system time so far, seconds.
         memory_mb: resident, 1 048 576 bytes.
         descriptors: open files and sockets.
-        waited_s: how long they could run and had no core, seconds.
-        tasks: those that have not ended; only the servers themselves can tell.
+        threads: number of threads.
+        waited_s: time runnable without a core so far, seconds.
+        tasks: Trio tasks; only the server itself knows them.
     """
 
     cpu_s: float
@@ -58,102 +59,104 @@ class Vitals(NamedTuple):
     tasks: int | None = None
 
 
-class Census(NamedTuple):
-    """What servers tell, all of them together.
+class LiveCounts(NamedTuple):
+    """Counts from `/metrics`, summed over the servers.
 
     Attributes:
-        there: what there is now, by the names of `CENSUS`.
-        closed: connections that they closed so far, by code.
+        current: present values, by the names of `LIVE_GAUGES`.
+        closed: connections closed by the servers so far, by code.
     """
 
-    there: dict[str, float]
+    current: dict[str, float]
     closed: Counter[str]
 
 
-class Host(Protocol):
-    """Servers that can be watched."""
+class LoadTarget(Protocol):
+    """Servers whose resources can be measured."""
 
-    def vitals(self) -> Vitals | None:
-        """What they use now; None if they do not tell."""
+    def usage(self) -> ResourceUsage | None:
+        """The resources they use now; None if unknown."""
 
-    def census(self) -> Census:
-        """Who and what is there, of all of them together."""
+    def live_counts(self) -> LiveCounts:
+        """Counts from `/metrics`, summed over the servers."""
 
-    def asked(self) -> AbstractContextManager[object]:
-        """Have the vitals show what only they themselves can tell, at the cost of their time."""
+    def poll_metrics(self) -> AbstractContextManager[object]:
+        """Within the block, `usage` has the number of tasks, at the cost of their CPU time."""
 
 
-class Hosted(Server):
-    """A server of our own, with all its workers.
+class LocalTarget(MeasuredServer):
+    """A server on this machine, with all its workers.
 
     Args:
-        spread: several workers may use all cores, and share them with the driver; one process keeps
-            to the first core, as in other benchmarks.
+        workers: number of its processes that serve.
+        all_cores_allowed: several workers may use all cores, together with the driver. One process
+            stays on the first core, as in other benchmarks.
+        command: arguments of the interpreter.
     """
 
-    def __init__(self, workers: int, spread: bool, *command: str) -> None:
+    def __init__(self, workers: int, all_cores_allowed: bool, *command: str) -> None:
         self._workers = workers
-        self._asked: Elsewhere | None = None
+        self._remote: RemoteTarget | None = None
         super().__init__(*command)
-        if spread and workers > 1:
+        if all_cores_allowed and workers > 1:
             for pid in self.pids():
                 for thread in Path(f"/proc/{pid}/task").iterdir():
                     os.sched_setaffinity(int(thread.name), all_cores())
 
     def pids(self) -> list[int]:
-        """The first process, and those that it started."""
+        """Ids of the first process and its children."""
         return [self.pid, *children(self.pid)]
 
     def serving(self) -> list[int]:
-        """Those that have connections."""
+        """Ids of the processes that have connections."""
         return self.pids()[1:] if self._workers > 1 else [self.pid]
 
     def suspend(self) -> None:
-        """Let none of them use CPU while another server is measured."""
+        """Stop all its processes while another server is measured."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let them go on."""
+        """Continue all its processes."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
         for pid in self.pids():
-            # Of those that end at this moment there is nothing to suspend.
+            # A process that exits at this moment.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def vitals(self) -> Vitals | None:
-        """What its processes use; one that ends at this moment is left out."""
+    def usage(self) -> ResourceUsage | None:
+        """The resources of its processes. A process that exits at this moment is left out."""
         found = [each for each in map(_vitals_of, self.pids()) if each is not None]
         if not found:
             return None
-        told = None if self._asked is None else self._asked.vitals()
-        return Vitals(
+        name = None if self._remote is None else self._remote.usage()
+        return ResourceUsage(
             sum(each.cpu_s for each in found),
             sum(each.memory_mb for each in found),
             sum(each.descriptors for each in found),
             sum(each.threads or 0 for each in found),
             sum(each.waited_s or 0.0 for each in found),
-            None if told is None else told.tasks,
+            None if name is None else name.tasks,
         )
 
     @contextlib.contextmanager
-    def asked(self) -> Iterator[None]:
-        """Have the vitals show its tasks, too."""
-        with Elsewhere([(HOST, self.port)], None) as self._asked:
+    def poll_metrics(self) -> Iterator[None]:
+        """Within the block, `usage` has the number of tasks, too."""
+        with RemoteTarget([(HOST, self.port)], None) as self._remote:
             yield
-        self._asked = None
+        self._remote = None
 
-    def census(self) -> Census:
-        """Who and what is there."""
-        return census([(HOST, self.port)], self._workers)
+    def live_counts(self) -> LiveCounts:
+        """Counts from its `/metrics`."""
+        return live_counts([(HOST, self.port)], self._workers)
 
     def cpu_s(self) -> float:
         """User and system time of all its processes so far, seconds."""
         return sum(cpu_of(pid) for pid in self.pids())
 
 
-def hosted(
+def start_target(
     connections: int,
     members: int,
     *,
@@ -161,15 +164,17 @@ def hosted(
     redis_url: str | None = None,
     only_measured: bool = False,
     first_port: int | None = None,
-) -> Hosted:
+) -> LocalTarget:
     """Start a server on a free port.
 
     Args:
-        workers: processes; more than one need Redis.
-        redis_url: where it keeps sessions; None for its memory.
-        only_measured: all processes keep to the first core; they have no rate limits, and patience
-            with being suspended.
-        first_port: of those that workers have for themselves; None for none.
+        connections: the most that are open at once.
+        members: of each session.
+        workers: number of processes. Several need Redis.
+        redis_url: where sessions are stored; None for memory.
+        only_measured: keep all processes on the first core, without rate limits, and with long
+            timeouts for their suspensions.
+        first_port: the first of the workers' own ports; None for none.
     """
     many: tuple[str, ...] = ()
     if workers > 1:
@@ -184,7 +189,7 @@ def hosted(
     if only_measured:
         many += ("--rate-limit-factor", "0", "--connection-timeout-ms", "600000")
         many += ("--redis-health-timeout-ms", "60000")
-    return Hosted(
+    return LocalTarget(
         workers,
         not only_measured,
         str(ROOT / "scripts" / "serve.py"),
@@ -193,20 +198,21 @@ def hosted(
     )
 
 
-class Elsewhere:
-    """Servers at given addresses, whose `/metrics` is read once a second by a thread of its own.
+class RemoteTarget:
+    """Servers at given addresses. A thread reads their `/metrics` once a second.
 
     Args:
+        addresses: host and port of each.
         token: their ADMIN_TOKEN; None if they have none.
     """
 
-    def __init__(self, places: Sequence[tuple[str, int]], token: str | None) -> None:
-        self._places = places
+    def __init__(self, addresses: Sequence[tuple[str, int]], token: str | None) -> None:
+        self._addresses = addresses
         self._token = token
         self._stop = threading.Event()
         self._first: dict[tuple[int, float], float] = {}
         self._latest: dict[tuple[int, float], dict[str, float]] = {}
-        self._thread = threading.Thread(target=self._ask_for_ever, daemon=True)
+        self._thread = threading.Thread(target=self._poll_for_ever, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -218,73 +224,75 @@ class Elsewhere:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Ask no more."""
+        """Stop reading `/metrics`."""
         self._stop.set()
-        self._thread.join(2 * _PATIENCE_S * len(self._places))
+        self._thread.join(2 * _PATIENCE_S * len(self._addresses))
 
-    def vitals(self) -> Vitals | None:
-        """What those use that ever answered."""
+    def usage(self) -> ResourceUsage | None:
+        """The resources of the processes that ever answered."""
         latest = dict(self._latest)
         if not latest:
             return None
-        return Vitals(
+        return ResourceUsage(
             sum(values.get(_CPU, 0.0) - self._first[process] for process, values in latest.items()),
             sum(values.get(_MEMORY, 0.0) for values in latest.values()) / 2**20,
             int(sum(values.get(_FDS, 0.0) for values in latest.values())),
             tasks=_sum(values.get(_TASKS) for values in latest.values()),
         )
 
-    def census(self) -> Census:
-        """Who and what is there."""
-        return census(self._places, 1, self._token)
+    def live_counts(self) -> LiveCounts:
+        """Counts from their `/metrics`."""
+        return live_counts(self._addresses, 1, self._token)
 
-    def asked(self) -> AbstractContextManager[object]:
-        """They are asked all the time: there is no other way."""
+    def poll_metrics(self) -> AbstractContextManager[object]:
+        """They are polled all the time."""
         return contextlib.nullcontext()
 
-    def _ask_for_ever(self) -> None:
+    def _poll_for_ever(self) -> None:
         while not self._stop.wait(1.0):
-            for number, (host, port) in enumerate(self._places):
+            for number, (host, port) in enumerate(self._addresses):
                 try:
                     values = numbers(scrape(host, port, self._token))
                 except BenchError:
                     continue
-                # Behind one address may be several processes; each tells when it began.
+                # Several processes may share an address. Their start times tell them apart.
                 process = (number, values.get(_START, 0.0))
                 self._first.setdefault(process, values.get(_CPU, 0.0))
                 self._latest[process] = values
 
 
-def census(places: Sequence[tuple[str, int]], workers: int, token: str | None = None) -> Census:
-    """What servers tell of `CENSUS`, summed up.
+def live_counts(
+    addresses: Sequence[tuple[str, int]], workers: int, token: str | None = None
+) -> LiveCounts:
+    """The counts of `LIVE_GAUGES`, summed over the servers.
 
     Raises:
-        BenchError: one does not answer, or not all ``workers`` of it were met.
+        BenchError: a server does not answer, or not all ``workers`` did.
     """
-    there: Counter[str] = Counter()
+    current: dict[str, float] = {}
     closed: Counter[str] = Counter()
-    for host, port in places:
-        met: dict[float, str] = {}
-        for _ in range(workers * _ASKS_PER_WORKER if workers > 1 else 1):
+    for host, port in addresses:
+        answered: dict[float, str] = {}
+        for _ in range(workers * _SCRAPES_PER_WORKER if workers > 1 else 1):
             metrics = scrape(host, port, token)
-            met[numbers(metrics).get(_START, 0.0)] = metrics
-        if len(met) < workers:
-            raise BenchError(f"{len(met)} of {workers} workers answered")
-        for metrics in met.values():
+            answered[numbers(metrics).get(_START, 0.0)] = metrics
+        if len(answered) < workers:
+            raise BenchError(f"{len(answered)} of {workers} workers answered")
+        for metrics in answered.values():
             values = numbers(metrics)
-            for name, told in CENSUS.items():
-                if name in values:
-                    there[told] += values[name]
+            for metric, name in LIVE_GAUGES.items():
+                if metric in values:
+                    current[name] = current.get(name, 0.0) + values[metric]
             for code, count in _CLOSED.findall(metrics):
                 closed[code] += int(float(count))
-    return Census(dict(there), closed)
+    return LiveCounts(current, closed)
 
 
 def scrape(host: str, port: int, token: str | None = None) -> str:
     """The text of `/metrics`.
 
     Raises:
-        BenchError: it did not come.
+        BenchError: the server did not send it.
     """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     connection = http.client.HTTPConnection(host, port, timeout=_PATIENCE_S)
@@ -293,11 +301,11 @@ def scrape(host: str, port: int, token: str | None = None) -> str:
         answer = connection.getresponse()
         text = answer.read().decode()
     except (OSError, http.client.HTTPException) as error:
-        raise BenchError(f"{host}:{port} does not tell its metrics: {error}") from error
+        raise BenchError(f"{host}:{port} does not serve its metrics: {error}") from error
     finally:
         connection.close()
     if answer.status != 200:
-        raise BenchError(f"{host}:{port} does not tell its metrics: status {answer.status}")
+        raise BenchError(f"{host}:{port} does not serve its metrics: status {answer.status}")
     return text
 
 
@@ -307,30 +315,30 @@ def numbers(metrics: str) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in found}
 
 
-def places_of(servers: str) -> list[tuple[int, str, int, str]]:
-    """The addresses of a list with commas: family, host, port, and the host as requests name it.
+def addresses_of(servers: str) -> list[tuple[int, str, int, str]]:
+    """Parse a comma-separated list into family, host, port, and host for requests.
 
     Raises:
-        BenchError: one is none.
+        BenchError: an address is invalid.
     """
-    places = []
+    addresses = []
     for text in filter(None, (each.strip() for each in servers.split(","))):
         try:
             url = urlsplit(text if "//" in text else f"http://{text}")
             port = url.port or 80
             if url.scheme not in {"http", "ws"} or not url.hostname or url.path not in {"", "/"}:
-                raise ValueError("it is none such as http://127.0.0.1:3001")
+                raise ValueError("use the form http://127.0.0.1:3001")
             family, _, _, _, place = socket.getaddrinfo(
                 url.hostname, port, type=socket.SOCK_STREAM
             )[0]
         except (ValueError, OSError) as error:
             raise BenchError(f"the address {text}: {error}") from error
-        places.append((int(family), str(place[0]), port, url.netloc.rpartition("@")[2]))
-    return places
+        addresses.append((int(family), str(place[0]), port, url.netloc.rpartition("@")[2]))
+    return addresses
 
 
 def children(pid: int) -> list[int]:
-    """The processes that ``pid`` started and that run."""
+    """Ids of the running child processes of ``pid``."""
     found: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         found += map(int, thread.read_text().split())
@@ -338,12 +346,12 @@ def children(pid: int) -> list[int]:
 
 
 def _sum(counts: Iterable[float | None]) -> int | None:
-    """None if one of them is."""
+    """The sum; None if one count is None."""
     known = list(counts)
     return None if None in known else int(sum(filter(None, known)))
 
 
-def _vitals_of(pid: int) -> Vitals | None:
+def _vitals_of(pid: int) -> ResourceUsage | None:
     process = Path(f"/proc/{pid}")
     try:
         status = (process / "status").read_text()
@@ -354,7 +362,7 @@ def _vitals_of(pid: int) -> Vitals | None:
         waited_ns = 0
         for thread in (process / "task").iterdir():
             waited_ns += int((thread / "schedstat").read_text().split()[1])
-        return Vitals(
+        return ResourceUsage(
             cpu_of(pid),
             int(memory_kb[1]) / 1024,
             sum(1 for _ in (process / "fd").iterdir()),

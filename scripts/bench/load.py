@@ -1,10 +1,10 @@
-"""What the clients of a fleet do: join, give commands, talk, note how late the ticks are."""
+"""Actions of a fleet's clients: join, commands in a closed loop, chat, tick latencies."""
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
-from scripts.bench.fleet import ACK, Client, Fleet, masked
+from scripts.bench.fleet import ACK, Fleet, FleetClient, masked
 from scripts.bench.processes import BenchError, now_s, wall_ms
 
 WARM_UP_S = 2.0
@@ -21,13 +21,13 @@ class Latencies:
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def watch(self, clients: Iterable[Client]) -> None:
-        """Note the ages of all ticks of ``clients`` from now on."""
+    def watch(self, clients: Iterable[FleetClient]) -> None:
+        """Record the age of each tick of ``clients`` from now on."""
         for client in clients:
             client.on_text = self._note
 
     def take(self) -> list[float]:
-        """Those noted since the last time."""
+        """Return the ages recorded since the previous call."""
         taken, self.values = self.values, []
         return taken
 
@@ -38,12 +38,12 @@ class Latencies:
 
 
 class ClosedLoop:
-    """Keeps two commands of every leader outstanding.
+    """Keeps two commands of every leader in flight.
 
     Args:
-        frames: what the leaders send, in turn.
-        answered: which of them a received frame ``data[start:end]`` answers, None for none; -1
-            for whichever was sent first.
+        frames: the commands, sent in turn.
+        answered: maps a received frame ``data[start:end]`` to the index of the answered command;
+            None for none, -1 for the oldest one.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class ClosedLoop:
         self.outstanding = 0
         self.answers = 0
 
-    def add(self, leader: Client, hearer: Client | None = None) -> None:
-        """Let ``leader`` take part; the answers come to ``hearer``, if it is another."""
+    def add(self, leader: FleetClient, receiver: FleetClient | None = None) -> None:
+        """Let ``leader`` take part. Replies arrive at ``receiver`` if it is given."""
         waiting: list[int] = []
         following = 0
 
@@ -78,7 +78,7 @@ class ClosedLoop:
             if self._running:
                 send()
 
-        (hearer or leader).on_text = receive
+        (receiver or leader).on_text = receive
         self._loops.append(send)
 
     def start(self) -> None:
@@ -89,58 +89,63 @@ class ClosedLoop:
             send()
 
     def stop(self, fleet: Fleet) -> None:
-        """Send no more, and wait for the answers to what was sent."""
+        """Send no more commands, and wait for the outstanding replies."""
         self._running = False
         fleet.run_until(lambda: self.outstanding == 0)
 
 
-class Chatter:
-    """Lets every leader send long chat messages at an even pace.
+class ChatSender:
+    """Lets every leader send long chat messages at a constant rate.
 
     Args:
+        fleet: the leaders' fleet.
+        leaders: the senders.
         per_second: messages of each leader.
     """
 
-    def __init__(self, fleet: Fleet, leaders: Sequence[Client], per_second: float) -> None:
-        # Four bytes a character: the longest chat message there is.
+    def __init__(self, fleet: Fleet, leaders: Sequence[FleetClient], per_second: float) -> None:
+        # Four bytes per character: the longest allowed chat message.
         self.frame = masked({"type": "chat_message", "text": "\N{GUITAR}" * 1000})
         self._fleet = fleet
         self._leaders = cycle(leaders)
         self._interval_s = 1 / (per_second * len(leaders))
 
     def run_until(self, ended: Callable[[], bool]) -> None:
-        """Send and receive until then."""
+        """Send and receive until ``ended``."""
         due = began = now_s()
         for leader in self._leaders:
             if ended():
                 return
             if due - began > _SLOW_LIMIT_S:
-                raise BenchError("nobody was too slow: send more")
+                raise BenchError("no consumer was too slow: send more")
             leader.send(self.frame)
             due += self._interval_s
-            # Late or not, what came is received.
+            # Receive even when sending is late.
             self._fleet.run_for(max(due - now_s(), _LEAST_POLL_S))
 
 
 def after(seconds: float) -> Callable[[], bool]:
-    """Whether so much time has passed since this call."""
+    """A function that returns whether this time has passed since now."""
     end = now_s() + seconds
     return lambda: now_s() >= end
 
 
 def join(
     fleet: Fleet, sessions: int, members: int, *, slow: bool = False, ticks: bool = True
-) -> list[Client]:
-    """Fill the sessions, whose members take turns on the servers; the first of each leads.
+) -> list[FleetClient]:
+    """Fill the sessions. Members take turns on the servers. The first member of each session leads.
 
     Args:
+        fleet: opens the connections.
+        sessions: number of sessions.
+        members: of each session.
         slow: give the last member of each session a small receive buffer.
-        ticks: whether they want ticks.
+        ticks: whether the members request ticks.
 
     Returns:
         The leaders.
     """
-    # Not by their snapshots: a member also gets one when servers joined others at the same time.
+    # Count acknowledgements, not snapshots: joins on two servers at once cause further snapshots.
     greeting = masked({"type": "join_session", "requestId": "join", "ticks": ticks})
     leaders = fleet.open(range(sessions), greeting)
     fleet.run_until(lambda: fleet.kinds[ACK] == sessions)
@@ -151,14 +156,14 @@ def join(
     return leaders
 
 
-def settle() -> None:
-    """Let nothing but the measured code use the generator's time."""
+def disable_garbage_collection() -> None:
+    """Spend the generator's time on the measurement only."""
     gc.collect()
     gc.freeze()
     gc.disable()
 
 
-def capture(fleet: Fleet, client: Client, start: bytes) -> bytes:
+def capture(fleet: Fleet, client: FleetClient, start: bytes) -> bytes:
     """The payload of the next frame of ``client`` that begins with ``start``."""
     found: list[bytes] = []
 

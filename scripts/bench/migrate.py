@@ -1,20 +1,21 @@
-"""How sessions come back to Redis, and what that costs those who play; bench.py starts it."""
+"""Benchmark `migrate`: the return of sessions to Redis, and the latency of commands meanwhile."""
 
 import json
 import select
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self, TypedDict
 
-from scripts.bench.fleet import ACK, Client, Fleet, masked
-from scripts.bench.load import SETTLE_S, join, settle
+from scripts.bench.fleet import ACK, Fleet, FleetClient, masked
+from scripts.bench.load import SETTLE_S, disable_garbage_collection, join
 from scripts.bench.processes import (
     ROOT,
     BenchError,
-    Server,
+    MeasuredServer,
     bandsync,
     clean_environment,
     now_s,
@@ -23,27 +24,42 @@ from scripts.bench.processes import (
 )
 
 _PROBES = 3
-# Sessions of their own, far from those of the load.
+# Numbers far from those of the loaded sessions.
 _FIRST_PROBE = 1_000_000
 _PAUSE_S = 0.002
 _POLL_S = 0.001
-# How long after the kill its consequences are counted as such.
+# Commands within this time after the kill are counted as its consequences.
 _KILL_S = 0.5
 _PATIENCE_S = 30.0
-# As many changes in a row, then their answers: no load that a command would wait behind.
-_AT_ONCE = 20
+# A batch of changes, then a wait for their replies: small enough not to delay the probes.
+_BATCH = 20
 
 
-class Sample(NamedTuple):
-    """One command of a prober: when it was sent, and how long its answer took, seconds."""
+class RecoveryDocument(TypedDict):
+    """The last recovery, in `/api/storage/status`."""
+
+    sessions: int
+    migrationMs: float
+    at: float
+
+
+class StorageStatusDocument(TypedDict):
+    """The fields of `/api/storage/status` that are read here."""
+
+    mode: str
+    lastRecovery: RecoveryDocument
+
+
+class ProbeSample(NamedTuple):
+    """One command of a probe: when it was sent, and its latency, seconds."""
 
     sent: float
-    took: float
+    waited_s: float
 
 
 def migrate(sessions: int, members: int, seconds: float) -> dict[str, object]:
-    """Redis dies, every session changes, Redis comes back empty: what commands wait meanwhile."""
-    # Not at the top: the prober should pay for nothing of it.
+    """Latency of commands while Redis dies, every session changes, and Redis returns empty."""
+    # Imported late, so that the process of the probes does not load it.
     from scripts.bench.redis import new_redis
 
     connections = sessions * members + _PROBES
@@ -54,22 +70,22 @@ def migrate(sessions: int, members: int, seconds: float) -> dict[str, object]:
     ):
         _expect(server, "redis")
         leaders = join(fleet, sessions, members)
-        settle()
-        with Probers(server.port) as probers:
+        disable_garbage_collection()
+        with ProbeProcess(server.port) as probers:
             fleet.run_for(SETTLE_S)
             began = now_s()
             fleet.run_for(seconds)
-            told = fleet.kinds[b"stor"]
+            notices = fleet.kinds[b"stor"]
             killed = now_s()
             redis.kill()
-            fleet.run_until(lambda: fleet.kinds[b"stor"] == told + sessions * members)
+            fleet.run_until(lambda: fleet.kinds[b"stor"] == notices + sessions * members)
             fleet.run_for(2 * _KILL_S)
             _change_all(fleet, leaders)
             _expect(server, "memory")
             fleet.run_for(SETTLE_S)
             restarted = now_s()
             redis.restart(empty=True)
-            fleet.run_until(lambda: fleet.kinds[b"stor"] == told + 2 * sessions * members)
+            fleet.run_until(lambda: fleet.kinds[b"stor"] == notices + 2 * sessions * members)
             fleet.run_for(seconds)
             ended = now_s()
             samples = probers.stop()
@@ -79,7 +95,7 @@ def migrate(sessions: int, members: int, seconds: float) -> dict[str, object]:
     recovery = status["lastRecovery"]
     if not recovery["sessions"] == stored == sessions + _PROBES or gone:
         raise BenchError(f"{stored} sessions in Redis, {gone} connections gone: {recovery}")
-    # The session clock is the machine's, which Redis shares.
+    # Redis shares the clock of this machine, and so does the session clock.
     finished = recovery["at"] / 1000 - (wall_ms() / 1000 - now_s())
     decided = finished - recovery["migrationMs"] / 1000
     phases = {
@@ -98,44 +114,50 @@ def migrate(sessions: int, members: int, seconds: float) -> dict[str, object]:
         "sessionsMoved": recovery["sessions"],
         "migrationMs": round(recovery["migrationMs"], 1),
         "secondsFromRestart": round(finished - restarted, 2),
-        "longestStallMs": {name: took["max"] for name, took in waits.items()},
+        "longestStallMs": {name: waited_s["max"] for name, waited_s in waits.items()},
         "commandMs": waits,
         "commands": len(samples),
     }
 
 
-def _waits(samples: Sequence[Sample], begin: float, end: float) -> dict[str, float]:
-    """How long the commands took that were under way then."""
-    return spread([took * 1000 for sent, took in samples if sent < end and sent + took > begin])
+def _waits(samples: Sequence[ProbeSample], begin: float, end: float) -> dict[str, float]:
+    """Latencies of the commands in flight between ``begin`` and ``end``."""
+    return spread(
+        [waited_s * 1000 for sent, waited_s in samples if sent < end and sent + waited_s > begin]
+    )
 
 
-def _change_all(fleet: Fleet, leaders: Sequence[Client]) -> None:
-    frame = masked({"type": "chat_message", "text": "Without a net now", "requestId": "c0"})
+def _change_all(fleet: Fleet, leaders: Sequence[FleetClient]) -> None:
+    frame = masked({"type": "chat_message", "text": "in memory mode", "requestId": "c0"})
     answered = fleet.kinds[ACK]
-    for start in range(0, len(leaders), _AT_ONCE):
-        for leader in leaders[start : start + _AT_ONCE]:
+    for start in range(0, len(leaders), _BATCH):
+        for leader in leaders[start : start + _BATCH]:
             leader.send(frame)
             answered += 1
-        fleet.run_until(lambda wanted=answered: fleet.kinds[ACK] == wanted)
+        fleet.run_until(partial(_has_acks, fleet, answered))
 
 
-def _expect(server: Server, mode: str) -> dict[str, Any]:
-    """The storage status.
+def _has_acks(fleet: Fleet, count: int) -> bool:
+    return fleet.kinds[ACK] == count
+
+
+def _expect(server: MeasuredServer, mode: str) -> StorageStatusDocument:
+    """Read the storage status, and check its mode.
 
     Raises:
-        BenchError: another mode.
+        BenchError: the mode is another one.
     """
-    status: dict[str, Any] = json.loads(server.get("/api/storage/status"))
+    status: StorageStatusDocument = json.loads(server.get("/api/storage/status"))
     if status["mode"] != mode:
         raise BenchError(f"the storage mode is not {mode}: {status}")
     return status
 
 
-class Probers:
-    """Members that give one command after the other, in a process that does nothing else."""
+class ProbeProcess:
+    """Members that send one command after the other, in a process of their own."""
 
     def __init__(self, port: int) -> None:
-        self._process = subprocess.Popen(  # noqa: S603  # our own script
+        self._process = subprocess.Popen(  # noqa: S603  # our own module
             [sys.executable, "-m", "scripts.bench.migrate", str(port)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -144,7 +166,7 @@ class Probers:
         )
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
-            raise BenchError("the probers did not start")
+            raise BenchError("the probes did not start")
 
     def __enter__(self) -> Self:
         return self
@@ -155,22 +177,22 @@ class Probers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
-    def stop(self) -> list[Sample]:
-        """End it, and tell of all its commands."""
+    def stop(self) -> list[ProbeSample]:
+        """End the process; return all its samples."""
         output, _ = self._process.communicate(timeout=_PATIENCE_S)
         if self._process.returncode != 0:
-            raise BenchError("the probers failed")
-        return [Sample(*sample) for sample in json.loads(output)]
+            raise BenchError("the probes failed")
+        return [ProbeSample(*sample) for sample in json.loads(output)]
 
 
-class _Probe:
-    """One member."""
+class _ProbeMember:
+    """One probing member."""
 
-    def __init__(self, client: Client, samples: list[Sample]) -> None:
+    def __init__(self, client: FleetClient, samples: list[ProbeSample]) -> None:
         self._client = client
         self._samples = samples
         self._sent: float | None = None
@@ -181,8 +203,8 @@ class _Probe:
         )
         client.on_text = self._receive
 
-    def go_on(self) -> None:
-        """Send the next command if it is time."""
+    def send_if_due(self) -> None:
+        """Send the next command if it is due."""
         if self._sent is None and now_s() >= self._due:
             self._sent = now_s()
             self._client.send(next(self._frames))
@@ -192,28 +214,28 @@ class _Probe:
             raise BenchError(f"refused: {data[start:end].decode()}")
         if self._sent is not None and data.startswith(b'{"type":"ack"', start):
             now = now_s()
-            self._samples.append(Sample(self._sent, now - self._sent))
+            self._samples.append(ProbeSample(self._sent, now - self._sent))
             self._sent = None
             self._due = now + _PAUSE_S
 
 
-def _probe(port: int) -> list[Sample]:
-    """Give commands until our input ends."""
-    samples: list[Sample] = []
+def _run_probes(port: int) -> list[ProbeSample]:
+    """Send commands until the end of standard input."""
+    samples: list[ProbeSample] = []
     with Fleet(port) as fleet:
         clients = fleet.open(
             range(_FIRST_PROBE, _FIRST_PROBE + _PROBES), masked({"type": "join_session"})
         )
         fleet.run_until(lambda: fleet.kinds[b"snap"] == _PROBES)
-        probes = [_Probe(client, samples) for client in clients]
-        settle()
+        probes = [_ProbeMember(client, samples) for client in clients]
+        disable_garbage_collection()
         print("ready", flush=True)
         while not select.select([sys.stdin], [], [], 0)[0]:
             for probe in probes:
-                probe.go_on()
+                probe.send_if_due()
             fleet.run_for(_POLL_S)
     return samples
 
 
 if __name__ == "__main__":
-    print(json.dumps(_probe(int(sys.argv[1]))))
+    print(json.dumps(_run_probes(int(sys.argv[1]))))

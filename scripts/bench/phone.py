@@ -1,4 +1,7 @@
-"""A member of a band under load, over all its connections."""
+"""A simulated phone: one member of a band under load, over all its connections.
+
+Over 400 lines, because it is one class: a method for each action and each kind of message.
+"""
 
 import random
 from collections.abc import Callable
@@ -7,99 +10,117 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from bandsync.model.transport import Transport, in_force, position_at
-from scripts.bench.epoll_ws import Address, Line, Loop
+from scripts.bench.epoll_ws import EpollConnection, EpollLoop, ServerAddress
 from scripts.bench.fleet import masked
-from scripts.bench.oracle import MOVES, Document, Truth, read_move
+from scripts.bench.oracle import MOVES, SessionOracle, read_move
 from scripts.bench.processes import now_s, wall_ms
-from scripts.bench.score import EVENTS, Score
+from scripts.bench.score import EVENTS, LoadScore
+from scripts.testbed.json_messages import JsonMessage, JsonYou
 
 # As the pages do.
 _FIRST_RETRY_S = 0.3
 _LONGEST_RETRY_S = 8.0
-# A server that answers later than this has lost it.
+# A reply later than this counts as lost.
 PATIENCE_S = 10.0
-# Who is back so soon must be given its place: the grace is 10 s.
-_SURELY_S = 6.0
+# A member that returns within this time must be resumed. The grace is 10 s.
+_RESUME_REQUIRED_S = 6.0
 _SMALL_BUFFER = 4096
 _CLOCK_SAMPLES = 3
-# More questions than this are never open.
-_MOST_ASKED = 64
+# Maximum number of commands without a reply.
+_MOST_PENDING = 64
 
 
-class Asked(NamedTuple):
-    """What was not answered yet.
+class PendingCommand(NamedTuple):
+    """A command without a reply.
 
     Attributes:
-        since: from when on an answer is waited for.
-        timed: whether the time it takes tells about the server.
+        since: start of the wait for the reply.
+        timed: whether the wait measures the server.
+        command: as sent.
     """
 
     since: float
     timed: bool
-    command: Document
+    command: dict[str, object]
 
 
 class Tick(msgspec.Struct, rename="camel"):
-    """A tick."""
+    """The fields of a tick that are read here."""
 
     server_time: float
     position_ms: float
 
 
 _read_tick = msgspec.json.Decoder(Tick).decode
+_read_message: Callable[[bytes], JsonMessage] = msgspec.json.decode
 
 
-class Home(Protocol):
-    """The band of a phone."""
-
-    @property
-    def loop(self) -> Loop:
-        """Where its lines and timers are."""
+class BandContext(Protocol):
+    """The band of a member."""
 
     @property
-    def score(self) -> Score:
-        """What is noted."""
+    def loop(self) -> EpollLoop:
+        """Runs connections and timers."""
+
+    @property
+    def score(self) -> LoadScore:
+        """Counts actions, latencies and violations."""
 
     @property
     def chance(self) -> random.Random:
-        """What decides."""
+        """Draws random actions."""
 
     @property
-    def truth(self) -> Truth:
-        """What the band was told."""
+    def oracle(self) -> SessionOracle:
+        """Compares what the members receive."""
 
-    def target(self) -> str:
-        """What is asked for in a handshake."""
+    def path(self) -> str:
+        """The path of a handshake."""
 
-    def where(self, phone: "Phone") -> Address:
-        """The server to go to."""
+    def choose_server(self, member: "LoadMember") -> ServerAddress:
+        """The server for a member's next connection."""
 
     def clock_ahead_ms(self) -> float:
-        """The session clock minus this machine's."""
+        """The session clock minus the wall clock of this machine, ms."""
 
     def clock_sample(self, round_trip_ms: float, ahead_ms: float) -> None:
-        """An exchange was made."""
+        """Handle the result of a `clock_sync` exchange."""
 
-    def asked_for_lead(self, phone: "Phone", member_id: str) -> None:
-        """The leader's phone is asked to hand over."""
+    def leader_requested(self, member: "LoadMember", member_id: str) -> None:
+        """Handle a request for leadership that the leader received."""
 
 
-class Phone:
+class LoadMember:
     """One member.
 
     Args:
-        slow: has a small receive buffer, and sleeps now and then.
-        watches: notes how late events and ticks come, and whether ticks are right.
+        band: its band.
+        name: display name.
+        place: index in the band.
+        slow: use a small receive buffer; such a member pauses its reading now and then.
+        watches: measure the latency of events and ticks, and check the positions in ticks.
 
     Attributes:
-        here: whether it is joined and its line is open.
-        asleep: whether it does not read.
-        leads: whether it is the leader, as far as it knows.
-        away: whether it shall have no line: it has left, or not come yet.
+        band: its band.
+        name: display name.
+        place: index in the band.
+        slow: whether it has a small receive buffer.
+        watches: whether it measures events and ticks.
+        member_id: empty before the first join.
+        epoch: of the last snapshot.
+        version: of the last event.
+        is_leader: whether it leads, as far as it knows.
+        joined: whether it has joined on an open connection.
+        paused: whether it does not read.
+        away: whether it shall have no connection: it has left, or not joined yet.
+        transport: the latest one received; None before.
+        connection: the open one; None while there is none.
     """
 
-    def __init__(self, home: Home, name: str, place: int, *, slow: bool, watches: bool) -> None:
-        self.home = home
+    def __init__(
+        self, band: BandContext, name: str, place: int, *, slow: bool, watches: bool
+    ) -> None:
+        self.band = band
         self.name = name
         self.place = place
         self.slow = slow
@@ -107,41 +128,41 @@ class Phone:
         self.member_id = ""
         self.epoch = ""
         self.version = 0
-        self.leads = False
-        self.here = False
-        self.asleep = False
+        self.is_leader = False
+        self.joined = False
+        self.paused = False
         self.away = True
         self.transport: Transport | None = None
-        self.line: Line | None = None
+        self.connection: EpollConnection | None = None
         self._token = ""
-        self._must_resume_until = 0.0
-        self._since = 0.0
+        self._resume_required_until = 0.0
+        self._connecting_since = 0.0
         self._attempts = 0
         self._wait_s: float | None = None
         self._count = 0
-        self._asked: dict[str, Asked] = {}
-        self._trips: list[float] = []
+        self._pending: dict[str, PendingCommand] = {}
+        self._round_trips: list[float] = []
 
-    # What it does.
+    # Actions.
 
     def connect(self) -> None:
-        """Open a line, and join or resume as soon as it stands."""
+        """Open a connection, and join or resume after the handshake."""
         self.away = False
-        if self.line is not None and self.line.open:
+        if self.connection is not None and self.connection.open:
             return
-        self._since = now_s()
-        self.line = Line(
-            self.home.loop,
-            self.home.where(self),
-            self.home.target(),
+        self._connecting_since = now_s()
+        self.connection = EpollConnection(
+            self.band.loop,
+            self.band.choose_server(self),
+            self.band.path(),
             self,
             receive_buffer=_SMALL_BUFFER if self.slow else None,
         )
-        self.line.all_ticks = self.watches
+        self.connection.report_ticks = self.watches
 
-    def ask(self, kind: str, **fields: object) -> bool:
-        """Give a command; whether it could be sent."""
-        if not self.here or self.line is None or len(self._asked) >= _MOST_ASKED:
+    def request(self, kind: str, **fields: object) -> bool:
+        """Send a command; return whether it could be sent."""
+        if not self.joined or self.connection is None or len(self._pending) >= _MOST_PENDING:
             return False
         self._send({"type": kind, **fields})
         return True
@@ -149,247 +170,251 @@ class Phone:
     def leave(self) -> None:
         """Leave for good."""
         self.away = True
-        self._since = now_s()
-        if self.ask("leave_session"):
-            self.here = False
-        elif self.line is not None:
-            self.forget()
+        self._connecting_since = now_s()
+        if self.request("leave_session"):
+            self.joined = False
+        elif self.connection is not None:
+            self.cut_connection()
 
     def cut(self, seconds: float) -> None:
-        """The network breaks, and is back after ``seconds``."""
-        if self.line is None or not self.here:
+        """Lose the connection, and reconnect after ``seconds``."""
+        if self.connection is None or not self.joined:
             return
-        self.home.score.counts["cuts"] += 1
-        self.forget()
-        self._must_resume_until = now_s() + _SURELY_S if self._token else 0.0
-        self._come_back(seconds)
+        self.band.score.counts["cuts"] += 1
+        self.cut_connection()
+        self._resume_required_until = now_s() + _RESUME_REQUIRED_S if self._token else 0.0
+        self._reconnect_after(seconds)
 
-    def sleep(self, seconds: float) -> None:
-        """Read nothing for so long."""
-        if self.line is None or not self.here or self.asleep:
+    def pause(self, seconds: float) -> None:
+        """Stop reading for ``seconds``."""
+        if self.connection is None or not self.joined or self.paused:
             return
-        line = self.line
-        self.asleep = True
-        line.pause()
-        self.home.loop.after(seconds, lambda: self._wake(line))
+        connection = self.connection
+        self.paused = True
+        connection.pause()
+        self.band.loop.after(seconds, lambda: self._resume(connection))
 
-    def wake(self) -> None:
-        """Take `sleep` back."""
-        if self.asleep and self.line is not None:
-            self._wake(self.line)
+    def resume(self) -> None:
+        """Undo `pause`."""
+        if self.paused and self.connection is not None:
+            self._resume(self.connection)
 
-    def forget(self) -> None:
-        """Cut the line."""
-        line, self.line = self.line, None
-        self._gone()
-        if line is not None:
-            line.cut()
+    def cut_connection(self) -> None:
+        """Reset the connection."""
+        connection, self.connection = self.connection, None
+        self._reset()
+        if connection is not None:
+            connection.cut()
 
-    def overdue(self, now: float) -> None:
-        """Note what should have been answered, and try again."""
-        line = self.line
-        if line is None or not line.open or self.asleep:
+    def check_deadlines(self, now: float) -> None:
+        """Report an overdue reply as a violation, and reconnect."""
+        connection = self.connection
+        if connection is None or not connection.open or self.paused:
             return
-        oldest = next(iter(self._asked.values()), None)
+        oldest = next(iter(self._pending.values()), None)
         if oldest is not None and now - oldest.since > PATIENCE_S:
-            self.home.score.find("unanswered", f"{self.name}: {oldest.command}")
-        elif self.here or now - self._since <= PATIENCE_S:
+            self.band.score.add_finding("unanswered", f"{self.name}: {oldest.command}")
+        elif self.joined or now - self._connecting_since <= PATIENCE_S:
             return
         else:
-            self.home.score.counts["slowCloses" if self.away else "slowConnects"] += 1
-        self.forget()
+            self.band.score.counts["slowCloses" if self.away else "slowConnects"] += 1
+        self.cut_connection()
         if not self.away:
-            self._come_back(self._retry_s())
+            self._reconnect_after(self._retry_s())
 
-    # What it hears.
+    # Received messages.
 
     def opened(self) -> None:
         """Join, or resume."""
-        greeting: Document = {"type": "join_session", "displayName": self.name}
+        greeting: dict[str, object] = {"type": "join_session", "displayName": self.name}
         if self._token:
             greeting["resumeToken"] = self._token
         self._send(greeting)
 
     def ended(self, how: str) -> None:
-        """The server ended the line, or never opened it."""
-        self.line = None
-        self._gone()
+        """Handle the end of a connection, or the failure to open one."""
+        self.connection = None
+        self._reset()
         if self.away:
             return
-        self.home.score.closes[how] += 1
-        # Whether it is in time for the grace is not known: the server may have noticed long ago.
-        self._must_resume_until = 0.0
+        self.band.score.closes[how] += 1
+        # The grace may already be over: the server may have detected the end long ago.
+        self._resume_required_until = 0.0
         wait_s, self._wait_s = self._wait_s, None
-        self._come_back(self._retry_s() if wait_s is None else wait_s)
+        self._reconnect_after(self._retry_s() if wait_s is None else wait_s)
 
-    def heard(self, kind: bytes, data: bytes, start: int, end: int) -> None:
-        """A text came."""
+    def received(self, kind: bytes, data: bytes, start: int, end: int) -> None:
+        """Handle a text frame."""
         if kind in EVENTS:
-            self._event(kind, data, start, end)
+            self._on_event(kind, data, start, end)
         elif kind == b"scro":
-            self._tick(data[start:end])
-        elif kind in _OTHERS:
-            _OTHERS[kind](self, msgspec.json.decode(data[start:end]))
+            self._on_tick(data[start:end])
+        elif kind in _HANDLERS:
+            _HANDLERS[kind](self, _read_message(data[start:end]))
 
-    def _event(self, kind: bytes, data: bytes, start: int, end: int) -> None:
+    def _on_event(self, kind: bytes, data: bytes, start: int, end: int) -> None:
         at = data.index(b'"version":', start, end) + 10
         version = int(data[at : data.index(b",", at, end)])
         if version != self.version + 1:
-            self.home.score.find("versionGap", f"{self.name}: {version} after {self.version}")
+            self.band.score.add_finding(
+                "versionGap", f"{self.name}: {version} after {self.version}"
+            )
         self.version = version
         payload = data[start:end]
-        self.home.truth.told(self, version, kind, payload)
+        self.band.oracle.event_received(self, version, kind, payload)
         if kind == b"role":
-            change = msgspec.json.decode(payload)
+            change = _read_message(payload)
             if change["memberId"] == self.member_id:
-                self.leads = change["role"] == "leader"
-        if self.watches and not self.asleep:
+                self.is_leader = change["role"] == "leader"
+        if self.watches and not self.paused:
             if kind in MOVES:
                 self.transport = read_move(payload)
             at = data.index(b'"serverTime":', start, end) + 13
             self._note_age("event", float(data[at : data.index(b",", at, end)]))
 
-    def _tick(self, payload: bytes) -> None:
+    def _on_tick(self, payload: bytes) -> None:
         tick = _read_tick(payload)
         self._note_age("tick", tick.server_time)
         if self.transport is not None:
             expected = position_at(in_force(self.transport, tick.server_time), tick.server_time)
-            score = self.home.score
+            score = self.band.score
             score.tick_error_ms = max(score.tick_error_ms, abs(expected - tick.position_ms))
 
     def _note_age(self, name: str, server_time: float) -> None:
-        self.home.score.took(name, wall_ms() + self.home.clock_ahead_ms() - server_time)
+        self.band.score.add_latency(name, wall_ms() + self.band.clock_ahead_ms() - server_time)
 
-    def _acked(self, answer: Document) -> None:
-        asked = self._asked.pop(answer["requestId"], None)
-        score = self.home.score
-        if asked is None:
-            score.find("answeredTwice", f"{self.name}: {answer}")
+    def _on_ack(self, answer: JsonMessage) -> None:
+        pending = self._pending.pop(answer["requestId"], None)
+        score = self.band.score
+        if pending is None:
+            score.add_finding("answeredTwice", f"{self.name}: {answer}")
             return
-        command = asked.command
+        command = pending.command
         if command["type"] == "join_session":
             return
-        if command["type"] == "leave_session" and self.line is not None:
-            self.line.close()
+        if command["type"] == "leave_session" and self.connection is not None:
+            self.connection.close()
         score.counts["acks"] += 1
-        if asked.timed:
-            score.took("command", (now_s() - asked.since) * 1000)
-        self.home.truth.promised(self, answer.get("version"), command)
+        if pending.timed:
+            score.add_latency("command", (now_s() - pending.since) * 1000)
+        self.band.oracle.acked(self, answer.get("version"), command)
 
-    def _refused(self, answer: Document) -> None:
-        score = self.home.score
+    def _on_error(self, answer: JsonMessage) -> None:
+        score = self.band.score
         score.errors[answer["code"]] += 1
-        asked = self._asked.pop(answer.get("requestId", ""), None)
-        if asked is None or answer["code"] == "internal":
-            score.find("error", f"{self.name}: {answer}")
-        elif asked.command["type"] == "join_session":
-            # Nothing to wait for on this line.
-            self.forget()
-            self._come_back(self._retry_s())
+        pending = self._pending.pop(answer.get("requestId", ""), None)
+        if pending is None or answer["code"] == "internal":
+            score.add_finding("error", f"{self.name}: {answer}")
+        elif pending.command["type"] == "join_session":
+            # No further message will arrive on this connection.
+            self.cut_connection()
+            self._reconnect_after(self._retry_s())
 
-    def _snapshot(self, snapshot: Document) -> None:
+    def _on_snapshot(self, snapshot: JsonMessage) -> None:
         version, epoch = snapshot["version"], snapshot["epoch"]
         you = snapshot.get("you")
         if you is None:
             if epoch == self.epoch and version < self.version:
                 text = f"{self.name}: {version} after {self.version}"
-                self.home.score.find("versionBack", text)
-            self.leads = snapshot["leaderId"] == self.member_id
+                self.band.score.add_finding("versionBack", text)
+            self.is_leader = snapshot["leaderId"] == self.member_id
         else:
-            self._joined(you)
+            self._on_joined(you)
         self.version, self.epoch = version, epoch
         if self.watches:
             self.transport = msgspec.convert(snapshot["transport"], Transport)
-        self.home.truth.shown(self, snapshot)
+        self.band.oracle.snapshot_received(self, snapshot)
 
-    def _joined(self, you: Document) -> None:
-        score, took_ms = self.home.score, (now_s() - self._since) * 1000
+    def _on_joined(self, you: JsonYou) -> None:
+        score, took_ms = self.band.score, (now_s() - self._connecting_since) * 1000
         if you["resumed"]:
             score.counts["resumes"] += 1
-            score.took("resume", took_ms)
+            score.add_latency("resume", took_ms)
             if you["memberId"] != self.member_id:
-                score.find("otherMember", f"{self.name}: {self.member_id} is {you['memberId']}")
+                score.add_finding(
+                    "otherMember", f"{self.name}: {self.member_id} is {you['memberId']}"
+                )
         else:
-            # In its grace it keeps its place; after that it may join anew.
+            # A member keeps its place during the grace. After that it may join anew.
             if self._token:
                 score.counts["joinsAnew"] += 1
-                if now_s() < self._must_resume_until:
-                    score.find("notResumed", self.name)
+                if now_s() < self._resume_required_until:
+                    score.add_finding("notResumed", self.name)
             score.counts["joins"] += 1
-            score.took("join", took_ms)
+            score.add_latency("join", took_ms)
         self.member_id = you["memberId"]
-        self.leads = you["role"] == "leader"
+        self.is_leader = you["role"] == "leader"
         self._token = you["resumeToken"]
         self._attempts = 0
-        self.here = True
+        self.joined = True
         if self.away:
             self.leave()
 
-    def _request(self, request: Document) -> None:
+    def _on_leader_requested(self, request: JsonMessage) -> None:
         if request["type"] == "leader_requested":
-            self.home.asked_for_lead(self, request["memberId"])
+            self.band.leader_requested(self, request["memberId"])
 
-    def _clock(self, exchange: Document) -> None:
-        """An exchange: t0 and now are of this machine's clock, t1 and t2 of the session's."""
+    def _on_clock_sync(self, exchange: JsonMessage) -> None:
+        """Handle a clock exchange: t0 and now are wall times here, t1 and t2 session times."""
         now = wall_ms()
-        trip = (now - exchange["t0"]) - (exchange["t2"] - exchange["t1"])
-        ahead = ((exchange["t1"] - exchange["t0"]) + (exchange["t2"] - now)) / 2
-        self.home.clock_sample(trip, ahead)
-        self._trips.append(trip)
-        if len(self._trips) == _CLOCK_SAMPLES:
-            self.ask("sync_report", errorMs=max(0.0, min(self._trips) / 2))
-            self._trips.clear()
+        round_trip_ms = (now - exchange["t0"]) - (exchange["t2"] - exchange["t1"])
+        ahead_ms = ((exchange["t1"] - exchange["t0"]) + (exchange["t2"] - now)) / 2
+        self.band.clock_sample(round_trip_ms, ahead_ms)
+        self._round_trips.append(round_trip_ms)
+        if len(self._round_trips) == _CLOCK_SAMPLES:
+            self.request("sync_report", errorMs=max(0.0, min(self._round_trips) / 2))
+            self._round_trips.clear()
 
-    def _draining(self, notice: Document) -> None:
+    def _on_draining(self, notice: JsonMessage) -> None:
         self._wait_s = notice["reconnectInMs"] / 1000
 
-    # How it does it.
+    # Implementation.
 
-    def _send(self, message: Document) -> None:
-        assert self.line is not None
+    def _send(self, message: dict[str, object]) -> None:
+        assert self.connection is not None
         self._count += 1
         request_id = str(self._count)
-        # Before it is sent: a line that breaks at that moment forgets what was asked.
-        self._asked[request_id] = Asked(now_s(), True, message)
+        # Before the send: a connection that breaks at that moment clears the pending commands.
+        self._pending[request_id] = PendingCommand(now_s(), True, message)
         if message["type"] != "join_session":
-            self.home.score.counts["commands"] += 1
-        self.line.send(masked({**message, "requestId": request_id}))
+            self.band.score.counts["commands"] += 1
+        self.connection.send(masked({**message, "requestId": request_id}))
 
-    def _wake(self, line: Line) -> None:
-        if line is not self.line or not self.asleep:
+    def _resume(self, connection: EpollConnection) -> None:
+        if connection is not self.connection or not self.paused:
             return
-        self.asleep = False
-        # What was asked before says nothing about the server's speed.
+        self.paused = False
+        # The wait for earlier commands does not measure the server.
         now = now_s()
-        for request_id, asked in self._asked.items():
-            self._asked[request_id] = Asked(now, False, asked.command)
-        self._since = now
-        line.go_on()
+        for request_id, pending in self._pending.items():
+            self._pending[request_id] = PendingCommand(now, False, pending.command)
+        self._connecting_since = now
+        connection.resume()
 
-    def _gone(self) -> None:
-        self.here = self.asleep = self.leads = False
-        self._asked.clear()
-        self._trips.clear()
+    def _reset(self) -> None:
+        self.joined = self.paused = self.is_leader = False
+        self._pending.clear()
+        self._round_trips.clear()
 
-    def _come_back(self, seconds: float) -> None:
-        self.home.loop.after(seconds, self._again)
+    def _reconnect_after(self, seconds: float) -> None:
+        self.band.loop.after(seconds, self._reconnect)
 
-    def _again(self) -> None:
+    def _reconnect(self) -> None:
         if not self.away:
             self.connect()
 
     def _retry_s(self) -> float:
-        longest = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2**self._attempts)
+        longest = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2.0**self._attempts)
         self._attempts = min(self._attempts + 1, 16)
-        return longest * self.home.chance.uniform(0.5, 1.0)
+        return longest * self.band.chance.uniform(0.5, 1.0)
 
 
-# Of their contents all is read; they are few.
-_OTHERS: dict[bytes, Callable[[Phone, Document], None]] = {
-    b'ack"': Phone._acked,  # noqa: SLF001
-    b"erro": Phone._refused,  # noqa: SLF001
-    b"snap": Phone._snapshot,  # noqa: SLF001
-    b"lead": Phone._request,  # noqa: SLF001
-    b"cloc": Phone._clock,  # noqa: SLF001
-    b"serv": Phone._draining,  # noqa: SLF001
+# Rare messages, which are decoded completely.
+_HANDLERS: dict[bytes, Callable[[LoadMember, JsonMessage], None]] = {
+    b'ack"': LoadMember._on_ack,  # noqa: SLF001  # a table of this class
+    b"erro": LoadMember._on_error,  # noqa: SLF001  # a table of this class
+    b"snap": LoadMember._on_snapshot,  # noqa: SLF001  # a table of this class
+    b"lead": LoadMember._on_leader_requested,  # noqa: SLF001  # a table of this class
+    b"cloc": LoadMember._on_clock_sync,  # noqa: SLF001  # a table of this class
+    b"serv": LoadMember._on_draining,  # noqa: SLF001  # a table of this class
 }

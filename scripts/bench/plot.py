@@ -1,11 +1,12 @@
-"""A load as a picture: one SVG, written by hand, that reads on light and on dark pages."""
+"""The rows of a load as one SVG document, readable on light and on dark pages."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree as Xml
 
-from scripts.bench.trend import Row, merged
+from scripts.bench.documents import LoadRow, figure
+from scripts.bench.trend import merged
 
 _WIDTH = 960
 _LEFT = 84
@@ -37,7 +38,14 @@ _STYLE = """
 
 
 class Curve(NamedTuple):
-    """A column of the rows; `name` is its label. Dashes tell curves apart without colours."""
+    """One column of the rows.
+
+    Attributes:
+        column: its name in the rows.
+        name: its label.
+        color: index of its colour.
+        dashed: dashes distinguish curves without colours.
+    """
 
     column: str
     name: str
@@ -46,7 +54,14 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Some curves over one axis."""
+    """Some curves over one axis.
+
+    Attributes:
+        title: of the panel.
+        axis: unit of the axis.
+        curves: the curves.
+        logarithmic: whether the axis is.
+    """
 
     title: str
     axis: str
@@ -57,7 +72,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Deliveries", "per second", (Curve("deliveriesPerS", "deliveries", 0),)),
     Panel(
-        "What the bands do",
+        "Actions of the bands",
         "per second",
         (
             Curve("commandsPerS", "commands", 0),
@@ -92,7 +107,7 @@ PANELS = (
 )
 
 
-def picture(rows: Sequence[Row], title: str, subtitle: str) -> str:
+def picture(rows: Sequence[LoadRow], title: str, subtitle: str) -> str:
     """An SVG document of ``rows``."""
     rows = _thinned(rows)
     height = _HEAD + len(PANELS) * (_PANEL + _GAP) + _FOOT - _GAP + 30
@@ -118,7 +133,9 @@ def picture(rows: Sequence[Row], title: str, subtitle: str) -> str:
     return Xml.tostring(svg, encoding="unicode") + "\n"
 
 
-def _draw(svg: Xml.Element, panel: Panel, rows: Sequence[Row], top: float, longest: float) -> None:
+def _draw(
+    svg: Xml.Element, panel: Panel, rows: Sequence[LoadRow], top: float, longest: float
+) -> None:
     group = Xml.SubElement(svg, "g", {"class": "panel"})
     _text(group, _LEFT, top - 10, f"{panel.title} ({panel.axis})", "title")
     low, high, ticks = _scale(panel, rows)
@@ -150,14 +167,14 @@ def _draw(svg: Xml.Element, panel: Panel, rows: Sequence[Row], top: float, longe
 def _curve(
     group: Xml.Element,
     curve: Curve,
-    rows: Sequence[tuple[float, Row]],
+    rows: Sequence[tuple[float, LoadRow]],
     height_of: Callable[[float], float],
 ) -> None:
-    """A line through what was measured; where nothing was, there is none."""
+    """Draw a curve, with gaps where nothing was measured."""
     parts: list[str] = []
     pen = "M"
     for x, row in rows:
-        value = row.get(curve.column)
+        value = figure(row, curve.column)
         if value is None:
             pen = "M"
             continue
@@ -176,13 +193,13 @@ def _class(curve: Curve) -> str:
     return f"line c{curve.color}" + (" dash" if curve.dashed else "")
 
 
-def _scale(panel: Panel, rows: Sequence[Row]) -> tuple[float, float, list[tuple[float, str]]]:
-    """The least and the most of the axis, and where it has rules."""
+def _scale(panel: Panel, rows: Sequence[LoadRow]) -> tuple[float, float, list[tuple[float, str]]]:
+    """The ends of the axis, and its grid lines with their labels."""
     values = [
-        row[curve.column]
+        value
         for row in rows
         for curve in panel.curves
-        if row.get(curve.column) is not None
+        if (value := figure(row, curve.column)) is not None
     ]
     most = max(values, default=1.0) or 1.0
     if not panel.logarithmic:
@@ -194,7 +211,7 @@ def _scale(panel: Panel, rows: Sequence[Row]) -> tuple[float, float, list[tuple[
 
 
 def _linear(most: float, count: int) -> list[tuple[float, str]]:
-    """Round numbers from 0 to at least ``most``."""
+    """Round numbers from 0 to at least ``most``, with their labels."""
     rough = most / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(each * power for each in (1, 2, 2.5, 5, 10) if each * power >= rough * 0.999)
@@ -216,7 +233,7 @@ def _text(group: Xml.Element, x: float, y: float, text: str, kind: str) -> None:
     Xml.SubElement(group, "text", ({"class": kind} if kind else {}) | at).text = text
 
 
-def _thinned(rows: Sequence[Row]) -> list[Row]:
-    """No more rows than can be told apart."""
+def _thinned(rows: Sequence[LoadRow]) -> list[LoadRow]:
+    """Merge rows that are too close to distinguish."""
     step = math.ceil(len(rows) / _POINTS) or 1
     return [merged(rows[at : at + step]) for at in range(0, len(rows), step)]

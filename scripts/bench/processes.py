@@ -1,5 +1,6 @@
-"""Server processes that are measured, and what is measured of them: CPU, memory, time."""
+"""Measured server processes: their start, CPU, memory and suspension."""
 
+import gc
 import os
 import re
 import resource
@@ -26,7 +27,7 @@ _RECEIVE_BYTES = 65_536
 
 
 class BenchError(Exception):
-    """A measurement that would mean nothing."""
+    """The measurement failed, or would mean nothing."""
 
 
 def now_s() -> float:
@@ -42,13 +43,20 @@ def wall_ms() -> float:
 def percentile(values: Sequence[float], share: float) -> float:
     """The value that ``share`` (0 to 1) of ``values`` do not exceed."""
     if not values:
-        raise BenchError("nothing was sampled")
+        raise BenchError("there are no samples")
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def relax_garbage_collection() -> None:
+    """Collect garbage as rarely as `scripts/serve.py` does."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 def raise_file_limit(connections: int) -> None:
-    """Allow this process and its children that many sockets."""
+    """Allow this process and its children this many sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -58,16 +66,16 @@ def raise_file_limit(connections: int) -> None:
 
 
 def pin_generator() -> None:
-    """Keep this process off the core that the servers run on, if there is another.
+    """Keep this process off the servers' core, if there is another one.
 
-    What it starts inherits that, and so does a Redis.
+    Child processes inherit that, for example a Redis.
     """
     if len(_CORES) > 1:
         os.sched_setaffinity(0, _CORES[1:])
 
 
 def all_cores() -> list[int]:
-    """Those that this process might use when it began; servers run on the first."""
+    """The cores of this process at its start. Servers run on the first one."""
     return list(_CORES)
 
 
@@ -80,19 +88,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-class Server:
+class MeasuredServer:
     """A server in a process of its own, on the first core.
 
     Args:
-        command: what to run, without the interpreter; prints a line with `:PORT` when it listens.
+        command: arguments of the interpreter. The program prints a line with `:PORT` when it
+            listens.
+
+    Attributes:
+        pid: process id.
+        port: the listening port.
     """
 
     def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(  # noqa: S603  # our own scripts
+        self._process = subprocess.Popen(  # noqa: S603  # our own programs
             [sys.executable, *command],
             stdout=subprocess.PIPE,
             env=clean_environment(),
-            # No `.env` there that would change the settings.
+            # Not the repository's directory: it may contain an .env.
             cwd=ROOT / "scripts",
             start_new_session=True,
         )
@@ -125,15 +138,15 @@ class Server:
         self._process.stdout.close()
 
     def suspend(self) -> None:
-        """Let it use no CPU at all while another is measured."""
+        """Stop the process while another server is measured."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue the process."""
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
+        """Send SIGKILL; return when the process is gone."""
         self._process.kill()
         self._process.wait()
 
@@ -142,12 +155,12 @@ class Server:
         return cpu_of(self.pid)
 
     def rss_kb(self) -> float:
-        """Its resident memory, KB (1024 bytes)."""
+        """Resident memory, KB (1024 bytes)."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1024
 
     def get(self, path: str) -> str:
-        """The body of an HTTP resource."""
+        """GET the body of an HTTP resource."""
         with socket.create_connection((HOST, self.port), timeout=_STOP_S) as sock:
             sock.sendall(f"GET {path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\n\r\n".encode())
             received = b""
@@ -164,7 +177,7 @@ class Server:
         line = self._process.stdout.readline().decode()
         found = re.search(r":(\d+)\s*$", line)
         if found is None:
-            raise BenchError(f"the server did not say where it listens: {line!r}")
+            raise BenchError(f"the server did not print its port: {line!r}")
         return int(found[1])
 
 
@@ -177,7 +190,7 @@ def cpu_of(pid: int) -> float:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment, without what would change the settings of a BandSync server."""
+    """The environment, with this repository's modules and without a server's settings."""
     ours = {option.name for option in OPTIONS}
     kept = {name: text for name, text in os.environ.items() if name not in ours}
     return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -185,19 +198,21 @@ def clean_environment() -> dict[str, str]:
 
 def bandsync(
     connections: int, members: int, *, redis_url: str | None = None, patient: bool = False
-) -> Server:
-    """A BandSync server that only does what is measured: no rate limits, no logs.
+) -> MeasuredServer:
+    """Start a BandSync server without rate limits and logs, to measure nothing else.
 
     Args:
-        redis_url: where it keeps sessions; None for its memory.
-        patient: about the answers of Redis, for the server is suspended now and then.
+        connections: the most that are open at once.
+        members: of each session.
+        redis_url: where sessions are stored; None for memory.
+        patient: use a long health timeout, because the server is suspended now and then.
     """
     redis = (
         ("--redis-enabled", "false")
         if redis_url is None
         else ("--redis-enabled", "true", "--redis-url", redis_url)
     )
-    return Server(
+    return MeasuredServer(
         str(ROOT / "scripts" / "serve.py"),
         *("--host", HOST, "--port", "0", "--log-level", "warning", *redis),
         *("--rate-limit-factor", "0", "--connection-timeout-ms", "600000"),
@@ -206,6 +221,6 @@ def bandsync(
     )
 
 
-def yardstick(name: str, *given: str) -> Server:
-    """One of the servers of benchyardsticks.py."""
-    return Server(str(ROOT / "scripts" / "benchyardsticks.py"), name, *given)
+def yardstick(name: str, *given: str) -> MeasuredServer:
+    """Start one of the servers of `scripts.bench.yardsticks`."""
+    return MeasuredServer("-m", "scripts.bench.yardsticks", name, *given)

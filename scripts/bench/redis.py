@@ -1,7 +1,4 @@
-"""A Redis for benchmarks: the server of the tests, without its log of writes."""
-
-
-# It is no part of the package, and a script sees only its own directory.
+"""A Redis for benchmarks, without persistence."""
 
 from scripts.testbed.redis_server import RedisServer
 
@@ -9,5 +6,5 @@ __all__ = ["RedisServer", "new_redis"]
 
 
 def new_redis() -> RedisServer:
-    """One of our own, empty, that keeps nothing on disk; on the cores of this process."""
+    """An empty Redis that writes nothing to disk, on the cores of this process."""
     return RedisServer(appendonly="no")

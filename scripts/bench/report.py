@@ -1,11 +1,11 @@
-"""How a load goes, on standard error: a live table in a terminal, else a line now and then."""
+"""Progress of a load on standard error: a live table in a terminal, otherwise lines."""
 
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from scripts.bench.trend import Row
+from scripts.bench.documents import LoadRow, figure
 
 try:
     from rich.console import Console, Group, RenderableType
@@ -36,21 +36,21 @@ _FIGURES = (
     ("driver CPU", "driverCpu", "cores", 2),
     ("driver late", "driverLagMs", "ms", 1),
 )
-_TALLIES = ("errors", "closes", "findings")
+_COUNTS = ("errors", "closes", "findings")
 
 
-class Show:
-    """Tells each second.
+class ProgressView:
+    """Shows the latest row of a load.
 
     Args:
-        title: of it all.
-        seconds: how long it is meant to take.
+        title: of the load.
+        seconds: planned duration.
     """
 
     def __init__(self, title: str, seconds: float) -> None:
         self._title = title
         self._seconds = seconds
-        self._rows: list[Row] = []
+        self._rows: list[LoadRow] = []
         self._count = 0
         self._live: Live | None = None
         if RICH and sys.stderr.isatty():
@@ -70,8 +70,8 @@ class Show:
         if self._live is not None:
             self._live.stop()
 
-    def tell(self, row: Row) -> None:
-        """One more second has passed."""
+    def show(self, row: LoadRow) -> None:
+        """Show the row of another second."""
         self._rows = [*self._rows[1 - _WIDTH :], row]
         if self._live is not None:
             self._live.update(screen(self._title, self._seconds, self._rows), refresh=True)
@@ -81,36 +81,37 @@ class Show:
             self._count += 1
 
 
-def line(row: Row) -> str:
-    """One second in a line."""
-    told = [f"{row['t']:5.0f} s {row['phase']:5}"]
+def line(row: LoadRow) -> str:
+    """A row as one line of text."""
+    parts = [f"{row['t']:5.0f} s {row['phase']:5}"]
     for name, column, unit, digits in _FIGURES:
-        if row.get(column) is not None:
-            told.append(f"{name} {row[column]:.{digits}f}{' ' if unit else ''}{unit}")
-    told += [f"{row[name]:.0f} {name}" for name in _TALLIES if row[name]]
-    return ", ".join(told)
+        if (value := figure(row, column)) is not None:
+            parts.append(f"{name} {value:.{digits}f}{' ' if unit else ''}{unit}")
+    parts += [f"{count:.0f} {name}" for name in _COUNTS if (count := figure(row, name))]
+    return ", ".join(parts)
 
 
-def screen(title: str, seconds: float, rows: Sequence[Row]) -> "RenderableType":
-    """The latest second, and the ones before it as bars."""
+def screen(title: str, seconds: float, rows: Sequence[LoadRow]) -> "RenderableType":
+    """The latest row as a table, with the previous ones as bars."""
     last = rows[-1]
     table = Table.grid(padding=(0, 2))
     table.add_column(min_width=18)
     table.add_column(justify="right", min_width=12)
     table.add_column(no_wrap=True)
     for name, column, unit, digits in _FIGURES:
-        value = last.get(column)
+        value = figure(last, column)
         text = "-" if value is None else f"{value:,.{digits}f} {unit}"
-        table.add_row(name, text, Text(bars([row.get(column) for row in rows]), style="cyan"))
-    for name in _TALLIES:
-        style = "red" if last[name] and name == "findings" else ""
-        table.add_row(name, Text(f"{last[name]:,.0f} ", style=style), "")
+        table.add_row(name, text, Text(bars([figure(row, column) for row in rows]), style="cyan"))
+    for name in _COUNTS:
+        count = figure(last, name) or 0.0
+        style = "red" if count and name == "findings" else ""
+        table.add_row(name, Text(f"{count:,.0f} ", style=style), "")
     head = Text(f"{title}: {last['phase']}, {last['t']:.0f} of {seconds:.0f} s", style="bold")
-    return Group(head, table, Text("Ctrl-C: everybody leaves, then the summary", style="dim"))
+    return Group(head, table, Text("Ctrl-C: all members leave, then the summary", style="dim"))
 
 
 def bars(values: Sequence[float | None]) -> str:
-    """Values as bars, the largest as a full one; a space where there is none."""
+    """Values as bars relative to the largest one; a space where there is none."""
     most = max((value for value in values if value is not None), default=0.0)
     if most <= 0:
         return ""

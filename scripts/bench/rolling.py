@@ -1,4 +1,4 @@
-"""Two servers are restarted one after the other while bands play; bench.py starts it."""
+"""Benchmark `rolling`: two servers are restarted in turn while bands play."""
 
 import statistics
 from pathlib import Path
@@ -16,46 +16,50 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 _SETTLE_S = 8.0
-_LOOK_S = 0.05
+_PERIOD_S = 0.05
 _PATIENCE_S = 60.0
 _TEMPO_BPM = 120.0
 
 
-class Player:
-    """A member whose beat is watched.
+class BeatProbe:
+    """A member whose beat is measured.
 
     Attributes:
+        band: its connection to the session.
         url: of its server.
-        moved_ms: how far its beat was from where it had been before anything was restarted.
+        was_leader: whether it led at the start.
+        member_id: at the start.
+        connection_id: at the start.
+        moved_ms: distances of its beat from the reference, one for each measurement.
     """
 
     def __init__(self, band: Band, url: str) -> None:
         self.band = band
         self.url = url
-        self.led = band.is_leader
+        self.was_leader = band.is_leader
         self.member_id = band.member_id
         self.connection_id = band.server.connection_id
         self.moved_ms: list[float] = []
-        self._still_ms: float | None = None
+        self._reference_ms: float | None = None
 
     def beat_zero_ms(self) -> float:
-        """When the song's first beat was, on this process's clock, as this member knows it."""
+        """The instant of the song's first beat, on the clock of this process, ms."""
         segment = self.band.transport_at()
         instant = segment.anchor_time - segment.beat * 60_000 / segment.tempo_bpm
         return self.band.clock.to_local(instant) * 1000
 
-    def hold(self, seen_ms: list[float]) -> None:
-        """From now on the beat must stay where it was seen."""
-        self._still_ms = statistics.median(seen_ms)
+    def set_reference(self, seen_ms: list[float]) -> None:
+        """Use the median of these instants as the reference."""
+        self._reference_ms = statistics.median(seen_ms)
 
-    def look(self) -> None:
-        """Note how far the beat is from there now."""
-        if self._still_ms is not None:
-            self.moved_ms.append(self.beat_zero_ms() - self._still_ms)
+    def measure(self) -> None:
+        """Record the distance of the beat from the reference."""
+        if self._reference_ms is not None:
+            self.moved_ms.append(self.beat_zero_ms() - self._reference_ms)
 
 
 def rolling(sessions: int, members: int, seconds: float) -> dict[str, object]:
-    """Two servers restart in turn under load: who comes back, and how far beats move."""
+    """Two servers restart in turn under load: outages, roles, and movements of the beat."""
     return trio.run(_rolling, sessions, members, seconds)
 
 
@@ -91,44 +95,44 @@ async def _measure(
     members: int,
     seconds: float,
 ) -> dict[str, object]:
-    players: list[Player] = []
+    probes: list[BeatProbe] = []
     for session in range(sessions):
         for member in range(members):
-            # Members alternate, so that every band is on both.
+            # Members alternate, so that every band uses both servers.
             server = servers[member % len(servers)]
-            players.append(await nursery.start(_play_along, server.ws_url, f"band-{session}"))
-    leaders = [player for player in players if player.led]
-    for player in leaders:
-        await player.band.set_tempo(_TEMPO_BPM)
-        await player.band.play()
+            probes.append(await nursery.start(_connect, server.ws_url, f"band-{session}"))
+    leaders = [probe for probe in probes if probe.was_leader]
+    for probe in leaders:
+        await probe.band.set_tempo(_TEMPO_BPM)
+        await probe.band.play()
     await trio.sleep(_SETTLE_S)
-    seen: dict[Player, list[float]] = {player: [] for player in players}
+    seen: dict[BeatProbe, list[float]] = {probe: [] for probe in probes}
     with trio.move_on_after(seconds):
         while True:
-            for player in players:
-                seen[player].append(player.beat_zero_ms())
-            await trio.sleep(_LOOK_S)
-    for player in players:
-        player.hold(seen[player])
-    asked = [0]
-    nursery.start_soon(_look, players)
-    nursery.start_soon(_chat, players, asked)
+            for probe in probes:
+                seen[probe].append(probe.beat_zero_ms())
+            await trio.sleep(_PERIOD_S)
+    for probe in probes:
+        probe.set_reference(seen[probe])
+    sent = [0]
+    nursery.start_soon(_measure_for_ever, probes)
+    nursery.start_soon(_chat, probes, sent)
     outages = []
     for server in servers:
         await trio.sleep(seconds)
-        outages.append(await _restart(server, players))
+        outages.append(await _restart(server, probes))
     await trio.sleep(seconds)
-    moved = [abs(ms) for player in players for ms in player.moved_ms]
+    moved = [abs(ms) for probe in probes for ms in probe.moved_ms]
     return {
         "bench": "rolling",
         "sessions": sessions,
         "members": members,
         "secondsUntilAllBack": [round(outage, 2) for outage in outages],
-        "chatsMeanwhile": asked[0],
-        "sameMember": sum(player.band.member_id == player.member_id for player in players),
-        "sameRole": sum(player.band.is_leader == player.led for player in players),
+        "chatsMeanwhile": sent[0],
+        "sameMember": sum(probe.band.member_id == probe.member_id for probe in probes),
+        "sameRole": sum(probe.band.is_leader == probe.was_leader for probe in probes),
         "reconnected": sum(
-            player.band.server.connection_id != player.connection_id for player in players
+            probe.band.server.connection_id != probe.connection_id for probe in probes
         ),
         "looks": len(moved),
         "beatMovedMs": spread(moved),
@@ -136,47 +140,47 @@ async def _measure(
     }
 
 
-async def _play_along(url: str, session: str, *, task_status: trio.TaskStatus[Player]) -> None:
+async def _connect(url: str, session: str, *, task_status: trio.TaskStatus[BeatProbe]) -> None:
     async with client.connect(url, session) as band:
-        task_status.started(Player(band, url))
+        task_status.started(BeatProbe(band, url))
         await trio.sleep_forever()
 
 
-async def _look(players: list[Player]) -> None:
+async def _measure_for_ever(probes: list[BeatProbe]) -> None:
     while True:
-        for player in players:
-            player.look()
-        await trio.sleep(_LOOK_S)
+        for probe in probes:
+            probe.measure()
+        await trio.sleep(_PERIOD_S)
 
 
-async def _chat(players: list[Player], asked: list[int]) -> None:
-    """Somebody says something, again and again; who is away now says nothing."""
+async def _chat(probes: list[BeatProbe], sent: list[int]) -> None:
+    """Send chat messages of random members. Disconnected ones are skipped."""
     draw = Random(1)  # noqa: S311  # whose turn it is
     while True:
-        await trio.sleep(_LOOK_S)
+        await trio.sleep(_PERIOD_S)
         try:
-            await draw.choice(players).band.chat("under load")
-            asked[0] += 1
+            await draw.choice(probes).band.chat("under load")
+            sent[0] += 1
         except client.ClientError:
             continue
 
 
-async def _restart(server: ServerProcess, players: list[Player]) -> float:
-    """SIGTERM, drain, start; seconds until everybody who was there is back."""
+async def _restart(server: ServerProcess, probes: list[BeatProbe]) -> float:
+    """Drain and restart a server; return the seconds until all its members are back."""
     began = trio.current_time()
     with trio.move_on_after(_PATIENCE_S):
         async with trio.open_nursery() as nursery:
-            for player in players:
-                if player.url == server.ws_url:
-                    await nursery.start(_come_back, player.band)
+            for probe in probes:
+                if probe.url == server.ws_url:
+                    await nursery.start(_wait_for_new_connection, probe.band)
             await trio.to_thread.run_sync(server.stop)
             await trio.to_thread.run_sync(server.start)
         return trio.current_time() - began
-    raise BenchError("not everybody came back")
+    raise BenchError("not all members came back")
 
 
-async def _come_back(band: Band, *, task_status: trio.TaskStatus[None]) -> None:
-    """Wait for another connection than this one."""
+async def _wait_for_new_connection(band: Band, *, task_status: trio.TaskStatus[None]) -> None:
+    """Wait until the band has another connection."""
     before = band.server.connection_id
     events = band.events()
     task_status.started()

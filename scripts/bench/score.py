@@ -1,35 +1,37 @@
-"""What a load has seen: counts, latencies, and what must not happen."""
+"""The score of a load: counts, latencies and violations."""
 
 import time
 from collections import Counter
 from pathlib import Path
 
-from scripts.bench.epoll_ws import TICK, Loop
+from scripts.bench.documents import SecondReport, Spread
+from scripts.bench.epoll_ws import TICK, EpollLoop
 from scripts.bench.histogram import Histogram
 from scripts.bench.processes import now_s
 
-# The kinds of versioned events: every member is told each of them, in order.
+# Versioned events, by the beginning of their type. Every member receives each of them, in order.
 EVENTS = frozenset(
     (b"user", b"memb", b"role", b"play", b"paus", b"stop", b"seek", b"temp", b"posi", b"mess")
 ) | {b"chat"}
-# What the server counts as deliveries besides.
+# Other messages that the server counts as deliveries.
 VOLATILE = frozenset((TICK, b"room"))
 LATENCIES = ("command", "event", "tick", "join", "resume")
 
 _EXAMPLES = 20
 
 
-class Score:
-    """Counts what happens.
+class LoadScore:
+    """Counts actions, latencies and violations.
 
     Attributes:
-        counts: of what the clients did.
-        errors: that they were told, by code.
-        closes: lines that ended without their doing, by close code or word.
-        findings: what must not happen, by name; with some ``examples``.
-        anchor_error_ms: the most that two members' ideas of where the song is were apart, by the
-            anchors they were given.
-        tick_error_ms: the most that a tick was off the anchor that its receiver was given before.
+        counts: actions of the clients, by name.
+        errors: error messages received, by code.
+        closes: connections that the server ended, by close code or reason.
+        findings: violations, by name.
+        examples: texts of the first violations.
+        anchor_error_ms: largest distance between the song positions of two members, by their
+            anchors.
+        tick_error_ms: largest distance of a tick from its receiver's anchor.
     """
 
     def __init__(self) -> None:
@@ -40,57 +42,57 @@ class Score:
         self.examples: list[str] = []
         self.anchor_error_ms = 0.0
         self.tick_error_ms = 0.0
-        self._whole = {name: Histogram() for name in LATENCIES}
-        self._lately = {name: Histogram() for name in LATENCIES}
+        self._all = {name: Histogram() for name in LATENCIES}
+        self._latest = {name: Histogram() for name in LATENCIES}
 
-    def took(self, name: str, latency_ms: float) -> None:
-        """Note a latency."""
-        self._lately[name].add(latency_ms)
-        self._whole[name].add(latency_ms)
+    def add_latency(self, name: str, latency_ms: float) -> None:
+        """Count a latency."""
+        self._latest[name].add(latency_ms)
+        self._all[name].add(latency_ms)
 
-    def find(self, name: str, text: str) -> None:
-        """Note what must not happen."""
+    def add_finding(self, name: str, text: str) -> None:
+        """Count a violation."""
         self.findings[name] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{name}: {text}")
 
-    def lately(self) -> dict[str, dict[str, float] | None]:
-        """The latencies since the last look."""
-        told = {name: histogram.spread() for name, histogram in self._lately.items()}
-        self._lately = {name: Histogram() for name in LATENCIES}
-        return told
+    def take_latest(self) -> dict[str, Spread]:
+        """Latencies since the previous call."""
+        spreads = {name: histogram.spread() for name, histogram in self._latest.items()}
+        self._latest = {name: Histogram() for name in LATENCIES}
+        return spreads
 
-    def all_in_all(self) -> dict[str, dict[str, float] | None]:
-        """The latencies since the last time that this was called."""
-        told = {name: histogram.spread() for name, histogram in self._whole.items()}
-        self._whole = {name: Histogram() for name in LATENCIES}
-        return told
+    def take_all(self) -> dict[str, Spread]:
+        """Latencies since the previous call; independent of `take_latest`."""
+        spreads = {name: histogram.spread() for name, histogram in self._all.items()}
+        self._all = {name: Histogram() for name in LATENCIES}
+        return spreads
 
 
 def deliveries(kinds: Counter[bytes]) -> int:
-    """How many of the texts received the server counts as deliveries."""
+    """Number of received messages that the server counts as deliveries."""
     return sum(count for kind, count in kinds.items() if kind in EVENTS or kind in VOLATILE)
 
 
-class Pulse:
-    """What happens per second, and what it costs this process."""
+class SecondRecorder:
+    """Measures what happened in each second, and the CPU of this process."""
 
-    def __init__(self, loop: Loop, score: Score) -> None:
+    def __init__(self, loop: EpollLoop, score: LoadScore) -> None:
         self._loop = loop
         self._score = score
         self._began = self._at = now_s()
         self._kinds: Counter[bytes] = Counter()
         self._counts: Counter[str] = Counter()
         self._cpu = time.process_time()
-        self._waited = waited_s()
+        self._waited = core_wait_s()
 
-    def row(self) -> dict[str, object]:
-        """What happened since the last row."""
+    def row(self) -> SecondReport:
+        """The report since the previous one."""
         loop, score = self._loop, self._score
-        now, cpu, waited = now_s(), time.process_time(), waited_s()
+        now, cpu, waited = now_s(), time.process_time(), core_wait_s()
         seconds = now - self._at
         kinds, counts = loop.kinds - self._kinds, score.counts - self._counts
-        row: dict[str, object] = {
+        row: SecondReport = {
             "t": round(now - self._began, 3),
             "seconds": round(seconds, 3),
             "deliveries": deliveries(kinds),
@@ -99,7 +101,7 @@ class Pulse:
             "errors": sum(score.errors.values()),
             "closes": sum(score.closes.values()),
             "findings": sum(score.findings.values()),
-            "latencyMs": score.lately(),
+            "latencyMs": score.take_latest(),
             "driverCpu": round((cpu - self._cpu) / seconds, 3),
             "driverWaited": round((waited - self._waited) / seconds, 3),
             "driverLagMs": round(loop.lag_s * 1000, 2),
@@ -110,8 +112,8 @@ class Pulse:
         return row
 
 
-def waited_s() -> float:
-    """How long this process could run and had no core, seconds; 0 where that is not told."""
+def core_wait_s() -> float:
+    """Time that this process was runnable without a core, seconds; 0 where unknown."""
     try:
         return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
     except OSError:

@@ -1,30 +1,31 @@
-"""Judging what was measured over time: is it flat, and did it come back? Pure."""
+"""Judges rows over time: is the curve flat, and did it return to its start? No I/O."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
-Row = dict[str, Any]
+from scripts.bench.documents import LoadRow, figure
 
 WARM_UP = 0.1
 MOST_GROWTH = 0.05
-# Fewer points say nothing about a trend.
+# Fewer points show no trend.
 _LEAST_POINTS = 10
-# Sockets that are on their way in or out are no leak.
+# Sockets that are being opened or closed are no leak.
 _SOME_DESCRIPTORS = 8.0
-# As are tasks that write to a slow client, or finish what a closed connection began.
+# Neither are tasks that write to a slow client, or finish the work of a closed connection.
 _SOME_TASKS = 8.0
-# More of either says that the driver was measured as well.
+# Beyond these, the figures measure the driver as well.
 _BUSY_DRIVER = 0.85
 _BUSY_SHARE = 0.05
 _LATE_DRIVER_MS = 20.0
 
 
 class Trend(NamedTuple):
-    """A straight line through what was measured after the warm-up.
+    """A straight line through the values after the warm-up.
 
     Attributes:
-        first, last: where the line begins and ends.
+        first: its value at the beginning.
+        last: its value at the end.
     """
 
     first: float
@@ -32,17 +33,16 @@ class Trend(NamedTuple):
 
     @property
     def growth(self) -> float:
-        """By how much it grew, as a share of where it began."""
+        """Growth as a share of the first value."""
         return (self.last - self.first) / self.first if self.first > 0 else 0.0
 
 
 def trend(
     times: Sequence[float], values: Sequence[float], warm_up: float = WARM_UP
 ) -> Trend | None:
-    """The least-squares line through ``values``, but those of the first ``warm_up`` of the time.
+    """The least-squares line through ``values`` without the first ``warm_up`` of the time.
 
-    All points count, so that neither a moment's peak nor where the last second happened to fall
-    makes a leak, or hides one.
+    All points count. A short peak, or the moment of the last value, neither makes nor hides a leak.
 
     Returns:
         None if there are too few points.
@@ -63,43 +63,50 @@ def trend(
     )
 
 
-def leaks(rows: Sequence[Row]) -> list[str]:
-    """What kept growing while the load was the same; empty if all was flat."""
+def leaks(rows: Sequence[LoadRow]) -> list[str]:
+    """Everything that kept growing under constant load, as sentences; empty if all was flat."""
     found = []
-    seen = [row for row in rows if row.get("memoryMb") is not None]
-    times = [row["t"] for row in seen]
-    memory = trend(times, [row["memoryMb"] for row in seen])
+    measured = [row for row in rows if row["memoryMb"] is not None]
+    memory = trend([row["t"] for row in measured], _column(measured, "memoryMb"))
     if memory is None:
-        return ["the run was too short to tell whether memory is flat"]
+        return ["the run was too short to judge memory"]
     if memory.growth > MOST_GROWTH:
         found.append(
             f"memory grew by {memory.growth:.1%} after the first tenth, from {memory.first:.1f} "
             f"to {memory.last:.1f} MB; {MOST_GROWTH:.0%} are allowed"
         )
-    connections = fmean(row["connections"] for row in seen)
-    spare = _more(seen, "descriptors", 1.0)
-    if spare > max(_SOME_DESCRIPTORS, MOST_GROWTH * connections):
-        found.append(f"descriptors that are no connection of ours: {spare:.0f} more")
-    telling = [row for row in seen if row.get("tasks") is not None]
-    if telling:
-        tasks = fmean(row["tasks"] for row in telling)
-        # How many tasks a connection has, only the server knows: as many as there were on average.
+    connections = fmean(row["connections"] for row in measured)
+    surplus = _surplus_growth(measured, "descriptors", 1.0)
+    if surplus > max(_SOME_DESCRIPTORS, MOST_GROWTH * connections):
+        found.append(f"descriptors beyond those of connections: {surplus:.0f} more")
+    with_tasks = [row for row in measured if row.get("tasks") is not None]
+    if with_tasks:
+        tasks = fmean(_column(with_tasks, "tasks"))
+        # Only the server knows its tasks per connection: assume the mean.
         each = tasks / connections if connections else 0.0
-        spare = _more(telling, "tasks", each)
-        if spare > max(_SOME_TASKS, MOST_GROWTH * tasks):
-            found.append(f"tasks that no connection of ours needs: {spare:.0f} more")
+        surplus = _surplus_growth(with_tasks, "tasks", each)
+        if surplus > max(_SOME_TASKS, MOST_GROWTH * tasks):
+            found.append(f"tasks beyond those of connections: {surplus:.0f} more")
     return found
 
 
-def _more(rows: Sequence[Row], column: str, each: float) -> float:
-    """How many more of ``column`` there are at the end, but ``each`` of every connection."""
-    values = [row[column] - each * row["connections"] for row in rows]
-    line = trend([row["t"] for row in rows], values)
-    return 0.0 if line is None else line.last - line.first
+def _surplus_growth(rows: Sequence[LoadRow], column: str, each: float) -> float:
+    """Growth of a column beyond the ``each`` of every connection."""
+    values = [
+        value - each * row["connections"]
+        for row, value in zip(rows, _column(rows, column), strict=True)
+    ]
+    fit = trend([row["t"] for row in rows], values)
+    return 0.0 if fit is None else fit.last - fit.first
+
+
+def _column(rows: Sequence[LoadRow], name: str) -> list[float]:
+    """A column of rows that have all measured it."""
+    return [value for row in rows if (value := figure(row, name)) is not None]
 
 
 def left_behind(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """What there is more of than before the first client came, now that all have left."""
+    """Counts that are larger after all clients have left than before the first, as sentences."""
     return [
         f"{after[name] - count:g} {name} were left behind ({count:g} before, {after[name]:g} now)"
         for name, count in before.items()
@@ -107,11 +114,8 @@ def left_behind(before: Mapping[str, float], after: Mapping[str, float]) -> list
     ]
 
 
-def bottleneck(rows: Sequence[Row]) -> str | None:
-    """Why these figures tell about the driver, or the machine, more than about the server.
-
-    None if they do not.
-    """
+def bottleneck(rows: Sequence[LoadRow]) -> str | None:
+    """Why the figures measure the driver or the machine as well; None if they do not."""
     if not rows:
         return None
     busy = sum(row["driverCpu"] > _BUSY_DRIVER for row in rows) / len(rows)
@@ -126,21 +130,24 @@ def bottleneck(rows: Sequence[Row]) -> str | None:
     return None
 
 
-class Series:
-    """Rows in the order of time; when they become too many, each two neighbours become one.
+class RowSeries:
+    """Rows in the order of time. When there are too many, each two neighbours are merged.
 
     Args:
-        most: rows that are kept; a run of days makes a picture all the same.
+        most: number of rows that are kept, however long the load is.
+
+    Attributes:
+        rows: the rows so far.
     """
 
     def __init__(self, most: int = 2000) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[LoadRow] = []
         self._most = most
         self._step = 1
-        self._open: list[Row] = []
+        self._open: list[LoadRow] = []
 
-    def add(self, row: Row) -> None:
-        """Take the next one."""
+    def add(self, row: LoadRow) -> None:
+        """Add the next row."""
         self._open.append(row)
         if len(self._open) == self._step:
             self.rows.append(merged(self._open))
@@ -150,18 +157,18 @@ class Series:
             self._step *= 2
 
 
-def merged(rows: Sequence[Row]) -> Row:
-    """Several seconds as one: rates are averages, latencies and lags the worst, texts the last."""
+def merged(rows: Sequence[LoadRow]) -> LoadRow:
+    """Several seconds as one: mean rates, the longest latencies and lags, the last texts."""
     last = rows[-1]
     if len(rows) == 1:
         return last
-    row: Row = {}
+    row: dict[str, object] = {}
     for name, value in last.items():
-        values = [each[name] for each in rows if each.get(name) is not None]
+        values = [each for each in (figure(one, name) for one in rows) if each is not None]
         if isinstance(value, str) or name == "t" or not values:
             row[name] = value
         elif name.endswith("Ms"):
             row[name] = max(values)
         else:
             row[name] = fmean(values)
-    return row
+    return cast("LoadRow", row)

@@ -1,4 +1,4 @@
-"""Measuring servers beside each other, in windows that take turns."""
+"""Measures servers beside each other, in windows that alternate."""
 
 import time
 from collections import Counter
@@ -13,26 +13,26 @@ from scripts.bench.processes import BenchError, now_s
 _SLICE_S = 1.0
 
 
-class Measured(Protocol):
-    """A server, or several that work together."""
+class Measurable(Protocol):
+    """A server, or several that are measured as one."""
 
     def suspend(self) -> None:
-        """Let it use no CPU at all while another is measured."""
+        """Stop its processes while another one is measured."""
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue its processes."""
 
     def cpu_s(self) -> float:
         """User and system time so far, seconds."""
 
 
-class Window(NamedTuple):
-    """What happened in some time; windows add up.
+class MeasuredWindow(NamedTuple):
+    """What was measured in some time. Windows can be added.
 
     Attributes:
-        seconds: how long it was.
-        server_cpu_s: of what is measured, seconds.
-        generator_cpu_s: of this process, seconds.
+        seconds: its duration.
+        server_cpu_s: CPU of the server, seconds.
+        generator_cpu_s: CPU of this process, seconds.
         kinds: text frames received, as in `Fleet.kinds`.
         payload_bytes: of these.
     """
@@ -44,12 +44,12 @@ class Window(NamedTuple):
     payload_bytes: int
 
     def frames(self, without: Iterable[bytes] = ()) -> int:
-        """Text frames received, but not those of the kinds ``without``."""
+        """Number of text frames received, without the given kinds."""
         return sum(self.kinds.values()) - sum(self.kinds[kind] for kind in without)
 
 
-def measure(server: Measured, fleet: Fleet, seconds: float) -> Window:
-    """Receive for ``seconds``.
+def measure(server: Measurable, fleet: Fleet, seconds: float) -> MeasuredWindow:
+    """Receive for ``seconds``, and measure that.
 
     Raises:
         BenchError: the server closed connections meanwhile.
@@ -60,7 +60,7 @@ def measure(server: Measured, fleet: Fleet, seconds: float) -> Window:
     fleet.run_for(seconds)
     if fleet.gone != gone:
         raise BenchError(f"the server closed {fleet.gone - gone} connections")
-    return Window(
+    return MeasuredWindow(
         now_s() - began,
         server.cpu_s() - server_cpu,
         time.process_time() - generator_cpu,
@@ -69,12 +69,12 @@ def measure(server: Measured, fleet: Fleet, seconds: float) -> Window:
     )
 
 
-def total(windows: Sequence[Window]) -> Window:
-    """All windows as one."""
+def total(windows: Sequence[MeasuredWindow]) -> MeasuredWindow:
+    """The sum of several windows."""
     kinds: Counter[bytes] = Counter()
     for window in windows:
         kinds.update(window.kinds)
-    return Window(
+    return MeasuredWindow(
         sum(window.seconds for window in windows),
         sum(window.server_cpu_s for window in windows),
         sum(window.generator_cpu_s for window in windows),
@@ -87,46 +87,50 @@ class Contender(NamedTuple):
     """A server that is measured beside others.
 
     Attributes:
-        wake: called when its turn begins.
-        start: called when it is warm, before the measuring.
-        rest: called at the end of its turn.
+        server: the server.
+        fleet: its clients.
+        begin_turn: called at the beginning of its turn.
+        begin_slice: called after the warm-up, before the measurement.
+        end_turn: called at the end of its turn.
     """
 
-    server: Measured
+    server: Measurable
     fleet: Fleet
-    wake: Callable[[], object] = lambda: None
-    start: Callable[[], object] = lambda: None
-    rest: Callable[[], object] = lambda: None
+    begin_turn: Callable[[], object] = lambda: None
+    begin_slice: Callable[[], object] = lambda: None
+    end_turn: Callable[[], object] = lambda: None
 
 
-def alternate(contenders: dict[str, Contender], seconds: float) -> dict[str, list[Window]]:
-    """Measure each for ``seconds``, in slices that take turns, while the others are suspended."""
+def alternate(contenders: dict[str, Contender], seconds: float) -> dict[str, list[MeasuredWindow]]:
+    """Measure each for ``seconds``, in alternating slices, while the others are suspended."""
     slices = max(2, round(seconds / _SLICE_S))
-    windows: dict[str, list[Window]] = {name: [] for name in contenders}
+    windows: dict[str, list[MeasuredWindow]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.server.suspend()
     for turn in range(slices):
-        for name, (server, fleet, wake, start, rest) in contenders.items():
+        for name, (server, fleet, begin_turn, begin_slice, end_turn) in contenders.items():
             server.resume()
-            wake()
+            begin_turn()
             fleet.run_for(WARM_UP_S if turn == 0 else SETTLE_S)
-            start()
+            begin_slice()
             windows[name].append(measure(server, fleet, seconds / slices))
-            rest()
+            end_turn()
             server.suspend()
     for contender in contenders.values():
         contender.server.resume()
     return windows
 
 
-def cpu_us(window: Window, deliveries: int) -> float:
-    """Server CPU per delivery, µs."""
+def cpu_us(window: MeasuredWindow, deliveries: int) -> float:
+    """CPU of the server per delivery, µs."""
     return window.server_cpu_s / deliveries * 1e6
 
 
 def median_ratio(
-    mine: Sequence[Window], other: Sequence[Window], figure: Callable[[Window], float]
+    ours: Sequence[MeasuredWindow],
+    theirs: Sequence[MeasuredWindow],
+    figure: Callable[[MeasuredWindow], float],
 ) -> float:
-    """The median of the ratios of ``figure`` in neighbouring slices: less moved by noise."""
-    pairs = zip(mine, other, strict=True)
+    """The median ratio of ``figure`` in neighbouring slices, which noise affects less."""
+    pairs = zip(ours, theirs, strict=True)
     return round(median(figure(own) / figure(yardstick) for own, yardstick in pairs), 2)

@@ -1,4 +1,4 @@
-"""The servers that bench.py measures BandSync beside; it starts them."""
+"""The servers beside which BandSync is measured, one process each."""
 
 import asyncio
 import base64
@@ -11,20 +11,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from serve import relax_garbage_collection
-
 from bandsync.rooms.hub import TICK_SLOTS
-from scripts.bench.processes import HOST, now_s
+from scripts.bench.processes import HOST, now_s, relax_garbage_collection
 
 _TICK_S = 0.1
-# The bursts of the yardsticks are those of the server.
+# Ticks are sent in the same bursts as the server's.
 _TICK_SLOTS = TICK_SLOTS
 _NEVER_S = 86_400
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 def serve_bare(connections: int, members: int, payload: str) -> None:
-    """The yardstick that is nothing but sends: no reading, no event loop, no protocol."""
+    """Serve nothing but sends: no reading, no event loop, no protocol."""
     listener = socket.create_server((HOST, 0), backlog=1024)
     print(f"listening on {HOST}:{listener.getsockname()[1]}", flush=True)
     places: list[list[socket.socket]] = [[] for _ in range(connections // members)]
@@ -50,7 +48,7 @@ def serve_bare(connections: int, members: int, payload: str) -> None:
     slots = [
         [sock for room in places[slot::_TICK_SLOTS] for sock in room] for slot in range(_TICK_SLOTS)
     ]
-    # The clients leave at the end.
+    # The clients disconnect at the end.
     with suppress(ConnectionError):
         for slot in _steps(time.sleep):
             for sock in slots[slot]:
@@ -58,7 +56,7 @@ def serve_bare(connections: int, members: int, payload: str) -> None:
 
 
 def _steps(sleep: Callable[[float], None]) -> Iterator[int]:
-    """Slots at the moments at which BandSync visits them."""
+    """The slots of ticks, at the times at which BandSync sends them."""
     due = now_s()
     while True:
         for slot in range(_TICK_SLOTS):
@@ -74,8 +72,8 @@ def _steps(sleep: Callable[[float], None]) -> Iterator[int]:
 def _switching_protocols(head: bytes) -> bytes:
     found = re.search(rb"Sec-WebSocket-Key: (\S+)", head)
     assert found is not None
-    # RFC 6455 asks for it.
-    digest = hashlib.sha1(found[1] + _GUID).digest()  # noqa: S324
+    # RFC 6455 requires it.
+    digest = hashlib.sha1(found[1] + _GUID).digest()  # noqa: S324  # no secret
     return (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n"
@@ -83,8 +81,8 @@ def _switching_protocols(head: bytes) -> bytes:
 
 
 def serve_send_message(connections: int, payload: str) -> None:
-    """The yardstick that sends each member a message by trio-websocket's own means."""
-    # Not at the top: only this process should pay for them.
+    """Send each member a message with trio-websocket's `send_message`."""
+    # Imported late, so that only this process loads it.
     import trio
     from trio_websocket import (
         ConnectionClosed,
@@ -117,25 +115,25 @@ def serve_send_message(connections: int, payload: str) -> None:
             await nursery.start(server.run)
             print(f"listening on {HOST}:{server.port}", flush=True)
             await complete.wait()
-            everybody = list(rooms.values())
+            all_rooms = list(rooms.values())
             due = trio.current_time()
             while True:
                 for slot in range(_TICK_SLOTS):
                     due += _TICK_S / _TICK_SLOTS
                     await trio.sleep_until(due)
                     due = max(due, trio.current_time() - _TICK_S)
-                    for room in everybody[slot::_TICK_SLOTS]:
+                    for room in all_rooms[slot::_TICK_SLOTS]:
                         for websocket in room:
                             await websocket.send_message(payload)
 
     try:
         trio.run(run)
     except* ConnectionClosed:
-        pass  # The clients leave at the end.
+        pass  # The clients disconnect at the end.
 
 
 def serve_websockets() -> None:
-    """The yardstick that broadcasts what it receives to the room, with the websockets library."""
+    """Broadcast each received message to the room, with the websockets library."""
     from websockets.asyncio.server import ServerConnection, broadcast, serve
 
     rooms: dict[str, set[ServerConnection]] = defaultdict(set)
@@ -160,15 +158,15 @@ def serve_websockets() -> None:
 
 
 def serve_socketio(redis_url: str) -> None:
-    """The yardstick that broadcasts to the room on all servers: python-socketio with its Redis.
+    """Broadcast to the room on all servers: python-socketio with its Redis manager.
 
-    On aiohttp and uvloop: with uvicorn a delivery costs it a sixth more.
+    It runs on aiohttp and uvloop. With uvicorn a delivery costs a sixth more.
     """
-    import socketio
+    import socketio  # type: ignore[import-untyped]  # it brings no types
     import uvloop
     from aiohttp import web
 
-    # No pings while it is measured.
+    # No pings during the measurement.
     server = socketio.AsyncServer(
         async_mode="aiohttp",
         client_manager=socketio.AsyncRedisManager(redis_url),
@@ -178,11 +176,11 @@ def serve_socketio(redis_url: str) -> None:
         ping_timeout=_NEVER_S,
     )
 
-    @server.event
+    @server.event  # type: ignore[untyped-decorator]  # it brings no types
     async def connect(sid: str, environ: dict[str, str]) -> None:
         await server.enter_room(sid, environ["QUERY_STRING"].rpartition("room=")[2])
 
-    @server.event
+    @server.event  # type: ignore[untyped-decorator]  # it brings no types
     async def change(sid: str, event: object) -> str:
         room = next(room for room in server.rooms(sid) if room != sid)
         await server.emit("change", event, room=room)

@@ -1,1 +1,1 @@
-"""Breaks Redis while bands play: `python -m scripts.chaos`."""
+"""Chaos runs, `python -m scripts.chaos`: faults are injected while bands play."""

@@ -1,291 +1,315 @@
-"""The verdict of `chaos.py --servers`: what must not be, in what musicians and servers saw."""
+"""The judge of a run with several servers: every violation in records and traces. No I/O."""
 
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from scripts.chaos.judge import CHAT_RING, Asked, Finding, Message, essence, versions
-from scripts.chaos.roaming import PATIENCE_S, Line, Return
-from scripts.chaos.servers import GRACE_S, Life
-from scripts.chaos.trace import Entry, Traces, stamp
+from scripts.chaos.cluster_records import (
+    GRACE_S,
+    PATIENCE_S,
+    Registers,
+    ResumeAttempt,
+    RoamingRecord,
+    ServerRun,
+)
+from scripts.chaos.judge import Violation, versions
+from scripts.chaos.records import CHAT_RING, CommandRecord, agreed_state
+from scripts.chaos.trace import CommitTraces, RegisterName, sort_key
+from scripts.testbed.json_messages import JsonChat, JsonMessage
 
-_TRANSPORT = frozenset({"play", "pause", "stop", "seek", "set_tempo"})
-# A conflict: the others were faster, again and again. The figures show how many there were.
+# A conflict: other servers were faster on every attempt. The statistics count them.
 _RIGHTLY_REFUSED = frozenset({"not_leader", "leader_present", "not_member", "conflict"})
-# A process that is killed is seen to be, and a pause to begin and end, a little earlier or later.
-_FUZZ_S = 0.25
-# Out of sight of the others for so long, a server may find its members swept.
-_SIGHT_S = 35.0
-# What others hear may be late by a little.
+# Error of the recorded times of a kill, and of the beginning and end of a suspension.
+_TIME_ERROR_S = 0.25
+# Other servers may sweep the members of a server that was isolated within this time.
+_ISOLATION_S = 35.0
+# Delay of an event on its way to another client.
 _LATE_S = 1.0
-# After a loss of data: until those who host a session have put it back.
+# After a loss of data, the hosting servers have put a session back within this time.
 _PUT_BACK_S = 6.0
-# Who was paused for long finds out what it missed after it has gone on.
+# A server that was suspended for long applies the missed changes within this time.
 _AFTER_PAUSE_S = 2.0
 
 
 @dataclass
-class Ending:
+class ClusterFinalState:
     """A session at the end.
 
     Attributes:
-        snapshots: by whom it was asked for.
-        stored: the same in Redis.
-        head: the registers in Redis, with their stamps.
-        members: who is there, by id.
+        session: its id.
+        snapshots: by the name of the member who received it.
+        stored: the session in Redis, in the form of a snapshot.
+        registers: ranks and stamps in Redis.
+        members: names of the members that should be present, by id.
     """
 
     session: str
-    snapshots: dict[str, Message]
-    stored: Message
-    head: Entry
+    snapshots: dict[str, JsonMessage]
+    stored: JsonMessage
+    registers: Registers
     members: dict[str, str]
 
 
-def disagreements(ending: Ending) -> list[str]:
-    """In what the parties do not agree, or are not right."""
+def disagreements(final: ClusterFinalState) -> list[str]:
+    """All parts in which the snapshots and Redis differ, or are wrong."""
     found = []
-    (first, state), *others = [*ending.snapshots.items(), ("Redis", ending.stored)]
-    ours = essence(state)
+    (first, state), *others = [*final.snapshots.items(), ("Redis", final.stored)]
+    own = agreed_state(state)
     for name, other in others:
-        theirs = essence(other)
-        for part, value in ours.items():
+        others_state = agreed_state(other)
+        for part, value in own.items():
             if part == "leaderId":
-                same = (value or "") == (theirs[part] or "")
+                same = (value or "") == (others_state[part] or "")
             else:
-                same = value == theirs[part]
+                same = value == others_state[part]
             if not same:
-                found.append(f"{part}: {first} has {value}, {name} has {theirs[part]}")
-    listed = [member["memberId"] for member in ending.stored["members"]]
-    if sorted(listed) != sorted(ending.members):
-        found.append(f"members are {listed}, not {ending.members}")
-    found += [f"{m['displayName']} is away" for m in state["members"] if not m["connected"]]
+                found.append(f"{part}: {first} has {value}, {name} has {others_state[part]}")
+    listed = [member["memberId"] for member in final.stored["members"]]
+    if sorted(listed) != sorted(final.members):
+        found.append(f"members are {listed}, not {final.members}")
+    found += [f"{m['displayName']} is disconnected" for m in state["members"] if not m["connected"]]
     leaders = [member for member in state["members"] if member["role"] == "leader"]
     if len(leaders) != 1 and len(state["members"]) > 1:
-        found.append(f"led by {leaders}")
-    return [f"{ending.session}: {text}" for text in found]
+        found.append(f"leaders are {leaders}")
+    return [f"{final.session}: {text}" for text in found]
 
 
-def judge_lines(lines: Sequence[Line], traces: Traces, end: float) -> Iterator[Finding]:
-    """What is wrong with single connections.
-
-    Args:
-        end: when everything had been calm for long.
-    """
-    for line in lines:
-        where = _where(line)
-        yield from versions(line)
-        for at, text in line.faults:
-            yield Finding("state", at, f"{where}: {text}")
-        for asked in line.asked:
-            text = _answer(line, asked, end)
-            if text is not None:
-                yield Finding("ack", asked.sent, f"{where}: {asked.type} {text}")
-        wrong = _closing(line, end)
-        if wrong is not None:
-            yield Finding("connection", line.closed[0] if line.closed else end, f"{where}: {wrong}")
-
-
-def judge_returns(
-    returns: Iterable[Return], wiped: Sequence[float], gone: Mapping[str, float], traces: Traces
-) -> Iterator[Finding]:
-    """Whoever comes back in time, with a token that could be known, is the same member again.
+def judge_connections(
+    records: Sequence[RoamingRecord], traces: CommitTraces, end: float
+) -> Iterator[Violation]:
+    """Violations on single connections: versions, replicas, replies, close codes.
 
     Args:
-        wiped: when Redis lost data.
-        gone: see `removed`.
+        records: of all connections.
+        end: a time after a long rest.
     """
-    for back in returns:
-        if not back.resumed and excuse(back, wiped, gone, traces) is None:
-            late_s = back.asked.answered - back.away
-            text = f"{_where(back.new)}: not resumed {late_s:.2f} s after {_where(back.old)}"
-            yield Finding("state", back.asked.sent, f"{text}: {back.old.member_id}")
+    for record in records:
+        where = _name_of(record)
+        yield from versions(record)
+        for at, text in record.replica_errors:
+            yield Violation("state", at, f"{where}: {text}")
+        for command in record.commands:
+            error = _reply_error(record, command, end)
+            if error is not None:
+                yield Violation("ack", command.sent, f"{where}: {command.type} {error}")
+        error = _close_error(record, end)
+        if error is not None:
+            at = record.closed[0] if record.closed else end
+            yield Violation("connection", at, f"{where}: {error}")
+
+
+def judge_resumes(
+    resumes: Iterable[ResumeAttempt],
+    data_losses: Sequence[float],
+    removals: Mapping[str, float],
+    traces: CommitTraces,
+) -> Iterator[Violation]:
+    """A member who resumes within the grace, with a stored token, must be the same member again.
+
+    Args:
+        resumes: all answered attempts.
+        data_losses: times at which Redis lost data.
+        removals: see `removed`.
+        traces: of all servers.
+    """
+    for attempt in resumes:
+        if not attempt.resumed and excuse(attempt, data_losses, removals, traces) is None:
+            late_s = attempt.command.answered - attempt.last_seen
+            text = f"{_name_of(attempt.after)}: not resumed {late_s:.2f} s after"
+            before = f"{_name_of(attempt.before)}: {attempt.before.member_id}"
+            yield Violation("state", attempt.command.sent, f"{text} {before}")
 
 
 def excuse(
-    back: Return, wiped: Sequence[float], gone: Mapping[str, float], traces: Traces
+    attempt: ResumeAttempt,
+    data_losses: Sequence[float],
+    removals: Mapping[str, float],
+    traces: CommitTraces,
 ) -> str | None:
-    """Why somebody was rightly not resumed; None if that was wrong."""
-    sent, old = back.asked.sent, back.old
-    if back.asked.answered - back.away > GRACE_S - _FUZZ_S:
+    """Why a member was legitimately not resumed; None if that was a violation."""
+    sent, before = attempt.command.sent, attempt.before
+    if attempt.command.answered - attempt.last_seen > GRACE_S - _TIME_ERROR_S:
         return "late"
-    if traces.bound_in_memory(old, sent):
-        return "bound in memory"
-    entry = traces.find(back.new, (back.asked.answer or {})["version"], back.asked.answered)
+    if traces.joined_in_memory(before, sent):
+        return "joined in memory"
+    answer = attempt.command.answer or {}
+    entry = traces.commit_of(attempt.after, answer["version"], attempt.command.answered)
     if entry is not None and entry["storage"] == "memory":
-        return "to a server in memory mode"
-    if any(0 <= sent - at <= _PUT_BACK_S for at in wiped):
+        return "server in memory mode"
+    if any(0 <= sent - at <= _PUT_BACK_S for at in data_losses):
         return "data lost"
-    if gone.get(old.member_id, float("inf")) < back.asked.answered:
+    if removals.get(before.member_id, float("inf")) < attempt.command.answered:
         return "removed before"
     return None
 
 
-def removed(lines: Sequence[Line], traces: Traces) -> dict[str, float]:
-    """Who was removed by others, and when, as those heard whose server was on Redis."""
+def removed(records: Sequence[RoamingRecord], traces: CommitTraces) -> dict[str, float]:
+    """Members removed by a server, and when, as received from servers with Redis."""
     return {
         message["memberId"]: at
-        for at, message in _heard_of_others(lines, traces, "user_left")
+        for at, message in _received_from_informed_servers(records, traces, "user_left")
         if message["reason"] in {"timeout", "server_lost"}
     }
 
 
-def judge_removals(lines: Sequence[Line], traces: Traces) -> Iterator[Finding]:
-    """Nobody is removed who is connected, or in its grace; nor shown as away while connected.
+def judge_removals(records: Sequence[RoamingRecord], traces: CommitTraces) -> Iterator[Violation]:
+    """A member who is connected, or in the grace, must not be removed or shown as disconnected.
 
     Args:
-        lines: of one session.
+        records: of one session.
+        traces: of all servers.
     """
-    gone = [(member, at, GRACE_S - _FUZZ_S) for member, at in removed(lines, traces).items()]
+    removals = [
+        (member, at, GRACE_S - _TIME_ERROR_S) for member, at in removed(records, traces).items()
+    ]
     away = [
-        (message["memberId"], at, -_FUZZ_S)
-        for at, message in _heard_of_others(lines, traces, "member_connection")
+        (message["memberId"], at, -_TIME_ERROR_S)
+        for at, message in _received_from_informed_servers(records, traces, "member_connection")
         if not message["connected"]
     ]
-    for member, at, allowed_s in (*gone, *away):
-        for line in lines:
-            if line.member_id != member or line.deserted < at:
+    for member, at, allowed_s in (*removals, *away):
+        for record in records:
+            if record.member_id != member or record.abandoned < at:
                 continue
-            joined = next((at for at, m in line.heard if m["type"] == "snapshot"), float("inf"))
-            over = min(line.left, line.closed[0] if line.closed else float("inf"))
-            if joined > at - _LATE_S or over < at - allowed_s or _out_of_sight(line, at, traces):
+            joined = next(
+                (at for at, m in record.received if m["type"] == "snapshot"), float("inf")
+            )
+            ended = min(record.left, record.closed[0] if record.closed else float("inf"))
+            if joined > at - _LATE_S or ended < at - allowed_s or _isolated(record, at, traces):
                 continue
-            text = "away" if allowed_s < 0 else "removed"
-            text = f"{member} was {text}, connected from {joined:.2f} to {over:.2f}"
-            yield Finding("state", at, f"{_where(line)}: {text}")
+            change = "shown as disconnected" if allowed_s < 0 else "removed"
+            text = f"{member} was {change}, connected from {joined:.2f} to {ended:.2f}"
+            yield Violation("state", at, f"{_name_of(record)}: {text}")
 
 
-def _heard_of_others(
-    lines: Sequence[Line], traces: Traces, kind: str
-) -> Iterator[tuple[float, Message]]:
-    for line in lines:
-        for at, message in line.heard:
-            if message["type"] == kind and not _out_of_sight(line, at, traces):
+def _received_from_informed_servers(
+    records: Sequence[RoamingRecord], traces: CommitTraces, kind: str
+) -> Iterator[tuple[float, JsonMessage]]:
+    for record in records:
+        for at, message in record.received:
+            if message["type"] == kind and not _isolated(record, at, traces):
                 yield at, message
 
 
-def _out_of_sight(line: Line, at: float, traces: Traces) -> bool:
-    """Whether the server of this connection was, recently, for the others."""
-    since = at - _SIGHT_S
-    return line.life.paused(since, at) or traces.in_memory(line, since, at)
+def _isolated(record: RoamingRecord, at: float, traces: CommitTraces) -> bool:
+    """Whether this connection's server was suspended or without Redis shortly before."""
+    since = at - _ISOLATION_S
+    return record.server_run.suspended(since, at) or traces.in_memory(record, since, at)
 
 
-def judge_mirrors(lives: Iterable[Life], traces: Traces) -> Iterator[Finding]:
-    """What a server knows of a register or a member never gets older, all the way."""
-    for life in lives:
-        for before, now in traces.mirrors(life):
-            for name in ("leader", "transport", "message"):
-                if _stamp(now, name) < _stamp(before, name):
-                    text = f"{before['session']}: {name} of {life.server} went back at"
-                    yield Finding(
-                        "state", traces.when(now), f"{text} {now['version']}: {before} {now}"
+def judge_mirrors(runs: Iterable[ServerRun], traces: CommitTraces) -> Iterator[Violation]:
+    """A register must never go back to an older rank or stamp in a server's mirror."""
+    for server_run in runs:
+        for before, now in traces.mirrors(server_run):
+            for name in _REGISTERS:
+                if sort_key(now, name) < sort_key(before, name):
+                    text = f"{before['session']}: {name} of {server_run.server} went back at"
+                    yield Violation(
+                        "state", traces.local_time(now), f"{text} {now['version']}: {before} {now}"
                     )
 
 
-def judge_changes(lines: Sequence[Line], ending: Ending, traces: Traces) -> Iterator[Finding]:
+def judge_acked_changes(
+    records: Sequence[RoamingRecord], final: ClusterFinalState, traces: CommitTraces
+) -> Iterator[Violation]:
     """Every acknowledged change must be in the final state, or overwritten by a later one."""
-    head = ending.head
-    texts = {
+    sent = {
         chat["text"]: (chat["sentAt"], chat["messageId"])
-        for line in lines
-        for _, message in line.heard
+        for record in records
+        for _, message in record.received
         for chat in _chats(message)
     }
-    ring = {chat["messageId"] for chat in ending.stored["chat"]}
-    oldest = min(texts[text] for text in texts if texts[text][1] in ring) if ring else None
-    for line in lines:
-        for asked in line.asked:
-            if not asked.acked or asked.answer is None:
+    ring = {chat["messageId"] for chat in final.stored["chat"]}
+    oldest = min(sent[text] for text in sent if sent[text][1] in ring) if ring else None
+    for record in records:
+        for command in record.commands:
+            if not command.acked or command.answer is None:
                 continue
-            where = f"{_where(line)}: {asked.type} {asked.fields}"
-            if asked.type == "chat_message":
-                place = texts.get(str(asked.fields["text"]))
+            where = f"{_name_of(record)}: {command.type} {command.fields}"
+            if command.type == "chat_message":
+                place = sent.get(str(command.fields["text"]))
                 if place is not None and (
                     place[1] in ring
                     or (oldest is not None and len(ring) >= CHAT_RING and place < oldest)
                 ):
                     continue
-                entry = None if place is None else traces.told(line, place[1])
-                if entry is None and "version" in asked.answer:
-                    entry = traces.find(line, asked.answer["version"], asked.answered)
-                if entry is None or not traces.exposed(line, entry):
-                    yield Finding("ack", asked.answered, f"{where} is gone: {place} {entry}")
-            elif "version" in asked.answer and asked.type in _registers:
-                register, final = _registers[asked.type], head
-                entry = traces.find(line, asked.answer["version"], asked.answered)
+                entry = None if place is None else traces.commit_of_chat(record, place[1])
+                if entry is None and "version" in command.answer:
+                    entry = traces.commit_of(record, command.answer["version"], command.answered)
+                if entry is None or not traces.lost_with_process(record, entry):
+                    yield Violation("ack", command.answered, f"{where} is gone: {place} {entry}")
+            elif "version" in command.answer and command.type in _REGISTER_OF:
+                register = _REGISTER_OF[command.type]
+                entry = traces.commit_of(record, command.answer["version"], command.answered)
                 if entry is None:
-                    yield Finding("ack", asked.answered, f"{where} was not committed")
+                    yield Violation("ack", command.answered, f"{where} was not committed")
                     continue
-                mine, last = _stamp(entry, register), _stamp(final, register)
-                lost = mine > last
-                if register == "message" and mine == last:
-                    lost = ending.stored["message"] != asked.fields["message"]
-                if lost and not traces.exposed(line, entry):
-                    text = f"{where} was lost: {entry['storage']} {mine} > {last}"
-                    yield Finding("ack", asked.answered, text)
+                written, last = sort_key(entry, register), sort_key(final.registers, register)
+                lost = written > last
+                if register == "message" and written == last:
+                    lost = final.stored["message"] != command.fields["message"]
+                if lost and not traces.lost_with_process(record, entry):
+                    text = f"{where} was lost: {entry['storage']} {written} > {last}"
+                    yield Violation("ack", command.answered, text)
 
 
-_registers = {
-    **dict.fromkeys(_TRANSPORT, "transport"),
+_REGISTER_OF: dict[str, RegisterName] = {
+    **dict.fromkeys(("play", "pause", "stop", "seek", "set_tempo"), "transport"),
     "update_message": "message",
     "set_role": "leader",
 }
+_REGISTERS: tuple[RegisterName, ...] = ("leader", "transport", "message")
 
 
-def _stamp(registers: Entry, name: str) -> tuple[object, ...]:
-    """Of a register, as the head in Redis or a line of a trace has it."""
-    register = registers[name]
-    if name == "leader":
-        return stamp(register["rank"])
-    return stamp(register.get("stamp", register))
-
-
-def _chats(message: Message) -> Sequence[Message]:
+def _chats(message: JsonMessage) -> Sequence[JsonChat]:
     if message["type"] == "chat_message":
-        return [message]
-    chats: Sequence[Message] = message["chat"] if message["type"] == "snapshot" else []
-    return chats
+        return [
+            JsonChat(messageId=message["messageId"], text=message["text"], sentAt=message["sentAt"])
+        ]
+    return message["chat"] if message["type"] == "snapshot" else []
 
 
-def _where(line: Line) -> str:
-    return f"{line.session}/{line.name}@{line.life.server} since {line.opened:.2f}"
+def _name_of(record: RoamingRecord) -> str:
+    return f"{record.session}/{record.name}@{record.server_run.server} since {record.opened:.2f}"
 
 
-def _answer(line: Line, asked: Asked, end: float) -> str | None:
-    """What is wrong with the answer to a command."""
-    if asked.answer is None or asked.answered - asked.sent > PATIENCE_S:
-        until = asked.sent + PATIENCE_S
-        over = min(line.left, line.closed[0] if line.closed else end)
-        if over <= until or line.life.paused(asked.sent - _FUZZ_S, until):
+def _reply_error(record: RoamingRecord, command: CommandRecord, end: float) -> str | None:
+    """What is wrong with the reply to a command; None if nothing."""
+    if command.answer is None or command.answered - command.sent > PATIENCE_S:
+        until = command.sent + PATIENCE_S
+        ended = min(record.left, record.closed[0] if record.closed else end)
+        if ended <= until or record.server_run.suspended(command.sent - _TIME_ERROR_S, until):
             return None
-        return f"was not answered for {min(asked.answered, over) - asked.sent:.1f} s"
-    if asked.acked:
+        return f"was not answered for {min(command.answered, ended) - command.sent:.1f} s"
+    if command.acked:
         return None
-    code = asked.answer["code"]
+    code = command.answer["code"]
     if code in _RIGHTLY_REFUSED:
         return None
     if code == "not_joined" and (
-        line.deserted < asked.answered
-        or line.life.paused(asked.answered - _AFTER_PAUSE_S, asked.answered)
+        record.abandoned < command.answered
+        or record.server_run.suspended(command.answered - _AFTER_PAUSE_S, command.answered)
     ):
         return None
-    return f"was refused: {code} {asked.answer['message']}"
+    return f"was refused: {code} {command.answer['message']}"
 
 
-def _closing(line: Line, end: float) -> str | None:
-    """What is wrong with the end of a connection."""
-    if line.closed is None:
-        if line.left == float("inf") and line.superseded < end:
-            return "is still open although its member was resumed elsewhere"
+def _close_error(record: RoamingRecord, end: float) -> str | None:
+    """What is wrong with how a connection ended; None if nothing."""
+    if record.closed is None:
+        if record.left == float("inf") and record.superseded < end:
+            return "is still open, although its member resumed elsewhere"
         return None
-    at, code = line.closed
-    life: Life = line.life
-    if at >= life.ended - _FUZZ_S:
-        if life.how == signal.SIGKILL or (code == 1012 and life.how == signal.SIGTERM):
+    at, code = record.closed
+    server_run: ServerRun = record.server_run
+    if at >= server_run.ended - _TIME_ERROR_S:
+        if server_run.end_signal == signal.SIGKILL or (
+            code == 1012 and server_run.end_signal == signal.SIGTERM
+        ):
             return None
-        # Not welcomed yet, or closed by the end of the process after a pause.
-        if life.how == signal.SIGTERM and not line.heard:
+        # Not welcomed yet, or closed by the end of the process after a suspension.
+        if server_run.end_signal == signal.SIGTERM and not record.received:
             return None
-    if code == 4001 and line.deserted <= at:
+    if code == 4001 and record.abandoned <= at:
         return None
     return f"was closed with {code}"

@@ -1,82 +1,44 @@
-"""What chaos.py measures: the records of the musicians, and the verdict over them. No I/O.
+"""The judge of a run with one server: finds every violation in what the clients recorded. No I/O.
 
-Times are seconds on the clock of the musicians' process, unless a name says `_ms`.
+Times are seconds on the clock of the clients' process, unless a name says `_ms`.
 """
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-Message = Mapping[str, Any]
-Kind = Literal["ack", "connection", "version", "refusal", "state"]
-
-CHAT_RING = 50
-# Longer ago, the clock may have been slewed rightly, as that of Redis was.
-_CLOCK_MEMORY_S = 15.0
-# Each makes a version; the others in `protocol.md` section 4 are private, volatile or answers.
-EVENTS = frozenset(
-    {
-        *("user_joined", "user_left", "member_connection", "role_changed", "message_updated"),
-        *("play", "pause", "stop", "seek", "tempo_changed", "position_sync", "chat_message"),
-    }
+from scripts.chaos.records import (
+    CHAT_RING,
+    EVENTS,
+    ClockSample,
+    CommandRecord,
+    ConnectionRecord,
+    agreed_state,
 )
+from scripts.testbed.json_messages import JsonMessage, JsonTransport
+
+ViolationKind = Literal["ack", "connection", "version", "refusal", "state"]
+
+# Over a longer time the session clock may be slewed legitimately, as Redis's clock was.
+_CLOCK_MEMORY_S = 15.0
 _TRANSPORT_COMMANDS = frozenset({"play", "pause", "stop", "seek", "set_tempo"})
 
 
 @dataclass
-class Asked:
-    """A command and what became of it; ``answer`` is None while there is none."""
-
-    type: str
-    fields: Message
-    sent: float
-    answered: float = float("inf")
-    answer: Message | None = None
-
-    @property
-    def acked(self) -> bool:
-        """Whether it was carried out."""
-        return self.answer is not None and self.answer["type"] == "ack"
-
-
-@dataclass
-class ClockSample:
-    """One `clock_sync` exchange: how far the session clock is ahead of ours."""
-
-    at: float
-    offset_ms: float
-    round_trip_ms: float
-
-
-@dataclass
-class Record:
-    """All that one connection saw.
+class FaultWindow:
+    """One fault and its consequences. A run's first window, ``none``, is the time before faults.
 
     Attributes:
-        heard: every message, with its arrival.
-        closed: when the server ended it, and the close code; None if it did not.
-        wrong: what the client made of what it heard, where that was not what the server had.
-    """
-
-    session: str
-    name: str
-    heard: list[tuple[float, Message]] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
-    clock: list[ClockSample] = field(default_factory=list)
-    closed: tuple[float, int] | None = None
-    wrong: list[tuple[float, str]] = field(default_factory=list)
-
-
-@dataclass
-class Window:
-    """One fault; the first of a run is the time before all faults, named ``none``.
-
-    Attributes:
-        kind: what the operator may expect: an ``end`` is seen at once, ``silence`` only after a
-            deadline, ``other`` promises no time.
-        quiet_from: everything is as without a fault again.
+        fault: name of the fault.
+        kind: the detection that may be expected: at once for an ``end`` of the connection, after a
+            deadline for ``silence``, unspecified for ``other``.
+        injected: when the fault began.
+        detected: when the first client received the change to memory mode.
+        lifted: when the fault ended.
+        recovered: when the last client received the change back to Redis.
+        quiet_from: when everything was as without a fault again.
     """
 
     fault: str
@@ -89,33 +51,44 @@ class Window:
 
 
 @dataclass
-class Final:
+class FinalState:
     """A session at the end.
 
     Attributes:
-        snapshots: by whom it was asked for; a fresh joiner among them.
-        stored: the same in Redis, as a snapshot has it; None to leave that out.
-        members: ids of those who are there.
+        session: its id.
+        snapshots: by the name of the member who received it; a fresh joiner is among them.
+        stored: the session in Redis, in the form of a snapshot; None to skip that comparison.
+        members: ids of the members that should be present.
     """
 
     session: str
-    snapshots: dict[str, Message]
-    stored: Message | None
+    snapshots: dict[str, JsonMessage]
+    stored: JsonMessage | None
     members: set[str]
 
 
 @dataclass
-class Finding:
-    """Something that must not be."""
+class Violation:
+    """Something that must never happen, and when it happened."""
 
-    kind: Kind
+    kind: ViolationKind
     at: float
     text: str
 
 
 @dataclass
-class Row:
-    """A line of the table; None where there was nothing to measure."""
+class FaultRow:
+    """A line of the table; None where there was nothing to measure.
+
+    Attributes:
+        fault: name of the fault.
+        kind: as in `FaultWindow`.
+        detection_ms: from the fault to its detection.
+        stall_ms: longest wait for a reply that arrived in the window.
+        recovery_ms: from the end of the fault to the recovery.
+        position_error_ms: largest jump of the song's position.
+        found: number of violations by kind.
+    """
 
     fault: str
     kind: str
@@ -123,45 +96,49 @@ class Row:
     stall_ms: float
     recovery_ms: float | None
     position_error_ms: float
-    found: dict[Kind, int]
+    found: dict[ViolationKind, int]
 
 
 @dataclass
-class Verdict:
-    """All rows, what is wrong, and the longest stall while all was well."""
+class RunResult:
+    """All rows, all violations, and the longest stall without a fault."""
 
-    rows: list[Row]
-    findings: list[Finding]
+    rows: list[FaultRow]
+    violations: list[Violation]
     quiet_stall_ms: float
 
 
-def judge(records: Sequence[Record], windows: Sequence[Window], finals: Sequence[Final]) -> Verdict:
-    """Everything that was lost, and how long things took."""
-    findings = [
-        finding
+def judge(
+    records: Sequence[ConnectionRecord],
+    windows: Sequence[FaultWindow],
+    finals: Sequence[FinalState],
+) -> RunResult:
+    """Find all violations, and measure detection, stalls and recovery of each fault."""
+    violations = [
+        violation
         for record in records
-        for finding in (
+        for violation in (
             *versions(record),
             *_answers(record),
             *_connection(record),
-            *_wrong(record),
+            *_replica_errors(record),
         )
     ]
     for final in finals:
-        findings += _state(final, [r for r in records if r.session == final.session])
-    findings.sort(key=lambda finding: finding.at)
+        violations += _state(final, [r for r in records if r.session == final.session])
+    violations.sort(key=lambda violation: violation.at)
     errors = [error for record in records for error in (*_positions(record), *_clock(record))]
     starts = [window.injected for window in windows]
     rows = []
     for number, window in enumerate(windows):
         begin = window.injected
         end = starts[number + 1] if number + 1 < len(starts) else float("inf")
-        found: dict[Kind, int] = {}
-        for finding in findings:
-            if max(bisect_right(starts, finding.at) - 1, 0) == number:
-                found[finding.kind] = found.get(finding.kind, 0) + 1
+        found: dict[ViolationKind, int] = {}
+        for violation in violations:
+            if max(bisect_right(starts, violation.at) - 1, 0) == number:
+                found[violation.kind] = found.get(violation.kind, 0) + 1
         rows.append(
-            Row(
+            FaultRow(
                 window.fault,
                 window.kind,
                 _ms(window.injected, window.detected),
@@ -175,30 +152,33 @@ def judge(records: Sequence[Record], windows: Sequence[Window], finals: Sequence
         longest_stall_ms(records, window.quiet_from, end, whole=True)
         for window, end in zip(windows, [*starts[1:], float("inf")], strict=True)
     ]
-    return Verdict(rows, findings, max(quiet, default=0.0))
+    return RunResult(rows, violations, max(quiet, default=0.0))
 
 
 def longest_stall_ms(
-    records: Iterable[Record], begin: float, end: float, *, whole: bool = False
+    records: Iterable[ConnectionRecord], begin: float, end: float, *, whole: bool = False
 ) -> float:
-    """The longest wait for an answer that came in this time.
+    """The longest wait for a reply that arrived between ``begin`` and ``end``.
 
     Args:
-        whole: of the commands that were sent in this time, too.
+        records: of all connections.
+        begin: start of the time.
+        end: end of the time.
+        whole: count only commands that were also sent in this time.
     """
     waits = (
-        asked.answered - asked.sent
+        command.answered - command.sent
         for record in records
-        for asked in record.asked
-        if asked.answer is not None
-        and begin <= asked.answered < end
-        and (asked.sent >= begin or not whole)
+        for command in record.commands
+        if command.answer is not None
+        and begin <= command.answered < end
+        and (command.sent >= begin or not whole)
     )
     return max(waits, default=0.0) * 1000
 
 
-def position_at(transport: Message, instant: float) -> float:
-    """Where the song is at an instant of the session clock: the formula that clients are given."""
+def position_at(transport: JsonTransport, instant: float) -> float:
+    """The song's position at an instant of the session clock, by the clients' formula."""
     upcoming = transport["next"]
     if upcoming is not None and instant >= upcoming["anchorTime"]:
         transport = upcoming
@@ -206,10 +186,10 @@ def position_at(transport: Message, instant: float) -> float:
     return float(transport["positionMs"]) + elapsed
 
 
-def versions(record: Record) -> Iterator[Finding]:
-    """Each event must make the next version, unless a snapshot comes between."""
+def versions(record: ConnectionRecord) -> Iterator[Violation]:
+    """Each event must have the next version, unless a snapshot comes between."""
     version = epoch = None
-    for at, message in record.heard:
+    for at, message in record.received:
         kind = message["type"]
         if kind == "snapshot":
             if epoch == message["epoch"] and version is not None and message["version"] < version:
@@ -221,56 +201,58 @@ def versions(record: Record) -> Iterator[Finding]:
             version = message["version"]
 
 
-def _out_of_order(record: Record, at: float, text: str) -> Finding:
-    return Finding("version", at, f"{record.session}/{record.name}: {text}")
+def _out_of_order(record: ConnectionRecord, at: float, text: str) -> Violation:
+    return Violation("version", at, f"{record.session}/{record.name}: {text}")
 
 
-def _answers(record: Record) -> Iterator[Finding]:
-    """Each command must be answered, not refused, and its acknowledged versions seen."""
-    seen = {m["version"] for _, m in record.heard if m["type"] in EVENTS}
-    snapshot = max((m["version"] for _, m in record.heard if m["type"] == "snapshot"), default=0)
-    for asked in record.asked:
-        where = f"{record.session}/{record.name}: {asked.type}"
-        if asked.answer is None:
-            yield Finding("ack", asked.sent, f"{where} was never answered")
-        elif not asked.acked:
-            text = f"{where} was refused: {asked.answer['code']} {asked.answer['message']}"
-            yield Finding("refusal", asked.answered, text)
-        elif "version" in asked.answer and asked.type not in {"join_session", "leave_session"}:
-            version = asked.answer["version"]
+def _answers(record: ConnectionRecord) -> Iterator[Violation]:
+    """Each command must be answered and not refused, and its version must be received."""
+    seen = {m["version"] for _, m in record.received if m["type"] in EVENTS}
+    snapshot = max((m["version"] for _, m in record.received if m["type"] == "snapshot"), default=0)
+    for command in record.commands:
+        where = f"{record.session}/{record.name}: {command.type}"
+        if command.answer is None:
+            yield Violation("ack", command.sent, f"{where} was never answered")
+        elif not command.acked:
+            text = f"{where} was refused: {command.answer['code']} {command.answer['message']}"
+            yield Violation("refusal", command.answered, text)
+        elif "version" in command.answer and command.type not in {"join_session", "leave_session"}:
+            version = command.answer["version"]
             if version not in seen and version > snapshot:
-                yield Finding("ack", asked.answered, f"{where}: nobody heard of version {version}")
+                yield Violation(
+                    "ack", command.answered, f"{where}: no connection received version {version}"
+                )
 
 
-def _connection(record: Record) -> Iterator[Finding]:
+def _connection(record: ConnectionRecord) -> Iterator[Violation]:
     if record.closed is not None:
         at, code = record.closed
-        yield Finding("connection", at, f"{record.session}/{record.name}: closed with {code}")
+        yield Violation("connection", at, f"{record.session}/{record.name}: closed with {code}")
 
 
-def _wrong(record: Record) -> Iterator[Finding]:
-    for at, text in record.wrong:
-        yield Finding("state", at, f"{record.session}/{record.name}: {text}")
+def _replica_errors(record: ConnectionRecord) -> Iterator[Violation]:
+    for at, text in record.replica_errors:
+        yield Violation("state", at, f"{record.session}/{record.name}: {text}")
 
 
-def _positions(record: Record) -> Iterator[tuple[float, float]]:
-    """How far ticks and snapshots are off the line of the last transport that was announced."""
-    line: Message | None = None
-    for at, message in record.heard:
-        if line is not None and message["type"] == "scroll_tick":
-            yield at, abs(message["positionMs"] - position_at(line, message["serverTime"]))
+def _positions(record: ConnectionRecord) -> Iterator[tuple[float, float]]:
+    """Position errors of ticks and snapshots against the transport announced before, ms."""
+    known: JsonTransport | None = None
+    for at, message in record.received:
+        if known is not None and message["type"] == "scroll_tick":
+            yield at, abs(message["positionMs"] - position_at(known, message["serverTime"]))
         if (transport := message.get("transport")) is None:
             continue
-        if line is not None and message["type"] in {"snapshot", "sync_response"}:
+        if known is not None and message["type"] in {"snapshot", "sync_response"}:
             now = message["serverTime"]
-            yield at, abs(position_at(transport, now) - position_at(line, now))
-        line = transport
+            yield at, abs(position_at(transport, now) - position_at(known, now))
+        known = transport
 
 
-def _clock(record: Record) -> Iterator[tuple[float, float]]:
-    """By how much more than their round trips explain two estimates of the session clock differ.
+def _clock(record: ConnectionRecord) -> Iterator[tuple[float, float]]:
+    """Differences of two estimates of the session clock beyond the error of their round trips, ms.
 
-    A step of that clock is a jump of the music for all who calculate, though no tick shows it.
+    A step of that clock makes the music jump on clients that calculate, though no tick shows it.
     """
     recent: deque[ClockSample] = deque()
     for sample in record.clock:
@@ -283,90 +265,89 @@ def _clock(record: Record) -> Iterator[tuple[float, float]]:
         recent.append(sample)
 
 
-def _state(final: Final, records: Sequence[Record]) -> Iterator[Finding]:
+def _state(final: FinalState, records: Sequence[ConnectionRecord]) -> Iterator[Violation]:
     """Every acknowledged change must be in the final state, or overwritten by a later one."""
     at = float("inf")
     (first, state), *others = final.snapshots.items()
     for name, other in [*others, *([("Redis", final.stored)] if final.stored else [])]:
-        for part, ours in essence(state).items():
-            if part in (theirs := essence(other)) and theirs[part] != ours:
+        for part, ours in agreed_state(state).items():
+            if part in (theirs := agreed_state(other)) and theirs[part] != ours:
                 text = f"{final.session}: {part}: {first} has {ours}, {name} has {theirs[part]}"
-                yield Finding("state", at, text)
+                yield Violation("state", at, text)
     members = {member["memberId"] for member in state["members"]}
     if members != final.members:
-        yield Finding("state", at, f"{final.session}: members {members}, not {final.members}")
-    commands = sorted((a for r in records for a in r.asked), key=lambda asked: asked.sent)
-    heard = [message for record in records for _, message in record.heard]
-    yield from _last_writes(final.session, state, commands, heard)
-    yield from _chats(final.session, state, commands, heard)
-
-
-def essence(snapshot: Message) -> dict[str, object]:
-    """What all must agree on, of a snapshot."""
-    members = [
-        (member["memberId"], member["displayName"], member["role"], member["connected"])
-        for member in snapshot["members"]
-    ]
-    return {
-        "members": sorted(members),
-        "chat": [chat["messageId"] for chat in snapshot["chat"]],
-        **{
-            name: snapshot[name]
-            for name in ("epoch", "version", "message", "transport", "leaderId")
-            if name in snapshot
-        },
-    }
+        yield Violation("state", at, f"{final.session}: members {members}, not {final.members}")
+    commands = sorted((a for r in records for a in r.commands), key=lambda command: command.sent)
+    received = [message for record in records for _, message in record.received]
+    yield from _last_writes(final.session, state, commands, received)
+    yield from _chats(final.session, state, commands, received)
 
 
 def _last_writes(
-    session: str, state: Message, commands: Sequence[Asked], heard: Sequence[Message]
-) -> Iterator[Finding]:
-    """Headline, transport and leader must be those of the last write that was acknowledged."""
-    transports = {m["version"]: m["transport"] for m in heard if "transport" in m and _is_event(m)}
-    for name, types in (
-        ("message", {"update_message"}),
-        ("transport", _TRANSPORT_COMMANDS),
-        ("leaderId", {"set_role"}),
-    ):
-        writes = [asked for asked in commands if asked.type in types]
-        acked = [asked for asked in writes if asked.acked and "version" in (asked.answer or {})]
+    session: str,
+    state: JsonMessage,
+    commands: Sequence[CommandRecord],
+    received: Sequence[JsonMessage],
+) -> Iterator[Violation]:
+    """Headline, transport and leader must be those of the last acknowledged write."""
+    transports = {
+        message["version"]: message["transport"]
+        for message in received
+        if "transport" in message and _is_event(message)
+    }
+    finals: tuple[tuple[str, frozenset[str], object], ...] = (
+        ("message", frozenset({"update_message"}), state["message"]),
+        ("transport", _TRANSPORT_COMMANDS, state["transport"]),
+        ("leaderId", frozenset({"set_role"}), state["leaderId"]),
+    )
+    for name, types, value in finals:
+        writes = [command for command in commands if command.type in types]
+        acked = [write for write in writes if write.acked and "version" in (write.answer or {})]
         if not acked:
             continue
-        last = acked[-1]
-        assert last.answer is not None
-        # Without an answer it may have been carried out or not: both are right.
-        open_ = [asked for asked in writes if asked.answer is None and asked.sent > last.sent]
+        last_acked = acked[-1]
+        assert last_acked.answer is not None
+        # A later write without a reply may have been carried out or not: both are right.
+        unanswered = [
+            write for write in writes if write.answer is None and write.sent > last_acked.sent
+        ]
+        right: list[object]
         match name:
             case "message":
-                right = [asked.fields["message"] for asked in (last, *open_)]
+                right = [write.fields["message"] for write in (last_acked, *unanswered)]
             case "leaderId":
-                right = [asked.fields["memberId"] for asked in (last, *open_)]
+                right = [write.fields["memberId"] for write in (last_acked, *unanswered)]
             case _:
-                right = [state[name] if open_ else transports.get(last.answer["version"])]
-        if state[name] not in right:
-            text = f"{session}: {name} is {state[name]}, acknowledged was {right[0]}"
-            yield Finding("ack", last.answered, text)
+                right = [value if unanswered else transports.get(last_acked.answer["version"])]
+        if value not in right:
+            text = f"{session}: {name} is {value}, acknowledged was {right[0]}"
+            yield Violation("ack", last_acked.answered, text)
 
 
-def _is_event(message: Message) -> bool:
+def _is_event(message: JsonMessage) -> bool:
     return message["type"] in EVENTS
 
 
 def _chats(
-    session: str, state: Message, commands: Sequence[Asked], heard: Sequence[Message]
-) -> Iterator[Finding]:
-    """An acknowledged chat message must be in the ring, or as many later ones as it holds."""
+    session: str,
+    state: JsonMessage,
+    commands: Sequence[CommandRecord],
+    received: Sequence[JsonMessage],
+) -> Iterator[Violation]:
+    """An acknowledged chat message must be in the ring, or be followed by a full ring."""
     ring = {chat["text"] for chat in state["chat"]}
     oldest = min(((chat["sentAt"], chat["messageId"]) for chat in state["chat"]), default=None)
     full = len(state["chat"]) >= CHAT_RING
-    sent = {m["text"]: (m["sentAt"], m["messageId"]) for m in heard if m["type"] == "chat_message"}
-    for asked in commands:
-        if asked.type != "chat_message" or not asked.acked or asked.fields["text"] in ring:
+    sent = {
+        m["text"]: (m["sentAt"], m["messageId"]) for m in received if m["type"] == "chat_message"
+    }
+    for command in commands:
+        if command.type != "chat_message" or not command.acked or command.fields["text"] in ring:
             continue
-        place = sent.get(asked.fields["text"])
+        place = sent.get(str(command.fields["text"]))
         if place is None or not full or oldest is None or place > oldest:
-            text = f"{session}: chat {asked.fields['text']!r} was acknowledged and is gone"
-            yield Finding("ack", asked.answered, text)
+            text = f"{session}: chat {command.fields['text']!r} was acknowledged and is gone"
+            yield Violation("ack", command.answered, text)
 
 
 def _ms(begin: float | None, end: float | None) -> float | None:

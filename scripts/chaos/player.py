@@ -1,9 +1,10 @@
-"""The members of the bands of chaos.py: half of them on a foreign client, half on ours."""
+"""A player: one member over all its connections. Half of them use another library's client."""
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
+from typing import cast
 
 import msgspec
 import trio
@@ -12,7 +13,8 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from bandsync import client
 from bandsync.wire.commands import Undecodable, decode
-from scripts.chaos.judge import Asked, ClockSample, Message, Record, essence
+from scripts.chaos.records import ClockSample, CommandRecord, ConnectionRecord, agreed_state
+from scripts.testbed.json_messages import JsonMessage
 
 HOST = "127.0.0.1"
 PATIENCE_S = 30.0
@@ -21,15 +23,15 @@ _CLOCK_PERIOD_S = 0.2
 
 
 class ChaosError(Exception):
-    """The run cannot go on; the message says why."""
+    """The run cannot go on; the message gives the reason."""
 
 
 @contextmanager
 def patience(what: str) -> Iterator[None]:
-    """Wait for ``what``, but not for ever.
+    """Bound the wait for ``what``.
 
     Raises:
-        ChaosError: it did not happen.
+        ChaosError: the block took longer than `PATIENCE_S`.
     """
     with trio.move_on_after(PATIENCE_S) as scope:
         yield
@@ -37,21 +39,28 @@ def patience(what: str) -> Iterator[None]:
         raise ChaosError(f"{what}: waited {PATIENCE_S} s in vain")
 
 
-class Connection:
+class PlayerConnection:
     """One WebSocket connection of a player.
 
     Attributes:
-        record: of all that it sees.
-        ending: that the other side closes it is expected from now on.
+        record: of everything sent and received.
+        ending: the server is expected to close it from now on.
+        ended: it is closed.
+        close: set to close it.
+        waiting: commands without a reply, by request id.
+        changed: set at each message, then replaced.
+        send: sends a command.
     """
 
-    def __init__(self, record: Record, send: Callable[[Message], Awaitable[None]]) -> None:
+    def __init__(
+        self, record: ConnectionRecord, send: Callable[[Mapping[str, object]], Awaitable[None]]
+    ) -> None:
         self.record = record
         self.ending = False
         self.ended = trio.Event()
         self.close = trio.Event()
-        self.waiting: dict[str, tuple[Asked, trio.Event]] = {}
-        self.news = trio.Event()
+        self.waiting: dict[str, tuple[CommandRecord, trio.Event]] = {}
+        self.changed = trio.Event()
         self.send = send
 
 
@@ -59,13 +68,21 @@ class Player:
     """A member of a band, over all its connections.
 
     Args:
-        foreign: use the client of `websockets`, otherwise ours, whose view of the session must
-            then be what every snapshot shows.
+        nursery: runs its connections.
+        port: of the server.
+        session: id of the session.
+        name: display name.
+        foreign: use the client of `websockets`. Otherwise use ours, whose replica must then equal
+            every snapshot.
         notice: called with (arrival, message) for each `storage_status`.
 
     Attributes:
-        member_id: empty before it joined.
+        session: id of the session.
+        name: display name.
+        member_id: empty before the first join.
+        role: at the last join, or after a handover.
         records: one for each connection.
+        snapshot: the last one received.
     """
 
     def __init__(
@@ -76,14 +93,14 @@ class Player:
         name: str,
         *,
         foreign: bool = True,
-        notice: Callable[[float, Message], None] = lambda at, message: None,
+        notice: Callable[[float, JsonMessage], None] = lambda at, message: None,
     ) -> None:
         self.session = session
         self.name = name
         self.member_id = ""
         self.role = ""
-        self.records: list[Record] = []
-        self.snapshot: Message = {}
+        self.records: list[ConnectionRecord] = []
+        self.snapshot: JsonMessage = {}
         self._token: str | None = None
         self._nursery = nursery
         self._url = f"ws://{HOST}:{port}"
@@ -91,11 +108,11 @@ class Player:
         self._notice = notice
         self._requests = count(1)
         self._asked_snapshot = False
-        self._connection: Connection | None = None
+        self._connection: PlayerConnection | None = None
 
     @property
-    def connection(self) -> Connection:
-        """The latest."""
+    def connection(self) -> PlayerConnection:
+        """The latest connection."""
         assert self._connection is not None
         return self._connection
 
@@ -103,9 +120,9 @@ class Player:
         """Connect and join, with the resume token if there is one.
 
         Raises:
-            ChaosError: refused, or not resumed.
+            ChaosError: the server refused the join, or did not resume the member.
         """
-        # The old one may still be noticing that its server is gone.
+        # The previous connection may not have detected its end yet.
         try:
             run = self._run_foreign if self._foreign else self._run_ours
             self._connection = await self._nursery.start(run)
@@ -115,76 +132,76 @@ class Player:
             fields = {"displayName": self.name}
             if self._token is not None:
                 fields["resumeToken"] = self._token
-            asked = await self.ask("join_session", **fields)
-            if not asked.acked:
-                raise ChaosError(f"{self.session}/{self.name} cannot join: {asked.answer}")
+            command = await self.request("join_session", **fields)
+            if not command.acked:
+                raise ChaosError(f"{self.session}/{self.name} cannot join: {command.answer}")
         await self.until(lambda: bool(self.snapshot.get("you")))
         you = self.snapshot["you"]
         if self._token is not None and (not you["resumed"] or you["memberId"] != self.member_id):
             raise ChaosError(f"{self.session}/{self.name} was not resumed: {self.snapshot}")
         self.member_id, self.role, self._token = you["memberId"], you["role"], you["resumeToken"]
 
-    async def ask(self, type_: str, **fields: object) -> Asked:
-        """Send a command and wait for its answer, but not for ever."""
+    async def request(self, type_: str, **fields: object) -> CommandRecord:
+        """Send a command and wait for its reply, at most `PATIENCE_S`."""
         connection = self.connection
         request_id = f"r{next(self._requests)}"
-        asked = Asked(type_, fields, trio.current_time())
+        command = CommandRecord(type_, fields, trio.current_time())
         answered = trio.Event()
-        connection.waiting[request_id] = (asked, answered)
-        connection.record.asked.append(asked)
+        connection.waiting[request_id] = (command, answered)
+        connection.record.commands.append(command)
         with trio.move_on_after(PATIENCE_S):
-            await connection.send({"type": type_, "requestId": request_id, **fields})
+            await connection.send({**fields, "type": type_, "requestId": request_id})
             await answered.wait()
-        return asked
+        return command
 
     async def until(self, wanted: Callable[[], bool]) -> None:
-        """Wait for what messages bring."""
+        """Wait until messages have made a condition true."""
         with patience(f"{self.session}/{self.name}: a message"):
             while not wanted():
-                await self.connection.news.wait()
+                await self.connection.changed.wait()
 
-    async def fresh_snapshot(self) -> Message:
-        """The state of the session, asked for."""
+    async def fresh_snapshot(self) -> JsonMessage:
+        """Request the state of the session."""
         self.snapshot = {}
         self._asked_snapshot = True
-        asked = await self.ask("sync_request")
-        if not asked.acked:
-            raise ChaosError(f"{self.session}/{self.name}: no snapshot: {asked.answer}")
+        command = await self.request("sync_request")
+        if not command.acked:
+            raise ChaosError(f"{self.session}/{self.name}: no snapshot: {command.answer}")
         await self.until(lambda: bool(self.snapshot))
         return self.snapshot
 
     async def keep_time(self) -> None:
-        """Compare clocks, for ever; our client does so by itself."""
+        """Exchange `clock_sync` until cancelled. Our client does so by itself."""
         while self._foreign:
             await self.connection.send({"type": "clock_sync", "t0": trio.current_time() * 1000})
             await trio.sleep(_CLOCK_PERIOD_S)
 
     async def disconnect(self) -> None:
-        """Close the connection, the membership stays for the grace."""
+        """Close the connection. The membership lasts for the grace."""
         if self._connection is not None:
             self._connection.ending = True
             self._connection.close.set()
             await self._connection.ended.wait()
 
     async def ended(self) -> None:
-        """Wait until the server has ended the connection, as it was told to."""
+        """Wait until the server has closed the connection, as expected."""
         with patience(f"{self.session}/{self.name}: the end of the connection"):
             await self.connection.ended.wait()
 
     async def leave(self) -> None:
         """Leave the session for good."""
-        await self.ask("leave_session")
+        await self.request("leave_session")
         self._token = None
         await self.disconnect()
 
-    def _record(self) -> Record:
-        """Of a new connection."""
-        self.records.append(Record(self.session, self.name))
+    def _record(self) -> ConnectionRecord:
+        """Begin the record of a new connection."""
+        self.records.append(ConnectionRecord(self.session, self.name))
         self.snapshot = {}
         return self.records[-1]
 
-    async def _run_foreign(self, *, task_status: trio.TaskStatus[Connection]) -> None:
-        """One connection, from handshake to end."""
+    async def _run_foreign(self, *, task_status: trio.TaskStatus[PlayerConnection]) -> None:
+        """Run one connection of the `websockets` client, from handshake to end."""
         record = self._record()
         url = f"{self._url}/ws/{self.session}"
         async with (
@@ -192,18 +209,18 @@ class Player:
             trio.open_nursery() as nursery,
         ):
 
-            async def send(message: Message) -> None:
-                # If it is closed, its reader knows.
+            async def send(message: Mapping[str, object]) -> None:
+                # If it is closed, its reader detects that.
                 with suppress(ConnectionClosed):
                     await socket.send(json.dumps(message))
 
             async def read() -> None:
                 with suppress(ConnectionClosed):
                     async for text in socket:
-                        self._hear(connection, trio.current_time(), json.loads(text))
+                        self._receive(connection, trio.current_time(), json.loads(text))
                 connection.close.set()
 
-            connection = Connection(record, send)
+            connection = PlayerConnection(record, send)
             task_status.started(connection)
             nursery.start_soon(read)
             await connection.close.wait()
@@ -212,28 +229,31 @@ class Player:
             nursery.cancel_scope.cancel()
         connection.ended.set()
 
-    async def _run_ours(self, *, task_status: trio.TaskStatus[Connection]) -> None:
-        """The same, joined already; it is not to come back by itself, so that we see it go."""
+    async def _run_ours(self, *, task_status: trio.TaskStatus[PlayerConnection]) -> None:
+        """Run one connection of our client, which joins by itself.
+
+        It must not reconnect, so that the end of the connection is recorded.
+        """
         record = self._record()
         bands: list[client.Band] = []
 
-        async def send(message: Message) -> None:
+        async def send(message: Mapping[str, object]) -> None:
             command = decode(json.dumps(message).encode())
             assert not isinstance(command, Undecodable), command
-            # What became of it, `_hear` hears.
+            # `_receive` records the reply, also when it is an error.
             with suppress(client.ClientError):
                 await bands[0].command(command)
 
         def tap(at: float, text: str) -> None:
             message = json.loads(text)
             if bands and message["type"] == "snapshot":
-                _compare(record, at, bands[0].session, message, answer=self._asked_snapshot)
+                _compare_replica(record, at, bands[0].session, message, answer=self._asked_snapshot)
                 self._asked_snapshot = False
-            self._hear(connection, at, message)
+            self._receive(connection, at, message)
 
-        connection = Connection(record, send)
-        asked = Asked("join_session", {"displayName": self.name}, trio.current_time())
-        record.asked.append(asked)
+        connection = PlayerConnection(record, send)
+        command = CommandRecord("join_session", {"displayName": self.name}, trio.current_time())
+        record.commands.append(command)
         try:
             async with client.connect(
                 self._url,
@@ -244,8 +264,8 @@ class Player:
                 give_up_after=0,
                 tap=tap,
             ) as band:
-                asked.answered, asked.answer = next(
-                    (at, heard) for at, heard in record.heard if heard["type"] == "ack"
+                command.answered, command.answer = next(
+                    (at, received) for at, received in record.received if received["type"] == "ack"
                 )
                 bands.append(band)
                 task_status.started(connection)
@@ -258,14 +278,14 @@ class Player:
                 record.closed = (trio.current_time(), close_code(lost))
         connection.ended.set()
 
-    def _hear(self, connection: Connection, at: float, message: Message) -> None:
-        connection.record.heard.append((at, message))
+    def _receive(self, connection: PlayerConnection, at: float, message: JsonMessage) -> None:
+        connection.record.received.append((at, message))
         kind = message["type"]
         if kind in {"ack", "error"}:
             found = connection.waiting.pop(message.get("requestId", ""), None)
             if found is not None:
-                asked, answered = found
-                asked.answered, asked.answer = at, message
+                command, answered = found
+                command.answered, command.answer = at, message
                 answered.set()
         elif kind == "snapshot":
             self.snapshot = message
@@ -276,12 +296,12 @@ class Player:
             connection.record.clock.append(sample)
         elif kind == "storage_status":
             self._notice(at, message)
-        connection.news.set()
-        connection.news = trio.Event()
+        connection.changed.set()
+        connection.changed = trio.Event()
 
 
 def close_code(ended: client.Ended) -> int:
-    """What a client was closed with, as far as it tells."""
+    """The close code behind the end of our client's connection, as far as it is known."""
     match ended:
         case client.Superseded():
             return 4001
@@ -292,30 +312,38 @@ def close_code(ended: client.Ended) -> int:
     return 1006
 
 
-def _compare(
-    record: Record, at: float, view: client.SessionView, snapshot: Message, *, answer: bool
+def _compare_replica(
+    record: ConnectionRecord,
+    at: float,
+    view: client.SessionView,
+    snapshot: JsonMessage,
+    *,
+    answer: bool,
 ) -> None:
-    """What our client knew must be what the server shows, if it is of the same version.
+    """Record a difference between our client's replica and a snapshot of the same version.
 
     Args:
-        answer: it was asked for, so nothing that it shows may still be on its way: a view that is
-            behind it has stopped.
+        record: where to.
+        at: arrival of the snapshot.
+        view: the client's replica.
+        snapshot: what the server sent.
+        answer: the snapshot was requested, so that no earlier event may still be on its way. A
+            replica with a lower version has then stopped.
     """
     if view.epoch != snapshot["epoch"]:
         return
     if view.version != snapshot["version"]:
         if answer and view.version < snapshot["version"]:
-            text = f"known is version {view.version}, shown is {snapshot['version']}"
-            record.wrong.append((at, text))
+            text = f"the replica has version {view.version}, the snapshot {snapshot['version']}"
+            record.replica_errors.append((at, text))
         return
-    known = {
-        **msgspec.to_builtins(view),
-        "leaderId": view.leader_id,
-        "members": msgspec.to_builtins([*view.members.values()]),
-    }
-    ours, theirs = essence(known), essence(snapshot)
-    differ = [
-        f"{part}: {ours[part]} / {theirs[part]}" for part in ours if ours[part] != theirs[part]
+    known = dict(msgspec.to_builtins(view))
+    known |= {"leaderId": view.leader_id, "members": [*known["members"].values()]}
+    replica = cast("JsonMessage", known)
+    ours, servers = agreed_state(replica), agreed_state(snapshot)
+    differences = [
+        f"{part}: {ours[part]} / {servers[part]}" for part in ours if ours[part] != servers[part]
     ]
-    if differ:
-        record.wrong.append((at, f"known / shown at version {view.version}: {'; '.join(differ)}"))
+    if differences:
+        text = f"replica / snapshot at version {view.version}: {'; '.join(differences)}"
+        record.replica_errors.append((at, text))

@@ -1,33 +1,36 @@
-"""What chaos.py prints: the table, what was lost, and what took too long."""
+"""The report of a run with one server: the table, violations, and missed latency targets."""
 
 import sys
 from pathlib import Path
 
-from scripts.chaos.judge import Row, Verdict
+from scripts.chaos.judge import FaultRow, RunResult
 
 _LOG_LINES = 40
 
-# The targets of --strict.
+# The targets of ``--strict``.
 _STALL_MS = 50.0
 _SILENCE_MS = 1000.0 + 100.0
 _POSITION_MS = 1.0
 
 
-def report(seed: int, verdict: Verdict, log: Path, *, strict: bool) -> bool:
-    """Print it, with the end of the server's log if something is wrong.
+def print_report(seed: int, verdict: RunResult, log: Path, *, strict: bool) -> bool:
+    """Print the report, with the end of the server's log after a failure.
 
     Args:
-        strict: missing a target of time is wrong, too.
+        seed: of the run.
+        result: of the judge.
+        log: path of the server's log.
+        strict: a missed latency target is a failure, too.
 
     Returns:
-        Whether nothing is.
+        Whether the run was good.
     """
-    missed = [text for row in verdict.rows for text in too_much(row, verdict.quiet_stall_ms)]
-    good = not verdict.findings and not (strict and missed)
+    missed = [text for row in verdict.rows for text in missed_targets(row, verdict.quiet_stall_ms)]
+    good = not verdict.violations and not (strict and missed)
     print(f"\nseed {seed}: longest stall without a fault {verdict.quiet_stall_ms:.1f} ms")
     print(table(verdict))
-    for finding in verdict.findings:
-        print(f"LOST ({finding.kind}) {finding.text}")
+    for violation in verdict.violations:
+        print(f"LOST ({violation.kind}) {violation.text}")
     for text in missed:
         print(f"SLOW {text}")
     if not good:
@@ -37,8 +40,8 @@ def report(seed: int, verdict: Verdict, log: Path, *, strict: bool) -> bool:
     return good
 
 
-def too_much(row: Row, quiet_stall_ms: float) -> list[str]:
-    """Which targets this row misses."""
+def missed_targets(row: FaultRow, quiet_stall_ms: float) -> list[str]:
+    """The latency targets that this row misses, as sentences."""
     missed = []
     allowed = {"end": quiet_stall_ms + _STALL_MS, "silence": _SILENCE_MS}.get(row.kind)
     if allowed is not None and row.stall_ms > allowed:
@@ -60,7 +63,7 @@ _COLUMNS = (
 )
 
 
-def table(verdict: Verdict) -> str:
+def table(verdict: RunResult) -> str:
     """The table, as text."""
     lines = [
         " ".join([f"{'':26}", *(f"{name:>12}" for name, _ in _COLUMNS)]),

@@ -1,63 +1,40 @@
-"""What `chaos.py --servers` breaks: servers, each behind a proxy of its own to one Redis."""
+"""The servers of a run with several servers, each behind a fault proxy of its own to one Redis."""
 
 import json
 import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from scripts.chaos.judge import Message
+from scripts.chaos.cluster_records import GRACE_S, Registers, ServerRun
 from scripts.chaos.player import HOST, ChaosError
-from scripts.chaos.stage import SERVE, BandSync, FaultProxy, RedisServer, as_snapshot
-
-GRACE_S = 3.0
+from scripts.chaos.stage import AsyncServerProcess, FaultProxy, RedisServer, as_snapshot
+from scripts.testbed.json_messages import JsonMessage
 
 _POLL_S = 0.05
-_TRACED = str(Path(SERVE[0]).with_name("chaosserve.py"))
+_TRACED_SERVER = ("-m", "scripts.chaos.traced_server")
 
 
-@dataclass
-class Life:
-    """A server process, from its start to its end.
+class ChaosServer:
+    """One of the servers, over all its processes.
 
     Attributes:
-        trace: where it writes down what it commits.
-        ended: when it was told to end; ``gone``, when it had.
-        how: it was ended; None if it was not.
-        pauses: from a SIGSTOP to the SIGCONT.
+        name: its SERVER_ID.
+        proxy: between it and Redis.
+        runs: its processes so far.
+        log: file for the logs of all its processes.
+        process: the current one.
     """
-
-    server: str
-    trace: Path
-    begun: float
-    ended: float = float("inf")
-    gone: float = float("inf")
-    how: signal.Signals | None = None
-    pauses: list[list[float]] = field(default_factory=list)
-
-    def paused(self, begin: float, end: float) -> bool:
-        """Whether it was, for a part of this time."""
-        return any(start <= end and stop >= begin for start, stop in self.pauses)
-
-    @property
-    def paused_now(self) -> bool:
-        """Whether it is."""
-        return bool(self.pauses) and self.pauses[-1][1] == float("inf")
-
-
-class Host:
-    """One of the servers, over all its lives."""
 
     def __init__(self, name: str, proxy: FaultProxy, directory: Path, prefix: str) -> None:
         self.name = name
         self.proxy = proxy
-        self.lives: list[Life] = []
+        self.runs: list[ServerRun] = []
         self._trace = directory / f"{prefix}-{name}.trace"
         self.log = directory / f"{prefix}-{name}.log"
         for path in (self.log, *directory.glob(f"{prefix}-{name}.trace.*")):
@@ -68,107 +45,119 @@ class Host:
             *("--redis-health-interval-ms", "100", "--redis-connect-timeout", "1000"),
             *("--drain-timeout-ms", "3000"),
         )
-        self.process = BandSync(self.log, *self._flags)
+        self.process = AsyncServerProcess(self.log, *self._flags)
 
     @property
-    def life(self) -> Life:
-        """The latest."""
-        return self.lives[-1]
+    def latest_run(self) -> ServerRun:
+        """The current process, or the last one."""
+        return self.runs[-1]
 
     @property
-    def up(self) -> bool:
-        """Whether it serves, as far as anybody can know who is not connected."""
-        return bool(self.lives) and self.life.how is None
+    def serving(self) -> bool:
+        """Whether clients may try to connect: nothing has ended it, as far as clients can know."""
+        return bool(self.runs) and self.latest_run.end_signal is None
 
     async def start(self) -> None:
-        """Start it, again."""
-        trace = self._trace.with_suffix(f".trace.{len(self.lives)}")
+        """Start a process, on the same port as before."""
+        trace = self._trace.with_suffix(f".trace.{len(self.runs)}")
         port = self.process.port
-        self.process = BandSync(self.log, *self._flags, program=(_TRACED, str(trace)))
-        if self.lives:
+        self.process = AsyncServerProcess(
+            self.log, *self._flags, program=(*_TRACED_SERVER, str(trace))
+        )
+        if self.runs:
             self.process.port = port
         begun = trio.current_time()
         await self.process.start()
-        self.lives.append(Life(self.name, trace, begun))
+        self.runs.append(ServerRun(self.name, trace, begun))
 
     async def end(self, number: signal.Signals) -> None:
-        """End it, and wait until it has ended."""
-        life = self.life
-        life.how, life.ended = number, trio.current_time()
-        self.process.end(number)
+        """End the process with a signal; return when it has exited."""
+        latest_run = self.latest_run
+        latest_run.end_signal, latest_run.ended = number, trio.current_time()
+        self.process.signal(number)
         await self.process.gone()
-        life.gone = trio.current_time()
+        latest_run.gone = trio.current_time()
 
-    def pause(self) -> None:
-        """SIGSTOP."""
-        self.life.pauses.append([trio.current_time(), float("inf")])
-        self.process.end(signal.SIGSTOP)
+    def suspend(self) -> None:
+        """Send SIGSTOP."""
+        self.latest_run.suspensions.append([trio.current_time(), float("inf")])
+        self.process.signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
-        """SIGCONT."""
-        self.life.pauses[-1][1] = trio.current_time()
-        self.process.end(signal.SIGCONT)
+    def resume(self) -> None:
+        """Send SIGCONT."""
+        self.latest_run.suspensions[-1][1] = trio.current_time()
+        self.process.signal(signal.SIGCONT)
 
 
-class Cast:
-    """All of it together.
+class ChaosCluster:
+    """The Redis and the servers of a run.
 
     Attributes:
-        lag: what must be added to a time of a trace to have one of ours.
-        wiped: when Redis lost data.
+        redis: the Redis that all servers share.
+        servers: the servers.
+        clock_offset_s: added to the time of a trace entry, gives the time of this process.
+        data_losses: times at which Redis lost data.
     """
 
-    def __init__(self, redis: RedisServer, hosts: list[Host]) -> None:
+    def __init__(self, redis: RedisServer, servers: list[ChaosServer]) -> None:
         self.redis = redis
-        self.hosts = hosts
-        self.lag = trio.current_time() - time.perf_counter()
-        self.wiped: list[float] = []
+        self.servers = servers
+        self.clock_offset_s = trio.current_time() - time.perf_counter()
+        self.data_losses: list[float] = []
 
-    async def ask_redis(self, *command: str) -> Any:  # noqa: ANN401  # whatever Redis replies
-        """The reply of Redis itself, past the proxies."""
+    async def query_redis(self, *command: str) -> Any:  # noqa: ANN401  # any Redis reply
+        """Send a command to Redis, past the proxies; return the reply."""
         return await trio.to_thread.run_sync(partial(self.redis.cli, *command))
 
-    async def stored(self, session: str) -> tuple[Message, Message] | None:
-        """A session in Redis: as a snapshot, and its head with all stamps; None if it is not."""
-        fields = await self.ask_redis("HGETALL", f"bandsync:session:{{{session}}}")
-        return (as_snapshot(session, fields), json.loads(fields["head"])) if fields else None
+    async def stored(self, session: str) -> tuple[JsonMessage, Registers] | None:
+        """A session in Redis, as a snapshot and its registers; None if it is not there."""
+        fields = await self.query_redis("HGETALL", f"bandsync:session:{{{session}}}")
+        if not fields:
+            return None
+        head = json.loads(fields["head"])
+        registers = Registers(
+            leader=head["leader"],
+            transport=head["transport"]["stamp"],
+            message=head["message"]["stamp"],
+        )
+        return as_snapshot(session, fields), registers
 
     async def until_all_on_redis(self, patience_s: float) -> None:
-        """Wait until every server says that all its sessions are in Redis.
+        """Wait until every server reports that all its sessions are in Redis.
 
         Raises:
-            ChaosError: it takes too long, or one died.
+            ChaosError: it takes too long, or a server exited.
         """
-        for host in self.hosts:
+        for server in self.servers:
             with trio.move_on_after(patience_s):
-                while host.process.running:
-                    if (await host.process.get("/api/health")).get("storageType") == "redis":
+                while server.process.running:
+                    if (await server.process.get("/api/health")).get("storageType") == "redis":
                         break
                     await trio.sleep(_POLL_S)
                 else:
-                    raise ChaosError(f"server {host.name} died by itself")
+                    raise ChaosError(f"server {server.name} exited by itself")
                 continue
-            status = await host.process.get("/api/storage/status")
-            raise ChaosError(f"{host.name} is not on Redis after {patience_s} s: {status}")
+            status = await server.process.get("/api/storage/status")
+            raise ChaosError(f"{server.name} is not on Redis after {patience_s} s: {status}")
 
 
 @asynccontextmanager
-async def cast(
-    nursery: trio.Nursery, directory: Path, prefix: str, servers: int
-) -> AsyncIterator[Cast]:
-    """A cast that is ready; nothing of it is left afterwards but its logs."""
+async def start_cluster(
+    nursery: trio.Nursery, directory: Path, prefix: str, count: int
+) -> AsyncIterator[ChaosCluster]:
+    """Start a Redis and servers; kill them at the end. Only their logs remain."""
     redis = RedisServer()
-    hosts: list[Host] = []
+    servers: list[ChaosServer] = []
     try:
         await trio.to_thread.run_sync(redis.start)
-        for number in range(servers):
+        for number in range(count):
             proxy = await nursery.start(FaultProxy(redis.port).run)
-            hosts.append(Host(f"s{number + 1}", proxy, directory, prefix))
+            servers.append(ChaosServer(f"s{number + 1}", proxy, directory, prefix))
         async with trio.open_nursery() as starting:
-            for host in hosts:
-                starting.start_soon(host.start)
-        yield Cast(redis, hosts)
+            for server in servers:
+                starting.start_soon(server.start)
+        yield ChaosCluster(redis, servers)
     finally:
-        for host in hosts:
-            host.process.kill()
+        for server in servers:
+            server.process.kill()
         redis.close()

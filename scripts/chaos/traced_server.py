@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
-"""A server for `chaos.py --servers`: `scripts/serve.py` that also writes down what it commits.
+"""A server for cluster runs: `scripts/serve.py` that also writes its commits to a file.
 
-The first argument is the file, the others are those of `scripts/serve.py`. Only the stamps tell
-whether a change that is gone was overwritten by a later one, and clients are not shown them.
+The first argument is the file, the others are those of `scripts/serve.py`. Only stamps show whether
+a lost change was overwritten by a later one, and clients do not receive stamps.
 """
 
 import os
@@ -24,10 +23,10 @@ from bandsync.storage.redis import RedisStorage
 Commit = Callable[[Any, Session | None, Session, Sequence[bytes]], Awaitable[object]]
 
 
-def entry(storage: str, base: Session | None, now: Session) -> bytes:
-    """A line about a state that was reached from ``base``."""
+def trace_line(storage: str, base: Session | None, now: Session) -> bytes:
+    """A line of the trace: the state ``now``, reached from ``base``."""
     before = {} if base is None else base.members
-    said = set() if base is None else {chat.message_id for chat in base.chat}
+    known_chats = set() if base is None else {chat.message_id for chat in base.chat}
     members = {
         key: [m.incarnation, m.time, m.writer, m.present, m.connected, m.connection_id, m.boot_id]
         for key, m in now.members.items()
@@ -44,15 +43,15 @@ def entry(storage: str, base: Session | None, now: Session) -> bytes:
         "leader": now.leader,
         "transport": now.transport.stamp,
         "message": now.headline.stamp,
-        "chat": [(c.message_id, c.sent_at) for c in now.chat if c.message_id not in said],
+        "chat": [(c.message_id, c.sent_at) for c in now.chat if c.message_id not in known_chats],
         "members": members,
         "gone": [key for key in before if key not in now.members],
     }
     return msgspec.json.encode(line) + b"\n"
 
 
-def trace(kind: type[MemoryStorage | RedisStorage], storage: str, file: int) -> None:
-    """Write down every commit before anybody is told of it; a kill -9 loses none."""
+def trace_commits(kind: type[MemoryStorage | RedisStorage], storage: str, file: int) -> None:
+    """Write each commit before any client receives it. A kill -9 loses no line."""
     commit: Commit = kind.commit
 
     async def traced(
@@ -60,29 +59,29 @@ def trace(kind: type[MemoryStorage | RedisStorage], storage: str, file: int) -> 
     ) -> object:
         result = await commit(self, base, change, events)
         if isinstance(result, Committed):
-            os.write(file, entry(storage, base, result.session))
+            os.write(file, trace_line(storage, base, result.session))
         return result
 
-    kind.commit = traced  # type: ignore[method-assign, assignment]
+    kind.commit = traced  # type: ignore[method-assign, assignment]  # to trace, without a hook in the product
 
 
 def trace_mirrors(file: int) -> None:
-    """Write down what mirrors take over, too: it tells what a server knew, and when."""
-    replace = Mirror._replace  # noqa: SLF001  # looked at, not changed
+    """Write each state that a mirror applies, too: it shows what a server knew, and when."""
+    set_state = Mirror.set_state
 
     def traced(self: Mirror, session: Session) -> None:
-        os.write(file, entry("mirror", self.session, session))
-        replace(self, session)
+        os.write(file, trace_line("mirror", self.session, session))
+        set_state(self, session)
 
-    Mirror._replace = traced  # type: ignore[method-assign]  # noqa: SLF001
+    Mirror.set_state = traced  # type: ignore[method-assign]  # wrapped to trace it
 
 
 def main() -> None:
-    """Serve."""
+    """Trace, and serve."""
     path, *arguments = sys.argv[1:]
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    trace(MemoryStorage, "memory", file)
-    trace(RedisStorage, "redis", file)
+    trace_commits(MemoryStorage, "memory", file)
+    trace_commits(RedisStorage, "redis", file)
     trace_mirrors(file)
     script = Path(__file__).parents[1] / "serve.py"
     sys.argv = [str(script), *arguments]

@@ -1,16 +1,20 @@
-"""What a client makes of what it hears, to be compared with what it is shown. No I/O."""
+"""A client's replica of a session, built from its messages, to compare with snapshots. No I/O."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from scripts.chaos.judge import CHAT_RING, EVENTS, Message
+from scripts.chaos.records import CHAT_RING, EVENTS
+from scripts.testbed.json_messages import JsonMessage, JsonTransport
 
 
-class View:
+class SessionReplica:
     """A session, as one connection knows it: the last snapshot and the events after it.
 
     Attributes:
-        leader: empty while nobody leads.
+        epoch: of the last snapshot; empty before.
+        version: of the last event.
+        leader: member id of the leader; empty while there is none.
+        message: the headline.
+        transport: the song's transport; None before the first snapshot.
+        members: whether each member is connected, by id.
+        chat: ids of the messages in the ring.
     """
 
     def __init__(self) -> None:
@@ -18,12 +22,12 @@ class View:
         self.version = 0
         self.leader = ""
         self.message = ""
-        self.transport: Mapping[str, Any] = {}
+        self.transport: JsonTransport | None = None
         self.members: dict[str, bool] = {}
         self.chat: list[str] = []
 
     def content(self) -> dict[str, object]:
-        """All of it but the version."""
+        """All parts but the version."""
         return {
             "leader": self.leader,
             "message": self.message,
@@ -32,22 +36,24 @@ class View:
             "chat": self.chat,
         }
 
-    def hear(self, message: Message) -> str | None:
-        """Take a message; what is wrong with a snapshot that shows another state than is known."""
+    def apply(self, message: JsonMessage) -> str | None:
+        """Apply a message. Return its difference, if it is a snapshot of the same version."""
         if message["type"] == "snapshot":
-            shown = View()
-            shown._show(message)
-            same = (shown.epoch, shown.version) == (self.epoch, self.version)
-            ours, theirs = self.content(), shown.content()
-            self._show(message)
-            if same and ours != theirs:
-                differ = [f"{p}: {ours[p]} / {theirs[p]}" for p in ours if ours[p] != theirs[p]]
-                return f"heard / shown at version {self.version}: {'; '.join(differ)}"
+            other = SessionReplica()
+            other._replace(message)
+            same = (other.epoch, other.version) == (self.epoch, self.version)
+            own, other_content = self.content(), other.content()
+            self._replace(message)
+            if same and own != other_content:
+                differ = [
+                    f"{p}: {own[p]} / {other_content[p]}" for p in own if own[p] != other_content[p]
+                ]
+                return f"replica / snapshot at version {self.version}: {'; '.join(differ)}"
         elif message["type"] in EVENTS:
-            self._follow(message)
+            self._apply_event(message)
         return None
 
-    def _show(self, snapshot: Message) -> None:
+    def _replace(self, snapshot: JsonMessage) -> None:
         self.epoch, self.version = snapshot["epoch"], snapshot["version"]
         self.leader = snapshot["leaderId"] or ""
         self.message = snapshot["message"]
@@ -55,7 +61,7 @@ class View:
         self.members = {m["memberId"]: m["connected"] for m in snapshot["members"]}
         self.chat = [chat["messageId"] for chat in snapshot["chat"]]
 
-    def _follow(self, event: Message) -> None:
+    def _apply_event(self, event: JsonMessage) -> None:
         self.version = event["version"]
         self.transport = event.get("transport", self.transport)
         match event["type"]:

@@ -1,8 +1,7 @@
-"""A real Chromium for tests: one for a module, a fresh context for each page.
+"""A real headless Chromium for tests and screenshots, with a fresh context for each page.
 
-The fixtures are in conftest.py: `browser`, `open_page`. What uses them is a plain function, as
-playwright's synchronous interface wants it, and its servers are processes
-(`scripts.testbed.server_process`).
+The functions use playwright's synchronous interface. Servers for the pages therefore run in
+processes of their own (`scripts.testbed.server_process`).
 """
 
 import os
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
@@ -25,26 +22,26 @@ INSTALL_BROWSER = (
 
 INSTALL_AXE = "no axe-core: npm install axe-core, and name its axe.min.js in AXE_CORE"
 
-# What Chromium writes to the console when a connection fails, whatever the page makes of it.
+# Chromium's console messages for a failed connection, whether or not the page handles it.
 LOST_CONNECTIONS = re.compile(r"WebSocket connection to '[^']*' failed|net::ERR_")
 
-# Generous, because CI shares its cores. Never asserted on.
+# Generous, because CI shares its cores. No test asserts this time.
 PATIENCE_MS = 20_000
 
 _HTML = "text/html"
-# Without an icon of its own a page asks for /favicon.ico, and complains.
+# Without an icon of its own a page requests /favicon.ico, and logs an error.
 _BLANK = '<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>Blank</title></html>'
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _ARGUMENTS = [
-    # CI runs as root, where the sandbox cannot work; the pages are our own.
+    # CI runs as root, where the sandbox cannot work. All pages are our own.
     "--no-sandbox",
-    # Containers have a small /dev/shm, and a page that fills it dies.
+    # Containers have a small /dev/shm. A page that fills it crashes.
     "--disable-dev-shm-usage",
     "--autoplay-policy=no-user-gesture-required",
-    # A page that playwright made up has no address, and so is taken for a stranger from outside.
+    # Chromium treats a page fulfilled by playwright as a foreign origin, because it has no address.
     "--disable-features=LocalNetworkAccessChecks",
-    # A headless page is never in front: none of the tests is about what that does to timers.
+    # A headless page is never in the foreground. Keep its timers at full speed.
     "--disable-background-timer-throttling",
     "--disable-renderer-backgrounding",
     "--disable-backgrounding-occluded-windows",
@@ -54,7 +51,7 @@ _ARGUMENTS = [
 def find_browser() -> Path | None:
     """The Chromium that BROWSER names, else the first one on PATH; None without playwright."""
     try:
-        import playwright.sync_api  # noqa: F401
+        import playwright.sync_api  # noqa: F401  # only whether it is installed
     except ImportError:
         return None
     for name in (os.environ.get("BROWSER"), *_NAMES):
@@ -75,20 +72,23 @@ def chromium(executable: Path) -> Iterator["Browser"]:
         browser.close()
 
 
-def violations(page: "Page") -> list[str]:
-    """What axe-core finds wrong with a page, by WCAG 2.2 A and AA and its own best practices.
-
-    Skips where there is no axe-core; fails where there must be.
-    """
+def find_axe() -> Path | None:
+    """The ``axe.min.js`` that AXE_CORE names; None without one."""
     script = os.environ.get("AXE_CORE")
-    if not script:
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(INSTALL_AXE)
-        pytest.skip(INSTALL_AXE)
-    # Around the page's policy, which lets no foreign script in.
-    page.evaluate(Path(script).read_text())
+    return Path(script) if script else None
+
+
+def accessibility_violations(page: "Page", script: Path) -> list[str]:
+    """Accessibility violations that axe-core finds: WCAG 2.2 A and AA, and its best practices.
+
+    Args:
+        page: the page to check.
+        script: the path of ``axe.min.js``.
+    """
+    # Evaluated by playwright, because the page's policy admits no foreign script.
+    page.evaluate(script.read_text())
     found = page.evaluate("() => window.axe.run()")
-    assert found["passes"], "axe looked at nothing"
+    assert found["passes"], "axe-core ran no rule"
     return [
         f"{rule['id']} {node['target']}: {node['failureSummary']}"
         for rule in found["violations"]
@@ -97,13 +97,13 @@ def violations(page: "Page") -> list[str]:
 
 
 class Pages:
-    """Opens pages, each in a context of its own, and remembers what they complain about.
+    """Opens pages, each in a context of its own, and collects their console errors.
 
-    ``pages(url)`` opens one; with options of playwright's ``new_context`` as a phone, in the dark,
-    and so on.
+    ``pages(url)`` opens one. Options of playwright's ``new_context`` set the viewport, the colour
+    scheme and so on.
 
     Attributes:
-        problems: what the console called an error, and exceptions that nobody caught.
+        problems: console errors and uncaught exceptions.
     """
 
     def __init__(self, browser: "Browser") -> None:
@@ -116,30 +116,31 @@ class Pages:
         url: str | None = None,
         *,
         tolerate: re.Pattern[str] | None = None,
-        **options: Any,
+        **options: Any,  # noqa: ANN401  # forty options of playwright
     ) -> "Page":
-        """Open a page, at ``url`` unless None.
+        """Open a page, and load ``url`` unless it is None.
 
         Args:
-            tolerate: errors that the test causes on purpose, as `LOST_CONNECTIONS`.
-            options: of the context.
+            url: the address to load.
+            tolerate: errors that the test causes on purpose, such as `LOST_CONNECTIONS`.
+            options: passed to playwright's ``new_context``.
         """
         context = self._browser.new_context(**options)
         context.set_default_timeout(PATIENCE_MS)
         self._contexts.append(context)
         page = context.new_page()
 
-        def complained(text: str) -> None:
+        def add_problem(text: str) -> None:
             if tolerate is None or not tolerate.search(text):
                 self.problems.append(text)
 
         def on_console(message: "ConsoleMessage") -> None:
             if message.type == "error":
-                complained(f"{message.text} ({message.location.get('url')})")
+                add_problem(f"{message.text} ({message.location.get('url')})")
 
         page.on("console", on_console)
-        page.on("pageerror", lambda error: complained(str(error)))
-        page.on("crash", lambda _: complained("the page crashed"))
+        page.on("pageerror", lambda error: add_problem(str(error)))
+        page.on("crash", lambda _: add_problem("the page crashed"))
         if url is not None:
             page.goto(url)
         return page
@@ -148,8 +149,8 @@ class Pages:
         """Open an empty page of ``origin``, which may import that server's modules.
 
         Args:
-            origin: as ``http://127.0.0.1:3001``.
-            files: what ``origin`` also has, under their bare names; with these, it need not exist.
+            origin: scheme, host and port, such as ``http://127.0.0.1:3001``.
+            files: served by ``origin`` under their bare names. With these, no server need exist.
             tolerate: as in a call.
         """
         page = self(tolerate=tolerate)
@@ -166,11 +167,13 @@ class Pages:
         self._contexts.clear()
 
 
-def evaluate(page: "Page", function: str, argument: object = None) -> Any:
-    """What a JavaScript function returns in a page, or what its promise brings.
+def evaluate(page: "Page", function: str, argument: object = None) -> Any:  # noqa: ANN401  # any JSON
+    """Run a JavaScript function in a page; return its result, or the result of its promise.
 
     Args:
-        argument: of the function; anything that JSON can say.
+        page: where it runs.
+        function: its source.
+        argument: its only argument; any JSON value.
 
     Raises:
         playwright.sync_api.Error: it threw, or its promise takes longer than `PATIENCE_MS`.

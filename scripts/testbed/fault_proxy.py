@@ -1,4 +1,4 @@
-"""A TCP proxy that does to a connection what networks do."""
+"""A TCP proxy that injects network faults: delay, black hole, reset, half-close, refusal."""
 
 import random
 import socket
@@ -13,26 +13,26 @@ from scripts.testbed.redis_server import HOST, free_port
 Direction = Literal["up", "down"]
 
 _CHUNK_BYTES = 65_536
-# Chunks on their way in one direction; more wait in the kernel, and then at the sender.
-_ON_THE_WAY = 256
+# Chunks in flight in one direction. Beyond that the kernel's buffers fill: backpressure.
+_MAX_IN_FLIGHT = 256
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class FaultProxy:
-    """Forwards connections to a port of this machine until told otherwise.
+    """Forwards connections to a port of this machine, with the faults that its methods inject.
 
-    Start it with ``await nursery.start(FaultProxy(port).run)``; its methods are for tasks of the
-    same Trio run. Nothing that it holds back is lost: it comes when the proxy has healed.
+    Start it with ``await nursery.start(FaultProxy(port).run)``. Call its methods from tasks of the
+    same Trio run. The proxy loses no data that it holds back: `heal` forwards it.
 
     Args:
-        upstream_port: where connections go.
+        upstream_port: the port that connections are forwarded to.
 
     Attributes:
-        port: where it listens, also after `refuse` and `heal`.
-        delay_s: how long each chunk is on its way, in both directions.
-        jitter_s: how much longer, in each direction: drawn evenly between these for each chunk.
-            None overtakes another.
-        accepted: connections so far.
+        port: the listening port; stays the same after `refuse` and `heal`.
+        delay_s: delay of each chunk, in both directions.
+        jitter_s: additional delay per direction, drawn uniformly from this range for each chunk.
+            Chunks stay in order.
+        accepted: number of connections accepted so far.
     """
 
     def __init__(self, upstream_port: int) -> None:
@@ -42,17 +42,17 @@ class FaultProxy:
         self.accepted = 0
         self._upstream_port = upstream_port
         self._listener: trio.socket.SocketType | None = None
-        self._pairs: set[_Pair] = set()
-        self._silent: set[Direction] = set()
+        self._connections: set[_ProxiedConnection] = set()
+        self._black_holed: set[Direction] = set()
         self._changed = trio.Event()
 
     @property
     def open(self) -> int:
-        """Connections that are open now."""
-        return len(self._pairs)
+        """Number of connections that are open now."""
+        return len(self._connections)
 
     async def run(self, *, task_status: trio.TaskStatus[Self]) -> None:
-        """Forward until cancelled."""
+        """Accept and forward connections until cancelled."""
         async with trio.open_nursery() as nursery:
             try:
                 self._listen()
@@ -71,46 +71,47 @@ class FaultProxy:
                 nursery.cancel_scope.cancel()
 
     def black_hole(self, *directions: Direction) -> None:
-        """Accept and keep connections, and forward nothing to upstream (up) or clients (down).
+        """Accept and keep connections, but forward nothing.
 
         Args:
-            directions: both when none is named.
+            directions: "up" to upstream, "down" to the clients; both when none is named.
         """
-        self._silent = set(directions or ("up", "down"))
-        self._tell()
+        self._black_holed = set(directions or ("up", "down"))
+        self._notify()
 
     def reset(self) -> None:
-        """RST on all connections, to both ends."""
-        for pair in list(self._pairs):
-            pair.reset()
+        """Send RST on all connections, to both ends."""
+        for connection in list(self._connections):
+            connection.reset()
 
     def half_close(self) -> None:
-        """EOF for the clients of all connections; what they send still arrives."""
-        for pair in self._pairs:
-            pair.half_close()
+        """Send EOF to the clients of all connections. Their data still arrives upstream."""
+        for connection in self._connections:
+            connection.half_close()
 
     def refuse(self) -> None:
-        """Stop listening; connections that are open go on."""
+        """Stop listening. Open connections stay open."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
 
     def heal(self) -> None:
-        """Listen, and forward everything at once."""
+        """End all faults: listen again, and forward everything without delay."""
         self.delay_s = 0.0
         self.jitter_s = {"up": (0, 0), "down": (0, 0)}
-        self._silent = set()
+        self._black_holed = set()
         if self._listener is None:
             self._listen()
-        self._tell()
+        self._notify()
 
     def _listen(self) -> None:
-        # A port that no outgoing connection gets while it refuses.
+        # Outside the ephemeral range, so that no outgoing connection takes the port while it is
+        # closed.
         self.port = self.port or free_port()
         sock = socket.create_server((HOST, self.port), backlog=128)
         self._listener = trio.socket.from_stdlib_socket(sock)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
@@ -121,77 +122,80 @@ class FaultProxy:
             except OSError:
                 _reset(client)
                 return
-            pair = _Pair(client, upstream)
-            self._pairs.add(pair)
+            connection = _ProxiedConnection(client, upstream)
+            self._connections.add(connection)
             try:
                 async with upstream, trio.open_nursery() as nursery:
-                    nursery.start_soon(self._pump, pair, "up")
-                    nursery.start_soon(self._pump, pair, "down")
+                    nursery.start_soon(self._forward_one_way, connection, "up")
+                    nursery.start_soon(self._forward_one_way, connection, "down")
             finally:
-                self._pairs.discard(pair)
+                self._connections.discard(connection)
 
-    async def _pump(self, pair: "_Pair", direction: Direction) -> None:
-        source, sink = pair.client, pair.upstream
+    async def _forward_one_way(
+        self, connection: "_ProxiedConnection", direction: Direction
+    ) -> None:
+        source, sink = connection.client, connection.upstream
         if direction == "down":
             source, sink = sink, source
-        sender, receiver = trio.open_memory_channel[_Chunk](_ON_THE_WAY)
+        sender, receiver = trio.open_memory_channel[_TimedChunk](_MAX_IN_FLIGHT)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._take, pair, source, direction, sender)
-            nursery.start_soon(self._bring, pair, sink, direction, receiver)
+            nursery.start_soon(self._read_chunks, connection, source, direction, sender)
+            nursery.start_soon(self._write_chunks, connection, sink, direction, receiver)
 
-    async def _take(
+    async def _read_chunks(
         self,
-        pair: "_Pair",
+        connection: "_ProxiedConnection",
         source: trio.SocketStream,
         direction: Direction,
-        sender: trio.MemorySendChannel["_Chunk"],
+        sender: trio.MemorySendChannel["_TimedChunk"],
     ) -> None:
         due = 0.0
-        data = b"something"
+        data = b"not the end"
         try:
             while data:
                 data = await source.receive_some(_CHUNK_BYTES)
-                delay = self.delay_s + random.uniform(*self.jitter_s[direction])
+                jitter_s = random.uniform(*self.jitter_s[direction])  # noqa: S311  # no secret
+                delay = self.delay_s + jitter_s
                 due = max(due, trio.current_time() + delay)
                 await sender.send((due, data))
         except trio.BrokenResourceError:
-            pair.reset()
+            connection.reset()
         except trio.ClosedResourceError:
             pass
         finally:
             sender.close()
 
-    async def _bring(
+    async def _write_chunks(
         self,
-        pair: "_Pair",
+        connection: "_ProxiedConnection",
         sink: trio.SocketStream,
         direction: Direction,
-        receiver: trio.MemoryReceiveChannel["_Chunk"],
+        receiver: trio.MemoryReceiveChannel["_TimedChunk"],
     ) -> None:
         try:
             async with receiver:
                 async for due, data in receiver:
                     await trio.sleep_until(due)
-                    while direction in self._silent:
+                    while direction in self._black_holed:
                         await self._changed.wait()
-                    if direction == "down" and pair.half_closed:
+                    if direction == "down" and connection.half_closed:
                         continue
                     if data:
                         await sink.send_all(data)
                     else:
                         await sink.send_eof()
         except trio.BrokenResourceError:
-            pair.reset()
+            connection.reset()
         except trio.ClosedResourceError:
             pass
 
 
-# When it is due, and what it is.
-_Chunk = tuple[float, bytes]
+# The time when the chunk is due, and its bytes.
+_TimedChunk = tuple[float, bytes]
 
 
-class _Pair:
-    """A connection of a client, and the one that it is forwarded to."""
+class _ProxiedConnection:
+    """A client's connection and the upstream connection that it is forwarded to."""
 
     def __init__(self, client: trio.SocketStream, upstream: trio.SocketStream) -> None:
         self.client = client

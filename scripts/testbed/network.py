@@ -1,7 +1,7 @@
-"""The network between a phone and a server: a `FaultProxy` in a process of its own.
+"""A simulated network between client and server: a `FaultProxy` in a process of its own.
 
-For tests that are no part of a Trio run, and for measurements: what it delays is then delayed by
-what was asked for, and not by what the test itself is busy with.
+For tests outside a Trio run, and for measurements. In its own process, the load of the test does
+not add to the delay.
 """
 
 import json
@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, cast
 
+import msgspec
 import trio
 
 from scripts.testbed.fault_proxy import Direction, FaultProxy
@@ -22,16 +23,24 @@ _PATIENCE_S = 20.0
 _LINE_BYTES = 65_536
 
 
-class Network:
-    """Forwards connections to a port of this machine until told otherwise.
+class ProxyState(msgspec.Struct):
+    """A line of the process: the state of its proxy after a command."""
 
-    Its methods return when what they ask for is done.
+    port: int
+    open: int
+    accepted: int
+
+
+class Network:
+    """Forwards connections to a port of this machine, with the faults that its methods inject.
+
+    Each method returns when the fault is in force.
 
     Args:
-        upstream_port: where connections go.
+        upstream_port: the port that connections are forwarded to.
 
     Attributes:
-        port: where it listens, also after `refuse` and `heal`.
+        port: the listening port; stays the same after `refuse` and `heal`.
     """
 
     def __init__(self, upstream_port: int) -> None:
@@ -40,7 +49,7 @@ class Network:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603  # our own module
             [sys.executable, "-m", "scripts.testbed.network", str(self._upstream_port)],
             cwd=_ROOT,
             stdin=subprocess.PIPE,
@@ -48,7 +57,7 @@ class Network:
             text=True,
             start_new_session=True,
         )
-        self.port = self._answer()["port"]
+        self.port = self._read_state().port
         return self
 
     def __exit__(
@@ -61,7 +70,7 @@ class Network:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        # The end of its input is the end of it.
+        # The process exits at the end of its input.
         process.stdin.close()
         try:
             process.wait(_PATIENCE_S)
@@ -72,106 +81,108 @@ class Network:
 
     @property
     def url(self) -> str:
-        """Where the pages of the server are, through this network."""
+        """The server's base URL through this network."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def ws_url(self) -> str:
-        """The same for WebSockets, without a path."""
+        """The server's base URL for WebSockets, through this network."""
         return f"ws://{HOST}:{self.port}"
 
     @property
     def open(self) -> int:
-        """Connections that are open now."""
-        return int(self._ask("look")["open"])
+        """Number of connections that are open now."""
+        return self._command("state").open
 
     @property
     def accepted(self) -> int:
-        """Connections so far."""
-        return int(self._ask("look")["accepted"])
+        """Number of connections accepted so far."""
+        return self._command("state").accepted
 
     def delay(self, up_ms: tuple[float, float], down_ms: tuple[float, float]) -> None:
-        """Delay each chunk from now on by a time drawn evenly between these; they stay in order.
+        """Delay each chunk by a time drawn uniformly from a range. Chunks stay in order.
 
         Args:
-            up_ms: least and most, towards the server.
-            down_ms: least and most, towards the client.
+            up_ms: least and most delay, towards the server.
+            down_ms: least and most delay, towards the client.
         """
-        self._ask("delay", up_ms, down_ms)
+        self._command("delay", up_ms, down_ms)
 
     def black_hole(self, *directions: Direction) -> None:
-        """Accept and keep connections, and forward nothing; both ways when none is named."""
-        self._ask("black_hole", *directions)
+        """Accept and keep connections, but forward nothing; both ways when none is named."""
+        self._command("black_hole", *directions)
 
     def reset(self) -> None:
-        """RST on all connections, to both ends."""
-        self._ask("reset")
+        """Send RST on all connections, to both ends."""
+        self._command("reset")
 
     def cut(self) -> None:
-        """Reset what is open and refuse what comes, until `heal`."""
-        self._ask("refuse")
-        self._ask("reset")
+        """Reset open connections and refuse new ones, until `heal`."""
+        self._command("refuse")
+        self._command("reset")
 
     def refuse(self) -> None:
-        """Stop listening; connections that are open go on."""
-        self._ask("refuse")
+        """Stop listening. Open connections stay open."""
+        self._command("refuse")
 
     def heal(self) -> None:
-        """Listen, and forward everything at once, without delay."""
-        self._ask("heal")
+        """End all faults: listen again, and forward everything without delay."""
+        self._command("heal")
 
-    def _ask(self, what: str, *arguments: Any) -> dict[str, Any]:
+    def _command(self, name: str, *arguments: str | tuple[float, float]) -> ProxyState:
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([what, *arguments]) + "\n")
+        self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_state()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_state(self) -> ProxyState:
         assert self._process is not None
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "the network process ended"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        assert line, "the proxy's process ended"
+        return msgspec.json.decode(line, type=ProxyState)
 
 
-def _do(proxy: FaultProxy, what: str, arguments: list[Any]) -> None:
-    match what:
+def _carry_out(proxy: FaultProxy, name: str, arguments: list[object]) -> None:
+    match name:
         case "delay":
-            (up, down) = ([limit / 1000 for limit in limits] for limits in arguments)
-            proxy.jitter_s = {"up": (up[0], up[1]), "down": (down[0], down[1])}
+            up, down = msgspec.convert(arguments, list[tuple[float, float]])
+            proxy.jitter_s = {
+                "up": (up[0] / 1000, up[1] / 1000),
+                "down": (down[0] / 1000, down[1] / 1000),
+            }
         case "black_hole":
-            proxy.black_hole(*arguments)
+            proxy.black_hole(*cast("list[Direction]", arguments))
         case "reset":
             proxy.reset()
         case "refuse":
             proxy.refuse()
         case "heal":
             proxy.heal()
-        case "look":
+        case "state":
             pass
         case _:
-            raise ValueError(what)
+            raise ValueError(name)
 
 
-def _report(proxy: FaultProxy) -> None:
+def _print_state(proxy: FaultProxy) -> None:
     state = {"port": proxy.port, "open": proxy.open, "accepted": proxy.accepted}
-    print(json.dumps(state), flush=True)  # noqa: T201  # the parent reads it
+    print(json.dumps(state), flush=True)
 
 
 async def _main(upstream_port: int) -> None:
     async with trio.open_nursery() as nursery:
         proxy = await nursery.start(FaultProxy(upstream_port).run)
-        _report(proxy)
+        _print_state(proxy)
         commands = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
         rest = b""
         while data := await commands.receive_some(_LINE_BYTES):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                what, *arguments = json.loads(line)
-                _do(proxy, what, arguments)
-                _report(proxy)
+                name, *arguments = json.loads(line)
+                _carry_out(proxy, name, arguments)
+                _print_state(proxy)
         nursery.cancel_scope.cancel()
 
 

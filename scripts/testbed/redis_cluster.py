@@ -1,4 +1,4 @@
-"""A real Redis Cluster: nodes that tests may kill, and slots they may move."""
+"""A real Redis Cluster of processes, with nodes to kill and slots to move."""
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -12,26 +12,34 @@ from scripts.testbed.redis_server import HOST, PORTS, RedisServer, free_port, is
 
 
 class RedisCluster:
-    """Masters that share the slots evenly, and replicas, from start to end.
+    """Masters that share the slots evenly, and their replicas. A context manager.
 
     Args:
-        replicas: how many each master has.
-        last: how many slots the last master has, if not its share.
-        config: of the nodes, as for a `RedisServer`.
+        masters: number of masters.
+        replicas: number of replicas per master.
+        last: number of slots of the last master, if not its even share.
+        config: of each node, as for a `RedisServer`.
 
     Attributes:
-        masters: as they were at the start.
-        replicas: the same; replica n is that of master n modulo the number of masters.
+        masters: the masters at the start.
+        replicas: the replicas at the start; replica n follows master n modulo the number of
+            masters.
+        password: of the default user; None without one.
     """
 
     def __init__(
-        self, masters: int = 3, replicas: int = 0, *, last: int | None = None, **config: Any
+        self,
+        masters: int = 3,
+        replicas: int = 0,
+        *,
+        last: int | None = None,
+        **config: Any,  # noqa: ANN401  # the arguments of `RedisServer`
     ) -> None:
         self._last = last
         self._config = {
             "cluster_enabled": "yes",
             "cluster_node_timeout": "1000",
-            # A replica is promoted however long it did not hear from its master.
+            # Promote a replica no matter how long its link to the master was down.
             "cluster_replica_validity_factor": "0",
             "repl_diskless_sync_delay": "0",
         } | config
@@ -58,21 +66,23 @@ class RedisCluster:
 
     @property
     def nodes(self) -> list[RedisServer]:
+        """All masters and replicas."""
         return [*self.masters, *self.replicas]
 
     @property
     def _running(self) -> list[RedisServer]:
         return [node for node in self.nodes if node.running and node not in self._hanging]
 
-    def settings(self) -> dict[str, Any]:
-        """For a server of ours."""
+    def settings(self) -> dict[str, str | bool]:
+        """The settings of a BandSync server for this Cluster."""
         return {"redis_url": self.masters[0].url(), "redis_cluster": True}
 
     def url(self) -> str:
+        """The value of `REDIS_URL`: the first master."""
         return self.masters[0].url()
 
     def owner(self, key: str) -> RedisServer:
-        """Who has the slot of a key, as the running nodes see it."""
+        """The master that owns a key's slot, in the view of the running nodes."""
         slot = key_slot(key.encode())
         seen = self._running[0]
         for first, last, (_, port, *_), *_ in seen.cli("CLUSTER", "SLOTS"):
@@ -81,41 +91,42 @@ class RedisCluster:
         raise AssertionError(f"slot {slot} has no owner")
 
     def flush(self) -> None:
+        """Delete all keys."""
         for node in self.masters:
             node.cli("FLUSHALL")
 
     def add_master(self) -> RedisServer:
-        """A node without slots."""
+        """Start another master, which owns no slots yet."""
         node = self._make()
         node.start()
         self.masters.append(node)
-        self._meet([node])
+        self._join_nodes([node])
         self.wait_until_whole()
         return node
 
     def open_slot(self, slot: int, source: RedisServer, target: RedisServer) -> None:
-        """Begin to hand it over."""
+        """Mark the slot as migrating on ``source`` and importing on ``target``."""
         target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", _id(source))
         source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", _id(target))
 
     def move_keys(self, slot: int, source: RedisServer, target: RedisServer) -> None:
-        """Hand over its keys."""
+        """Migrate all keys of the slot."""
         while keys := source.cli("CLUSTER", "GETKEYSINSLOT", slot, 100):
             auth = () if self.password is None else ("AUTH", self.password)
             source.cli("MIGRATE", HOST, target.port, "", 0, 5000, *auth, "KEYS", *keys)
 
     def close_slot(self, slot: int, target: RedisServer, *others: RedisServer) -> None:
-        """Have everybody know who has it, the new one first."""
+        """Assign the slot to ``target`` on all given nodes, on ``target`` first."""
         for node in (target, *others):
             try:
                 node.cli("CLUSTER", "SETSLOT", slot, "NODE", _id(target))
             except ResponseError as error:
-                # Whoever gives its last slot away becomes a replica of the new one.
+                # A master that gives away its last slot becomes a replica of the slot's new owner.
                 if "only with masters" not in str(error):
                     raise
 
     def move_slots(self, slots: Iterable[int], source: RedisServer, target: RedisServer) -> None:
-        """Hand them over one after the other, as ``redis-cli --cluster reshard`` does."""
+        """Migrate the slots one after the other, as ``redis-cli --cluster reshard`` does."""
         others = [node for node in self.masters if node not in (source, target)]
         for slot in slots:
             self.open_slot(slot, source, target)
@@ -123,20 +134,21 @@ class RedisCluster:
             self.close_slot(slot, target, source, *others)
 
     def wait_until_whole(self) -> None:
-        """Until all that run agree on who has which slot, and that all is well."""
-        wait_until(self._whole, "a whole Cluster")
+        """Wait until all running nodes report state ok and the same slot owners."""
+        wait_until(self._is_whole, "a whole Cluster")
 
     def hang(self, node: RedisServer) -> None:
-        """SIGSTOP; it is not asked any more."""
+        """Send SIGSTOP. From now on this class sends the node no commands."""
         node.stop()
         self._hanging.append(node)
 
     def wait_for_takeover(self, replica: RedisServer) -> None:
-        """Until it is a master, and all is well again."""
-        wait_until(lambda: replica.cli("ROLE")[0] == "master", "a replica that takes over")
+        """Wait until the replica is a master and the Cluster is whole again."""
+        wait_until(lambda: replica.cli("ROLE")[0] == "master", "the promotion of a replica")
         self.wait_until_whole()
 
     def close(self) -> None:
+        """Kill all nodes and remove their files."""
         for node in self.nodes:
             node.close()
 
@@ -156,26 +168,26 @@ class RedisCluster:
         for number, node in enumerate(self.masters):
             node.cli("CLUSTER", "ADDSLOTS", *range(starts[number], ends[number]))
             node.cli("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-        self._meet(self.nodes[1:])
+        self._join_nodes(self.nodes[1:])
         for number, replica in enumerate(self.replicas):
             replica.cli("CLUSTER", "REPLICATE", _id(self.masters[number % len(self.masters)]))
         self.wait_until_whole()
         for replica in self.replicas:
-            wait_until(lambda: replica.cli("ROLE")[3] == "connected", "a replica in step")  # noqa: B023
+            wait_until(lambda: replica.cli("ROLE")[3] == "connected", "a replica in step")  # noqa: B023  # called before the next turn
 
-    def _meet(self, nodes: Sequence[RedisServer]) -> None:
+    def _join_nodes(self, nodes: Sequence[RedisServer]) -> None:
         for node in nodes:
             node.cli("CLUSTER", "MEET", HOST, self.masters[0].port)
-        wait_until(self._acquainted, "nodes that know each other")
+        wait_until(self._nodes_joined, "Cluster nodes that all know each other")
 
-    def _acquainted(self) -> bool:
+    def _nodes_joined(self) -> bool:
         return all(
             _info(node)["cluster_known_nodes"] == str(len(self.nodes))
             and "handshake" not in node.cli("CLUSTER", "NODES")
             for node in self._running
         )
 
-    def _whole(self) -> bool:
+    def _is_whole(self) -> bool:
         running = self._running
         views = set()
         try:
@@ -198,14 +210,14 @@ class RedisCluster:
 
 
 def _free_port() -> int:
-    """A port whose bus, 10 000 higher, is none that outgoing connections get."""
+    """A free port whose cluster bus port, 10 000 higher, is free and not ephemeral either."""
     while (port := free_port()) + 10_000 not in PORTS or not is_free(port + 10_000):
         pass
     return port
 
 
-def _id(node: RedisServer) -> Any:
-    return node.cli("CLUSTER", "MYID")
+def _id(node: RedisServer) -> str:
+    return str(node.cli("CLUSTER", "MYID"))
 
 
 def _info(node: RedisServer) -> dict[str, str]:

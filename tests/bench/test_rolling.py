@@ -1,13 +1,12 @@
-"""Servers are replaced one after the other, and the bands play on."""
+"""Benchmark `rolling`: two servers restart in turn while bands play."""
 
-from pathlib import Path
+import pytest
 
 from scripts.bench.rolling import rolling
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-
-def test_everybody_is_back_with_the_role_and_the_beat(redis_binary: None) -> None:
+@pytest.mark.slow
+def test_rolling_restart_keeps_members_roles_and_beat(redis_binary: None) -> None:
     members = 6
     result = rolling(sessions=3, members=2, seconds=1.0)
     assert result["reconnected"] == members

@@ -1,4 +1,4 @@
-"""Many servers: the judge of `scripts/chaos.py --servers` sees what is lost; and a short run."""
+"""The judge of `python -m scripts.chaos --servers` finds each violation; and short whole runs."""
 
 import json
 import os
@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 
 from scripts.chaos.cluster_judge import (
-    Ending,
+    ClusterFinalState,
     disagreements,
-    judge_changes,
-    judge_lines,
+    judge_acked_changes,
+    judge_connections,
     judge_mirrors,
     judge_removals,
-    judge_returns,
+    judge_resumes,
 )
-from scripts.chaos.judge import Asked, Finding
-from scripts.chaos.roaming import Line, Return
-from scripts.chaos.servers import Life
-from scripts.chaos.trace import Traces
-from scripts.chaos.view import View
+from scripts.chaos.cluster_records import ResumeAttempt, RoamingRecord, ServerRun
+from scripts.chaos.judge import Violation
+from scripts.chaos.records import CommandRecord
+from scripts.chaos.trace import CommitTraces
+from scripts.chaos.view import SessionReplica
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120
 FOREVER = float("inf")
 
@@ -67,42 +67,46 @@ def committed(version: int, storage: str, at: float, **changes: object) -> dict[
     } | changes
 
 
-class Scene:
-    """A run in which nothing went wrong, to be spoilt: Ann joins and writes a headline."""
+class CleanClusterRun:
+    """A run without a violation, for tests to break: Ann joins and writes a headline."""
 
     def __init__(self, directory: Path) -> None:
-        self.life = Life("s1", directory / "trace", 0.0)
-        self.headline = Asked(
+        self.server_run = ServerRun("s1", directory / "trace", 0.0)
+        self.headline = CommandRecord(
             "update_message", {"message": "verse"}, 2.0, 2.1, {"type": "ack", "version": 2}
         )
-        self.line = Line(
+        self.record = RoamingRecord(
             "song",
             "Ann",
-            heard=[(1.0, snapshot()), (2.0, event(2))],
-            asked=[self.headline],
-            life=self.life,
+            received=[(1.0, snapshot()), (2.0, event(2))],
+            commands=[self.headline],
+            server_run=self.server_run,
             member_id="ann",
         )
         self.trace = [committed(1, "redis", 1.0), committed(2, "redis", 2.0)]
-        self.head = {"leader": {"rank": RANK}, "transport": {"stamp": HEADLINE}} | {
-            "message": {"stamp": HEADLINE}
+        self.registers: dict[str, Any] = {
+            "leader": {"rank": RANK},
+            "transport": HEADLINE,
+            "message": HEADLINE,
         }
         shown = snapshot(2)
-        self.ending = Ending("song", {"Ann": shown}, shown, self.head, {"ann": "Ann"})
+        self.final = ClusterFinalState(
+            "song", {"Ann": shown}, shown, self.registers, {"ann": "Ann"}
+        )
 
     @property
-    def traces(self) -> Traces:
+    def traces(self) -> CommitTraces:
         lines = [json.dumps(entry) + "\n" for entry in self.trace]
-        # As a kill leaves it.
-        self.life.trace.write_text("".join(lines) + '{"at"')
-        return Traces([self.life], 0.0)
+        # A kill truncates the last line.
+        self.server_run.trace.write_text("".join(lines) + '{"at"')
+        return CommitTraces([self.server_run], 0.0)
 
     def found(self) -> list[str]:
-        findings: list[Finding] = [
-            *judge_lines([self.line], self.traces, 60.0),
-            *judge_changes([self.line], self.ending, self.traces),
+        violations: list[Violation] = [
+            *judge_connections([self.record], self.traces, 60.0),
+            *judge_acked_changes([self.record], self.final, self.traces),
         ]
-        return sorted(finding.kind for finding in findings)
+        return sorted(violation.kind for violation in violations)
 
 
 def event(version: int, message: str = "verse") -> dict[str, Any]:
@@ -110,91 +114,91 @@ def event(version: int, message: str = "verse") -> dict[str, Any]:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def run(tmp_path: Path) -> CleanClusterRun:
+    return CleanClusterRun(tmp_path)
 
 
-def test_nothing_is_found_where_nothing_was_lost(scene: Scene) -> None:
-    assert scene.found() == []
-    assert disagreements(scene.ending) == []
+def test_clean_run_has_no_violation(run: CleanClusterRun) -> None:
+    assert run.found() == []
+    assert disagreements(run.final) == []
 
 
-def test_a_change_whose_stamp_is_greater_than_the_final_one_was_lost(scene: Scene) -> None:
-    scene.trace[1]["message"] = HEADLINE | {"time": 6.0}
-    assert scene.found() == ["ack"]
-    # Another register is no excuse, a greater rank is.
-    scene.head["transport"]["stamp"] = HEADLINE | {"time": 7.0}
-    assert scene.found() == ["ack"]
-    scene.head["message"]["stamp"] = HEADLINE | {"rank": RANK | {"term": 2}}
-    assert scene.found() == []
+def test_change_with_a_greater_stamp_than_the_final_one_is_lost(run: CleanClusterRun) -> None:
+    run.trace[1]["message"] = HEADLINE | {"time": 6.0}
+    assert run.found() == ["ack"]
+    # A greater rank of another register is no excuse; one of the same register is.
+    run.registers["transport"] = HEADLINE | {"time": 7.0}
+    assert run.found() == ["ack"]
+    run.registers["message"] = HEADLINE | {"rank": RANK | {"term": 2}}
+    assert run.found() == []
 
 
-def test_a_change_with_the_final_stamp_has_the_final_value(scene: Scene) -> None:
-    scene.headline.fields = {"message": "chorus"}
-    assert scene.found() == ["ack"]
+def test_change_with_the_final_stamp_must_have_the_final_value(run: CleanClusterRun) -> None:
+    run.headline.fields = {"message": "chorus"}
+    assert run.found() == ["ack"]
 
 
-def test_what_was_only_in_the_memory_of_a_killed_server_may_be_lost(scene: Scene) -> None:
-    scene.trace[1] |= {"storage": "memory", "event": "a-2", "message": HEADLINE | {"time": 6.0}}
-    assert scene.found() == ["ack"]
-    scene.life.how = signal.SIGKILL
-    assert scene.found() == []
-    # But it was not only there.
-    scene.trace.append(committed(3, "redis", 3.0))
-    assert scene.found() == ["ack"]
+def test_change_only_in_memory_of_a_killed_server_may_be_lost(run: CleanClusterRun) -> None:
+    run.trace[1] |= {"storage": "memory", "event": "a-2", "message": HEADLINE | {"time": 6.0}}
+    assert run.found() == ["ack"]
+    run.server_run.end_signal = signal.SIGKILL
+    assert run.found() == []
+    # A later commit brought it to Redis.
+    run.trace.append(committed(3, "redis", 3.0))
+    assert run.found() == ["ack"]
 
 
-def test_what_a_server_knows_does_not_get_older(scene: Scene) -> None:
+def test_mirror_must_not_go_back_to_an_older_stamp(run: CleanClusterRun) -> None:
     older = HEADLINE | {"time": 4.0}
-    scene.trace = [committed(1, "mirror", 1.0), committed(2, "mirror", 2.0, transport=older)]
+    run.trace = [committed(1, "mirror", 1.0), committed(2, "mirror", 2.0, transport=older)]
 
     def found() -> int:
-        return len(list(judge_mirrors([scene.life], scene.traces)))
+        return len(list(judge_mirrors([run.server_run], run.traces)))
 
     assert found() == 1
-    # Nobody was there in between, and it is read anew.
-    scene.trace[1]["first"] = True
+    # No member was there in between, and the server read the session anew.
+    run.trace[1]["first"] = True
     assert found() == 0
 
 
-def test_an_acknowledgement_of_what_was_not_committed(scene: Scene) -> None:
-    scene.trace.pop()
-    assert scene.found() == ["ack"]
+def test_ack_without_a_commit_is_found(run: CleanClusterRun) -> None:
+    run.trace.pop()
+    assert run.found() == ["ack"]
 
 
-def test_a_chat_message_that_is_gone(scene: Scene) -> None:
+def test_lost_chat_message_is_found(run: CleanClusterRun) -> None:
     said = {"type": "chat_message", "text": "hello", "messageId": "m", "sentAt": 3.0}
-    scene.line.heard.append((3.0, said | {"version": 3}))
-    scene.trace.append(committed(3, "redis", 3.0, chat=[["m", 3.0]]))
-    scene.line.asked.append(
-        Asked("chat_message", {"text": "hello"}, 3.0, 3.1, {"type": "ack", "version": 3})
+    run.record.received.append((3.0, said | {"version": 3}))
+    run.trace.append(committed(3, "redis", 3.0, chat=[["m", 3.0]]))
+    run.record.commands.append(
+        CommandRecord("chat_message", {"text": "hello"}, 3.0, 3.1, {"type": "ack", "version": 3})
     )
-    assert scene.found() == ["ack"]
-    scene.ending.stored["chat"] = [said]
-    assert scene.found() == []
+    assert run.found() == ["ack"]
+    run.final.stored["chat"] = [said]
+    assert run.found() == []
 
 
-def test_a_version_that_is_missing(scene: Scene) -> None:
-    scene.line.heard.append((3.0, event(4)))
-    assert scene.found() == ["version"]
+def test_missing_version_is_found(run: CleanClusterRun) -> None:
+    run.record.received.append((3.0, event(4)))
+    assert run.found() == ["version"]
 
 
 @pytest.mark.parametrize("code", ["internal", "not_joined", "not_leader"])
-def test_a_refused_command(scene: Scene, code: str) -> None:
+def test_refused_command_is_found(run: CleanClusterRun, code: str) -> None:
     error = {"type": "error", "code": code, "message": ""}
-    scene.line.asked.append(Asked("play", {}, 3.0, 3.1, error))
-    assert scene.found() == ([] if code == "not_leader" else ["ack"])
+    run.record.commands.append(CommandRecord("play", {}, 3.0, 3.1, error))
+    assert run.found() == ([] if code == "not_leader" else ["ack"])
 
 
-def test_a_command_that_is_not_answered(scene: Scene) -> None:
-    scene.line.asked.append(Asked("play", {}, 10.0))
-    assert scene.found() == ["ack"]
-    scene.life.pauses.append([12.0, 20.0])
-    assert scene.found() == []
+def test_unanswered_command_is_found_unless_the_server_was_suspended(run: CleanClusterRun) -> None:
+    run.record.commands.append(CommandRecord("play", {}, 10.0))
+    assert run.found() == ["ack"]
+    run.server_run.suspensions.append([12.0, 20.0])
+    assert run.found() == []
 
 
 @pytest.mark.parametrize(
-    ("code", "how", "deserted", "right"),
+    ("code", "end_signal", "abandoned", "right"),
     [
         (1006, None, FOREVER, False),
         (1006, signal.SIGKILL, FOREVER, True),
@@ -206,75 +210,81 @@ def test_a_command_that_is_not_answered(scene: Scene) -> None:
         (4001, None, 4.0, True),
     ],
 )
-def test_the_end_of_a_connection(
-    scene: Scene, code: int, how: signal.Signals | None, deserted: float, right: bool
+def test_close_code_must_fit_the_cause(
+    run: CleanClusterRun,
+    code: int,
+    end_signal: signal.Signals | None,
+    abandoned: float,
+    right: bool,
 ) -> None:
-    scene.line.closed = (5.0, code)
-    scene.line.deserted = deserted
-    if how is not None:
-        scene.life.how, scene.life.ended = how, 5.0
-    assert scene.found() == ([] if right else ["connection"])
+    run.record.closed = (5.0, code)
+    run.record.abandoned = abandoned
+    if end_signal is not None:
+        run.server_run.end_signal, run.server_run.ended = end_signal, 5.0
+    assert run.found() == ([] if right else ["connection"])
 
 
-def test_an_old_connection_that_stays_open(scene: Scene) -> None:
-    scene.line.superseded = 5.0
-    assert scene.found() == ["connection"]
+def test_superseded_connection_must_be_closed(run: CleanClusterRun) -> None:
+    run.record.superseded = 5.0
+    assert run.found() == ["connection"]
 
 
-def test_who_comes_back_in_time_is_the_same_again(scene: Scene) -> None:
-    wiped: list[float] = []
-    gone: dict[str, float] = {}
-    join = Asked("join_session", {}, 0.9, 1.1, {"type": "ack", "version": 1})
-    scene.line.asked.insert(0, join)
-    again = Asked("join_session", {}, 4.0, 4.1, {"type": "ack", "version": 2})
-    back = Return("Ann", again, 3.0, scene.line, scene.line, resumed=False)
+def test_member_back_within_the_grace_must_be_resumed(run: CleanClusterRun) -> None:
+    data_losses: list[float] = []
+    removals: dict[str, float] = {}
+    join = CommandRecord("join_session", {}, 0.9, 1.1, {"type": "ack", "version": 1})
+    run.record.commands.insert(0, join)
+    again = CommandRecord("join_session", {}, 4.0, 4.1, {"type": "ack", "version": 2})
+    back = ResumeAttempt("Ann", again, 3.0, run.record, run.record, resumed=False)
 
     def found() -> int:
-        return len(list(judge_returns([back], wiped, gone, scene.traces)))
+        return len(list(judge_resumes([back], data_losses, removals, run.traces)))
 
     assert found() == 1
-    scene.trace[0] |= {"storage": "memory"}
-    # It came to Redis with the next change.
+    run.trace[0] |= {"storage": "memory"}
+    # The next commit brought it to Redis.
     assert found() == 1
-    scene.trace[1]["event"] = "a-2"
+    run.trace[1]["event"] = "a-2"
     assert found() == 0
-    scene.trace[0] |= {"storage": "redis"}
+    run.trace[0] |= {"storage": "redis"}
     assert found() == 1
-    wiped.append(3.5)
+    data_losses.append(3.5)
     assert found() == 0
-    wiped.clear()
-    gone["ann"] = 3.5
+    data_losses.clear()
+    removals["ann"] = 3.5
     assert found() == 0
-    gone.clear()
-    back.away = 0.5
+    removals.clear()
+    back.last_seen = 0.5
     assert found() == 0
 
 
-def test_who_is_connected_or_in_the_grace_is_not_removed(scene: Scene) -> None:
+def test_connected_member_must_not_be_removed(run: CleanClusterRun) -> None:
     left = {"type": "user_left", "memberId": "ann", "reason": "timeout"}
-    other = Line("song", "Bob", heard=[(30.0, left)], life=scene.life, member_id="bob")
+    other = RoamingRecord(
+        "song", "Bob", received=[(30.0, left)], server_run=run.server_run, member_id="bob"
+    )
 
     def found() -> int:
-        return len(list(judge_removals([scene.line, other], scene.traces)))
+        return len(list(judge_removals([run.record, other], run.traces)))
 
     assert found() == 1
-    scene.line.left = 26.0
+    run.record.left = 26.0
     assert found() == 0
-    scene.line.left = 28.0
+    run.record.left = 28.0
     assert found() == 1
-    scene.trace.append(committed(3, "memory", 20.0))
+    run.trace.append(committed(3, "memory", 20.0))
     assert found() == 0
-    scene.trace.pop()
-    scene.life.pauses.append([20.0, 21.0])
+    run.trace.pop()
+    run.server_run.suspensions.append([20.0, 21.0])
     assert found() == 0
-    scene.life.pauses.clear()
+    run.server_run.suspensions.clear()
     left["reason"] = "left"
     assert found() == 0
     left |= {"type": "member_connection", "connected": False}
     assert found() == 0
-    scene.line.left = FOREVER
+    run.record.left = FOREVER
     assert found() == 1
-    scene.line.deserted = 29.0
+    run.record.abandoned = 29.0
     assert found() == 0
 
 
@@ -282,35 +292,37 @@ def test_who_is_connected_or_in_the_grace_is_not_removed(scene: Scene) -> None:
     ("part", "value"),
     [("message", "chorus"), ("version", 3), ("leaderId", "bob"), ("epoch", "f"), ("members", [])],
 )
-def test_those_who_do_not_agree(scene: Scene, part: str, value: object) -> None:
-    scene.ending.snapshots["Bob"] = snapshot(2) | {part: value}
-    assert disagreements(scene.ending)
+def test_difference_between_final_states_is_found(
+    run: CleanClusterRun, part: str, value: object
+) -> None:
+    run.final.snapshots["Bob"] = snapshot(2) | {part: value}
+    assert disagreements(run.final)
 
 
-def test_ghosts_and_leaders(scene: Scene) -> None:
-    (ann,) = scene.ending.stored["members"]
+def test_extra_members_and_second_leaders_are_found(run: CleanClusterRun) -> None:
+    (ann,) = run.final.stored["members"]
     bob = ann | {"memberId": "bob", "role": "follower"}
-    scene.ending.stored["members"].append(bob)
-    assert disagreements(scene.ending)
-    scene.ending.members["bob"] = "Bob"
-    assert disagreements(scene.ending) == []
+    run.final.stored["members"].append(bob)
+    assert disagreements(run.final)
+    run.final.members["bob"] = "Bob"
+    assert disagreements(run.final) == []
     bob["role"] = "leader"
-    assert disagreements(scene.ending)
+    assert disagreements(run.final)
     bob |= {"role": "follower", "connected": False}
-    assert disagreements(scene.ending)
+    assert disagreements(run.final)
 
 
-def test_a_view_follows_the_events_and_compares() -> None:
-    view = View()
-    assert view.hear(snapshot(1)) is None
+def test_replica_applies_events_and_compares_snapshots() -> None:
+    view = SessionReplica()
+    assert view.apply(snapshot(1)) is None
     bob = {"memberId": "bob", "role": "follower", "connected": True}
-    view.hear({"type": "user_joined", "version": 2, "member": bob})
-    view.hear({"type": "role_changed", "version": 3, "memberId": "ann", "role": "follower"})
-    view.hear({"type": "role_changed", "version": 4, "memberId": "bob", "role": "leader"})
-    view.hear({"type": "member_connection", "version": 5, "memberId": "ann", "connected": False})
-    view.hear({"type": "user_left", "version": 6, "memberId": "ann"})
-    view.hear({"type": "chat_message", "version": 7, "messageId": "m"})
-    view.hear({"type": "play", "version": 8, "transport": LINE | {"isPlaying": True}})
+    view.apply({"type": "user_joined", "version": 2, "member": bob})
+    view.apply({"type": "role_changed", "version": 3, "memberId": "ann", "role": "follower"})
+    view.apply({"type": "role_changed", "version": 4, "memberId": "bob", "role": "leader"})
+    view.apply({"type": "member_connection", "version": 5, "memberId": "ann", "connected": False})
+    view.apply({"type": "user_left", "version": 6, "memberId": "ann"})
+    view.apply({"type": "chat_message", "version": 7, "messageId": "m"})
+    view.apply({"type": "play", "version": 8, "transport": LINE | {"isPlaying": True}})
     shown = snapshot(
         8,
         members=[bob],
@@ -318,16 +330,19 @@ def test_a_view_follows_the_events_and_compares() -> None:
         chat=[{"messageId": "m"}],
         transport=LINE | {"isPlaying": True},
     )
-    assert view.hear(shown) is None
-    assert "message: verse / chorus" in (view.hear(shown | {"message": "chorus"}) or "")
-    assert view.hear(snapshot(9)) is None
+    assert view.apply(shown) is None
+    assert "message: verse / chorus" in (view.apply(shown | {"message": "chorus"}) or "")
+    assert view.apply(snapshot(9)) is None
 
 
 @pytest.mark.parametrize(
     ("seed", "servers", "faults"),
-    [(1, 3, "server kill,server term,redis restart"), (3, 2, "cut off,redis flush,subscriptions")],
+    [
+        (1, 3, "server kill,server term,redis restart"),
+        pytest.param(3, 2, "cut off,redis flush,subscriptions", marks=pytest.mark.slow),
+    ],
 )
-def test_a_short_run(
+def test_short_run_loses_nothing(
     tmp_path: Path, redis_binary: None, seed: int, servers: int, faults: str
 ) -> None:
     arguments = ["--servers", str(servers), "--seed", str(seed), "--faults", faults]
@@ -335,6 +350,7 @@ def test_a_short_run(
     environment = {name: text for name, text in os.environ.items() if "COV" not in name}
     result = subprocess.run(
         [sys.executable, "-m", "scripts.chaos", *arguments, "--keep-logs", tmp_path],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, Pages, violations
+from scripts.testbed.browsers import LOST_CONNECTIONS, Pages
+from tests.support.accessibility import violations
 from tests.web.test_stage import PHONE, Start, enter, shows
 
 SCHEMES = ["dark", "light"]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages, violations
+from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
 from scripts.testbed.redis_server import RedisServer, free_port
 from scripts.testbed.server_process import ServerProcess
+from tests.support.accessibility import violations
 from tests.web.test_stage import shows, stage
 
 if TYPE_CHECKING:
