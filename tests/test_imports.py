@@ -15,6 +15,7 @@ PACKAGE = ROOT / "bandsync"
 # From the top down. A package imports those of the rows below, and nothing of its own row.
 ROWS = [
     ("__main__",),
+    ("command_line",),
     ("workers",),
     ("app",),
     ("startup", "server_state"),

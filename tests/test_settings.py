@@ -92,6 +92,10 @@ def test_all_problems_are_told_at_once() -> None:
         {"REDIS_SENTINELS": "redis://a:1", "REDIS_SENTINEL_MASTER": "m"},
         {"REDIS_CLUSTER": "true", "REDIS_DB": "1"},
         {"REDIS_CLUSTER": "true", "REDIS_KEY_PREFIX": "{app}:"},
+        {"WORKERS": "2", "REDIS_ENABLED": "false"},
+        {"WORKERS": "3", "WORKER_PORTS": "65534"},
+        {"WORKERS": "3", "WORKER_PORTS": "3000"},
+        {"WORKERS": "0"},
     ],
 )
 def test_contradictions(texts: dict[str, str]) -> None:
