@@ -21,10 +21,10 @@ QUICK = RestartDelays(first=0.01, longest=0.05)
 
 
 class Diary:
-    """A log whose entries can be waited for.
+    """A log with entries that tests can wait for.
 
     Attributes:
-        entries: all of them so far.
+        entries: all entries so far.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class WorkerGroup:
     """Workers that run, under a supervisor in this process.
 
     Attributes:
-        lines: what was announced.
+        lines: announced lines.
         done: set when the supervisor has returned.
     """
 
@@ -103,7 +103,7 @@ class WorkerGroup:
             await self.done.wait()
 
     def pid(self, server_id: str) -> int:
-        """Of the process that has this name now."""
+        """The id of the process that currently has this name."""
         return self.diary.all("worker.started", server_id=server_id)[-1]["pid"]
 
 
