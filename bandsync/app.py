@@ -1,9 +1,10 @@
-"""The server as a whole: one nursery, in which everything that runs can be read."""
+"""The server as a whole: built, started and drained in one nursery.
+
+Every task of the server is a child of the nursery in `_serve`; `_start` lists them.
+"""
 
 import contextlib
 import secrets
-import socket
-import ssl
 import time
 from collections.abc import Callable, Collection
 
@@ -14,8 +15,9 @@ from structlog.typing import FilteringBoundLogger
 from bandsync.counters import Counters
 from bandsync.handoff.peers import HandoffPeers
 from bandsync.model.clock import ServerClock
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.net.drain import drain
-from bandsync.net.listener import Acceptor, open_listeners
+from bandsync.net.listener import Acceptor
 from bandsync.net.registry import ConnectionRegistry
 from bandsync.ops.api import Api
 from bandsync.ops.metrics import Metrics
@@ -26,6 +28,16 @@ from bandsync.rooms.hub import Hub
 from bandsync.rules.server_context import ServerContext
 from bandsync.server_state import ServerState
 from bandsync.settings import Settings
+from bandsync.startup import (
+    ListenPlacement,
+    StartError,
+    open_placement,
+    redis_connector,
+    server_name,
+    tls_context,
+    url_of,
+    wait_until_settled,
+)
 from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
@@ -36,24 +48,87 @@ from bandsync.wire.messages import StorageStatus
 _EXPIRY_PERIOD_S = 1.0
 
 
-class StartError(Exception):
-    """The server cannot start; the message says what to change."""
-
-
 class Serving(Struct, frozen=True):
     """A server that accepts connections.
 
     Attributes:
-        url: the address to open in a browser.
-        stop: begins the drain; `serve` returns when it is done.
-        leave: stops listening on a port that others share: before a drain that is not theirs.
+        url: address to open in a browser.
+        port: port that it listens on, also where `PORT` is 0.
+        server_id: name of the server.
+        stop: begins the drain; `serve` returns when the drain has ended.
+        close_shared_port: stops accepting on the port that workers share and receiving handoffs.
     """
 
     url: str
     port: int
     server_id: str
     stop: Callable[[], None]
-    leave: Callable[[], None]
+    close_shared_port: Callable[[], None]
+
+
+class _Server(Struct, frozen=True):
+    """The parts of a server, wired together.
+
+    Attributes:
+        settings: settings of this process.
+        log: logger of this process.
+        placement: sockets to listen on, and number in the worker group.
+        port: port that it listens on, also where `PORT` is 0.
+        server_id: name of the server.
+        url: address to open in a browser.
+        redis: factory of Redis connections; None if Redis is disabled.
+        metrics: Prometheus registry.
+        recorder: samples of the last ten minutes.
+        manager: storage, in Redis or in memory.
+        hub: rooms of the hosted sessions.
+        connections: open WebSocket connections.
+        state: the running server as operators see it.
+        handoff: channel to the other workers; None without any, or with TLS.
+        acceptor: listener loop.
+        accepting: set when connections are about to be accepted.
+        stopping: set when the drain begins.
+    """
+
+    settings: Settings
+    log: FilteringBoundLogger
+    placement: ListenPlacement
+    port: int
+    server_id: str
+    url: str
+    redis: RedisConnector | None
+    metrics: Metrics
+    recorder: Recorder
+    manager: StorageManager
+    hub: Hub
+    connections: ConnectionRegistry
+    state: ServerState
+    handoff: HandoffPeers | None
+    acceptor: Acceptor
+    accepting: trio.Event
+    stopping: trio.Event
+
+    def storage_reason(self) -> str:
+        """Why this storage is in use, or the Redis that is."""
+        return self.manager.reason or str(self.redis)
+
+    def broadcast_storage_status(self) -> None:
+        """Send the storage mode to every connection."""
+        manager = self.manager
+        loss = manager.history.last_failover if manager.degraded else None
+        self.connections.tell_storage(
+            StorageStatus(
+                manager.storage_type,
+                manager.degraded,
+                None if loss is None else loss.reason,
+            )
+        )
+
+    def close_shared_port(self) -> None:
+        """Stop accepting on the port that workers share, and receiving handoffs."""
+        for listener in self.placement.shared:
+            self.acceptor.leave(listener)
+        if self.handoff is not None:
+            self.handoff.leave()
 
 
 async def serve(
@@ -61,7 +136,7 @@ async def serve(
     log: FilteringBoundLogger,
     *,
     worker: int = 1,
-    crew: str | None = None,
+    group: str | None = None,
     announce: Callable[[str], None] = print,
     signals: Collection[int] = (),
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
@@ -69,219 +144,192 @@ async def serve(
     """Serve until `Serving.stop` is called, or for ever.
 
     Args:
-        worker: which of the processes that share the port this is: `WORKERS`, from 1.
-        crew: a name that these processes share with nobody else; None if there are no others.
-        announce: told the address, and the storage in use and why, once the listener is open.
+        worker: number of this process among the `WORKERS` that share the port, from 1.
+        group: random name that only these workers know; None without other workers.
+        announce: receives two lines once the listener is open: address, storage in use and why.
         signals: any of these begins the drain, a second one stops at once.
 
     Raises:
         StartError: the settings cannot be used on this machine.
     """
-    shared, own = await _open_listeners(settings, worker)
+    placement = await open_placement(settings, worker, group)
     refused: BaseExceptionGroup[StartError] | None = None
     try:
         with contextlib.ExitStack() as stack:
-            for listener in shared + own:
+            for listener in placement.shared + placement.own:
                 stack.callback(listener.close)
-            place = _Place(worker, crew, shared, own)
-            await _serve(settings, log, place, announce, signals, task_status)
-    except* StartError as group:
-        refused = group
+            await _serve(settings, log, placement, announce, signals, task_status)
+    except* StartError as group_of_errors:
+        refused = group_of_errors
     if refused is not None:
-        raise refused.exceptions[0]
+        raise first_leaf(refused)
 
 
 async def _serve(
     settings: Settings,
     log: FilteringBoundLogger,
-    place: "_Place",
+    placement: ListenPlacement,
     announce: Callable[[str], None],
     signals: Collection[int],
     task_status: trio.TaskStatus[Serving],
 ) -> None:
-    tls = _tls_context(settings)
-    port: int = place.shared[0].getsockname()[1]
-    server_id = server_name(settings, port)
-    boot_id = secrets.token_hex(8)
-    started = trio.current_time()
-    clock = ServerClock(wall_ms=_wall_ms(), monotonic_s=started)
-    counters = Counters()
-    metrics = Metrics()
-    recorder = Recorder(counters)
-    access = _access(settings, server_id)
-    stopping = trio.Event()
-    serving = trio.Event()
-
-    def now() -> float:
-        return clock.at(trio.current_time())
-
     async with trio.open_nursery() as nursery:
-        manager = StorageManager(
-            settings,
-            access,
-            memory=MemoryStorage(boot_id, "memory of a server"),
-            health=HealthCheck(
-                interval_s=settings.redis_health_interval_ms / 1000,
-                timeout_s=settings.redis_health_timeout_ms / 1000,
-                clock=clock,
-                presence_key=Keys(settings.redis_key_prefix).server(server_id),
-                presence=lambda: state.presence(),
-                is_gone=lambda entry: is_gone(entry.machine, entry.pid),
-                # Of nobody there, nobody is confused by a clock that is set.
-                serving=lambda: serving.is_set() and bool(state.connections() or state.sessions()),
-            ),
-            server_id=server_id,
-            boot_id=boot_id,
-            now=now,
-            counters=counters,
-            recovery_seconds=metrics.recovery_seconds.observe,
-            log=log,
+        server = _build(settings, log, placement, nursery)
+        await _start(server, nursery, signals)
+        announce(f"BandSync listening on {server.url}")
+        announce(f"Storage: {server.manager.storage_type} ({server.storage_reason()})")
+        log.info(
+            "server.started",
+            url=server.url,
+            server_id=server.server_id,
+            boot_id=server.state.boot_id,
         )
-        hub = Hub(
-            nursery,
-            stores=manager,
-            clock=clock,
-            server_context=ServerContext(
-                server_id, boot_id, settings.max_members, settings.leadership
-            ),
-            counters=counters,
-            log=log,
-            grace_s=settings.resume_grace_ms / 1000,
-            tick_s=settings.tick_interval_ms / 1000,
-            commit_seconds=_both(metrics.commit_seconds.observe, recorder.commits.add),
+        task_status.started(
+            Serving(
+                server.url,
+                server.port,
+                server.server_id,
+                stop=server.stopping.set,
+                close_shared_port=server.close_shared_port,
+            )
         )
-        command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
-        connections = ConnectionRegistry(hub, settings, log, command_seconds)
-        state = ServerState(hub, connections, manager, clock, stopping, url_of(settings, port))
-        metrics.identify(server_id, place.worker)
-        metrics.watch(counters, state)
-        api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
-        neighbours: HandoffPeers | None = None
-        if place.crew is not None and tls is None:
-            neighbours = HandoffPeers(
-                place.crew, place.worker, settings.workers, lambda: hub.rooms, log
-            )
-        acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=neighbours, log=log)
-
-        def tell_storage() -> None:
-            loss = manager.history.last_failover if manager.degraded else None
-            connections.tell_storage(
-                StorageStatus(
-                    manager.storage_type,
-                    manager.degraded,
-                    None if loss is None else loss.reason,
-                )
-            )
-
-        nursery.start_soon(manager.run, hub, tell_storage)
-        await _settled(manager, settings, server_id)
-        nursery.start_soon(hub.run_ticker)
-        nursery.start_soon(hub.run_stats)
-        nursery.start_soon(hub.run_graces)
-        loop_lag_seconds = _both(metrics.loop_lag_seconds.observe, recorder.lag)
-        nursery.start_soon(connections.run_pings, loop_lag_seconds)
-        nursery.start_soon(recorder.run, state)
-        nursery.start_soon(hub.anti_entropy.run)
-        nursery.start_soon(FailureDetector(hub).run)
-        nursery.start_soon(_run_expiry, manager.memory, hub, settings, log)
-        if signals:
-            nursery.start_soon(_run_signals, signals, stopping, nursery.cancel_scope)
-        serving.set()
-        await nursery.start(acceptor.run, place.shared, place.own)
-
-        def leave() -> None:
-            for listener in place.shared:
-                acceptor.leave(listener)
-            if neighbours is not None:
-                neighbours.leave()
-
-        url = url_of(settings, port)
-        announce(f"BandSync listening on {url}")
-        announce(f"Storage: {manager.storage_type} ({manager.reason or access})")
-        log.info("server.started", url=url, server_id=server_id, boot_id=boot_id)
-        task_status.started(Serving(url, port, server_id, stopping.set, leave))
-
-        await stopping.wait()
-        log.info("server.draining", connections=len(connections.open))
-        if neighbours is not None:
-            neighbours.leave()
-        with trio.move_on_after(settings.drain_timeout_ms / 1000):
-            await drain(connections, settings.drain_timeout_ms / 1000)
-            await manager.hand_over()
-        log.info("server.stopped", connections=len(connections.open))
+        await server.stopping.wait()
+        await _drain(server)
         nursery.cancel_scope.cancel()
 
 
-class _Place(Struct, frozen=True):
-    """Which of the processes that share a port this is, and where it listens.
+def _build(
+    settings: Settings,
+    log: FilteringBoundLogger,
+    placement: ListenPlacement,
+    nursery: trio.Nursery,
+) -> _Server:
+    """Wire the parts of the server together; nothing runs yet.
 
-    Attributes:
-        shared: where the others listen too.
-        own: where they do not.
-    """
-
-    worker: int
-    crew: str | None
-    shared: list[socket.socket]
-    own: list[socket.socket]
-
-
-def _both(
-    first: Callable[[float], object], second: Callable[[float], object]
-) -> Callable[[float], None]:
-    """Tells a number to two who want it."""
-
-    def tell(number: float) -> None:
-        first(number)
-        second(number)
-
-    return tell
-
-
-def _access(settings: Settings, server_id: str) -> RedisConnector | None:
-    if not settings.redis_enabled:
-        return None
-    try:
-        return RedisConnector(settings, server_id)
-    except ValueError as error:
-        raise StartError(f"REDIS_URL=(not shown): {error}") from error
-
-
-async def _settled(manager: StorageManager, settings: Settings, server_id: str) -> None:
-    """Wait for Redis, a little: a server that starts without it is of use too.
+    Args:
+        nursery: rooms start their tasks in it.
 
     Raises:
-        StartError: it is required and cannot be used, or another server has our name.
+        StartError: the settings cannot be used on this machine.
     """
-    patience_ms = settings.redis_health_timeout_ms
-    # Workers that each kept sessions of their own would split every band.
-    required = settings.redis_required or settings.workers > 1
-    if required:
-        patience_ms += settings.redis_connect_timeout
-    while True:
-        with trio.move_on_after(patience_ms / 1000):
-            await manager.settled.wait()
-        # Whether an entry of our name is that of an earlier life takes longer to see.
-        if not manager.claiming:
-            break
-    if manager.name_taken is not None:
-        raise StartError(
-            f"SERVER_ID={server_id!r}: {manager.name_taken}; give each server a name of its own"
+    tls = tls_context(settings)
+    port: int = placement.shared[0].getsockname()[1]
+    url = url_of(settings, port)
+    server_id = server_name(settings, port)
+    boot_id = secrets.token_hex(8)
+    clock = ServerClock(wall_ms=wall_ms(), monotonic_s=trio.current_time())
+    counters = Counters()
+    metrics = Metrics()
+    recorder = Recorder(counters)
+    redis = redis_connector(settings, server_id)
+    accepting = trio.Event()
+    stopping = trio.Event()
+    manager = StorageManager(
+        settings,
+        redis,
+        memory=MemoryStorage(boot_id, "memory of a server"),
+        health=HealthCheck(
+            interval_s=settings.redis_health_interval_ms / 1000,
+            timeout_s=settings.redis_health_timeout_ms / 1000,
+            clock=clock,
+            presence_key=Keys(settings.redis_key_prefix).server(server_id),
+            presence=lambda: state.presence(),
+            is_gone=lambda entry: is_gone(entry.machine, entry.pid),
+            # Step the clock only while no client has seen a timestamp; afterwards slew it.
+            serving=lambda: accepting.is_set() and bool(state.connections() or state.sessions()),
+        ),
+        server_id=server_id,
+        boot_id=boot_id,
+        now=lambda: clock.at(trio.current_time()),
+        counters=counters,
+        recovery_seconds=metrics.recovery_seconds.observe,
+        log=log,
+    )
+    hub = Hub(
+        nursery,
+        stores=manager,
+        clock=clock,
+        server_context=ServerContext(server_id, boot_id, settings.max_members, settings.leadership),
+        counters=counters,
+        log=log,
+        grace_s=settings.resume_grace_ms / 1000,
+        tick_s=settings.tick_interval_ms / 1000,
+        commit_seconds=_both(metrics.commit_seconds.observe, recorder.commits.add),
+    )
+    command_seconds = _both(metrics.command_seconds.observe, recorder.commands.add)
+    connections = ConnectionRegistry(hub, settings, log, command_seconds)
+    state = ServerState(hub, connections, manager, clock, stopping, url)
+    metrics.identify(server_id, placement.worker)
+    metrics.watch(counters, state)
+    api = Api(state, manager, metrics, recorder, admin_token=settings.admin_token)
+    handoff: HandoffPeers | None = None
+    # A TLS connection has state in this process that cannot be handed off with its socket.
+    if placement.group is not None and tls is None:
+        handoff = HandoffPeers(
+            placement.group, placement.worker, settings.workers, lambda: hub.rooms, log
         )
-    if required and manager.storage_type != "redis":
-        asked, instead = "REDIS_REQUIRED=true", "REDIS_REQUIRED=false"
-        if settings.workers > 1:
-            asked, instead = f"WORKERS={settings.workers} share their sessions", "WORKERS=1"
-        raise StartError(
-            f"{asked}: Redis cannot be used: {manager.reason}. "
-            f"Start Redis, correct the REDIS_ settings, or set {instead}"
-        )
+    acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=handoff, log=log)
+    return _Server(
+        settings=settings,
+        log=log,
+        placement=placement,
+        port=port,
+        server_id=server_id,
+        url=url,
+        redis=redis,
+        metrics=metrics,
+        recorder=recorder,
+        manager=manager,
+        hub=hub,
+        connections=connections,
+        state=state,
+        handoff=handoff,
+        acceptor=acceptor,
+        accepting=accepting,
+        stopping=stopping,
+    )
+
+
+async def _start(server: _Server, nursery: trio.Nursery, signals: Collection[int]) -> None:
+    """Start every task of the server; returns when it accepts connections.
+
+    Raises:
+        StartError: Redis is required and cannot be used, or another server has the same name.
+    """
+    hub = server.hub
+    nursery.start_soon(server.manager.run, hub, server.broadcast_storage_status)
+    await wait_until_settled(server.manager, server.settings, server.server_id)
+    nursery.start_soon(hub.run_ticker)
+    nursery.start_soon(hub.run_stats)
+    nursery.start_soon(hub.run_graces)
+    loop_lag_seconds = _both(server.metrics.loop_lag_seconds.observe, server.recorder.lag)
+    nursery.start_soon(server.connections.run_pings, loop_lag_seconds)
+    nursery.start_soon(server.recorder.run, server.state)
+    nursery.start_soon(hub.anti_entropy.run)
+    nursery.start_soon(FailureDetector(hub).run)
+    nursery.start_soon(_run_expiry, server.manager.memory, hub, server.settings, server.log)
+    if signals:
+        nursery.start_soon(_run_signals, signals, server.stopping, nursery.cancel_scope)
+    server.accepting.set()
+    await nursery.start(server.acceptor.run, server.placement.shared, server.placement.own)
+
+
+async def _drain(server: _Server) -> None:
+    """Close all connections gracefully and migrate sessions, within `DRAIN_TIMEOUT_MS`."""
+    timeout_s = server.settings.drain_timeout_ms / 1000
+    server.log.info("server.draining", connections=len(server.connections.open))
+    if server.handoff is not None:
+        server.handoff.leave()
+    with trio.move_on_after(timeout_s):
+        await drain(server.connections, timeout_s)
+        await server.manager.hand_over()
+    server.log.info("server.stopped", connections=len(server.connections.open))
 
 
 async def _run_expiry(
     storage: MemoryStorage, hub: Hub, settings: Settings, log: FilteringBoundLogger
 ) -> None:
-    """Forget sessions that nobody has been in for long, for ever."""
+    """Delete idle sessions from memory after `REDIS_TTL`, or over `MAX_IDLE_SESSIONS`; for ever."""
     while True:
         await trio.sleep(_EXPIRY_PERIOD_S)
         expired = storage.expire(
@@ -294,77 +342,29 @@ async def _run_expiry(
 async def _run_signals(
     signals: Collection[int], stopping: trio.Event, everything: trio.CancelScope
 ) -> None:
-    """Turn signals into a drain, and a second one into an end, for ever."""
+    """Begin the drain at the first signal, cancel everything at the second; for ever."""
     signalled = False
     with trio.open_signal_receiver(*signals) as received:
         async for _ in received:
-            # A drain may also have begun otherwise: that of a worker, by its supervisor.
+            # Count signals, not drains: a worker's drain is also begun by its supervisor.
             if signalled:
                 everything.cancel()
             signalled = True
             stopping.set()
 
 
-async def _open_listeners(
-    settings: Settings, worker: int
-) -> tuple[list[socket.socket], list[socket.socket]]:
-    """Those of the port, which workers share, and those of this worker alone."""
-    shared = await listen(settings, "PORT", settings.port, shared=settings.workers > 1)
-    if settings.worker_ports is None:
-        return shared, []
-    try:
-        return shared, await listen(settings, "WORKER_PORTS", settings.worker_ports + worker - 1)
-    except BaseException:
-        for listener in shared:
-            listener.close()
-        raise
+def _both(
+    first: Callable[[float], object], second: Callable[[float], object]
+) -> Callable[[float], None]:
+    """Return a callback that feeds both observers."""
+
+    def observe(value: float) -> None:
+        first(value)
+        second(value)
+
+    return observe
 
 
-async def listen(
-    settings: Settings, name: str, port: int, *, shared: bool = False
-) -> list[socket.socket]:
-    """Sockets that listen on ``port``.
-
-    Args:
-        name: of the setting that asks for it.
-        shared: see `open_listeners`.
-
-    Raises:
-        StartError: they cannot.
-    """
-    try:
-        return await open_listeners(settings.host, port, shared=shared)
-    except OSError as error:
-        raise StartError(
-            f"HOST={settings.host!r} {name}={port}: cannot listen there: {error}"
-        ) from error
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise StartError(
-            f"TLS_CERT={settings.tls_cert!r} TLS_KEY={settings.tls_key!r}: "
-            f"must be a PEM certificate chain and its key: {error}"
-        ) from error
-    return context
-
-
-def server_name(settings: Settings, port: int) -> str:
-    """What this server calls itself, on this port."""
-    return settings.server_id or f"{socket.gethostname()}-{port}"
-
-
-def url_of(settings: Settings, port: int) -> str:
-    """The address to open in a browser."""
-    scheme = "http" if settings.tls_cert is None else "https"
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{scheme}://{host}:{port}"
-
-
-def _wall_ms() -> float:
+def wall_ms() -> float:
+    """The wall clock of this machine, milliseconds since the epoch; read once, at the start."""
     return time.time_ns() / 1e6

@@ -1,27 +1,27 @@
-"""What the server counts while it works; metrics read it when they are scraped."""
+"""Counters of the server; metrics read them at a scrape."""
 
 from collections import Counter
 
 
 class Counters:
-    """Plain numbers, because a delivery must not pay for a metric.
+    """Plain integers: incrementing a Prometheus metric for every delivery costs too much.
 
     Attributes:
-        accepted: TCP connections taken, from the kernel or another worker.
-        passed_on: those of them that another worker has now.
-        received: messages that came from clients.
+        accepted: TCP connections accepted, or received from another worker by handoff.
+        passed_on: connections handed off to another worker.
+        received: messages from clients.
         deliveries: frames of session events and ticks handed to a connection.
         dropped: volatile frames dropped for slow consumers.
-        handshakes_refused: heads and upgrades turned away, by reason.
-        closed: WebSocket connections the server closed, by close code.
-        slow_consumers: those of them that were closed because their client was slow.
+        handshakes_refused: HTTP heads and upgrades refused, by reason.
+        closed: WebSocket connections closed by the server, by close code.
+        slow_consumers: connections closed because their client was slow.
         errors: ``error`` answers, by code.
         joins: members that joined or resumed, by which of the two.
-        conflicts: commits that others were faster than.
-        relay_losses: subscriptions that were lost while Redis was not.
-        relayed: changes of other servers that were passed on.
-        reconciled: merges that had to be written back to Redis.
-        unreadable: times that something stored could not be read.
+        conflicts: commits refused by compare-and-set because another server was faster.
+        relay_losses: subscriptions lost while Redis was in use.
+        relayed: changes of other servers sent to members here.
+        reconciled: merges written back to Redis.
+        unreadable: stored sessions or messages that could not be decoded.
         failovers: losses of Redis, by reason.
     """
 

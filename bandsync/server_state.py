@@ -1,4 +1,4 @@
-"""The running server as others see it: operators, Prometheus, and other servers."""
+"""The state of the running server, for operators, Prometheus and other servers."""
 
 import os
 
@@ -14,15 +14,15 @@ from bandsync.storage.manager import StorageManager
 
 
 class ServerState:
-    """All is read at the moment when somebody asks.
+    """A view of the running server; every value is read at the moment of the call.
 
     Args:
-        stopping: set once the server drains.
-        url: where clients find it.
+        stopping: set when the drain begins.
+        url: address of the server.
 
     Attributes:
-        storage: where sessions are kept.
-        clock: the session clock.
+        storage: storage of sessions.
+        clock: session clock.
     """
 
     def __init__(
@@ -45,30 +45,30 @@ class ServerState:
 
     @property
     def server_id(self) -> str:
-        """Its name."""
+        """Name of the server."""
         return self._hub.server_context.server_id
 
     @property
     def boot_id(self) -> str:
-        """Its life: another after every start."""
+        """Id of this process of the server; a new one after every start."""
         return self._hub.server_context.boot_id
 
     @property
     def draining(self) -> bool:
-        """Whether it lets nobody in any more."""
+        """Whether the server is shutting down and refuses new clients."""
         return self._stopping.is_set()
 
     @property
     def max_connections(self) -> int:
-        """How many connections it takes."""
+        """Limit of connections."""
         return self._connections.settings.max_connections
 
     def now(self) -> float:
-        """The instant on the session clock, milliseconds."""
+        """Session clock, milliseconds since the Unix epoch."""
         return self._hub.now()
 
     def uptime_ms(self) -> float:
-        """How long it has been running, milliseconds."""
+        """Time since the start, milliseconds."""
         return (trio.current_time() - self._started) * 1000
 
     def connections(self) -> int:
@@ -76,11 +76,11 @@ class ServerState:
         return len(self._connections.open)
 
     def rooms(self) -> int:
-        """Sessions with a room here."""
+        """Sessions with a room on this server."""
         return len(self._hub.rooms)
 
     def members(self) -> int:
-        """Members whose connection is here."""
+        """Members connected to this server."""
         return sum(len(room.peers) for room in self._hub.rooms.values())
 
     def tasks(self) -> int:
@@ -88,17 +88,17 @@ class ServerState:
         return trio.lowlevel.current_statistics().tasks_living
 
     def sessions(self) -> int:
-        """Sessions that are in this server's memory, hosted or kept."""
+        """Sessions in this server's memory, hosted or kept."""
         kept = self.storage.memory.ids()
         return len(self._hub.rooms) + sum(id_ not in self._hub.rooms for id_ in kept)
 
     def hosted(self) -> list[Session]:
-        """The sessions of its rooms, as they are now."""
+        """The sessions with a room on this server, in their current state."""
         mirrors = [room.mirror.session for room in self._hub.rooms.values()]
         return [session for session in mirrors if session is not None]
 
     def presence(self) -> Presence:
-        """What other servers, and whoever debugs, can read of this one in Redis."""
+        """The presence entry that other servers read from Redis."""
         return Presence(
             self.boot_id,
             self.now() - self.uptime_ms(),

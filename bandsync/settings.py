@@ -1,6 +1,6 @@
-"""Settings: names, defaults, ranges and meanings in one table, and how texts become values.
+"""Settings: names, defaults, ranges and meanings in one table, and their parser.
 
-The names are those of environment variables: protocol.md section 9.
+The names are those of the environment variables in `bandsync/wire/PROTOCOL.md`, section 9.
 """
 
 from collections.abc import Mapping
@@ -19,27 +19,27 @@ Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """All settings. Each attribute is the variable of the same name in capitals."""
+    """All settings; each attribute is the environment variable of the same name in capitals."""
 
     redis_enabled: Annotated[
-        bool, Meta(description="Whether to use Redis; false keeps sessions in memory.")
+        bool, Meta(description="Keep sessions in Redis; false keeps them in memory only.")
     ] = True
     redis_url: Annotated[
         RedisUrl | None,
         Meta(
-            description="Where Redis is: redis://, rediss:// or unix://; wins over the parts below."
+            description="Redis URL: redis://, rediss://, unix://; replaces host, port and database."
         ),
     ] = None
-    redis_host: Annotated[Text, Meta(description="Host of Redis.")] = "localhost"
-    redis_port: Annotated[int, Meta(ge=1, le=65535, description="Port of Redis.")] = 6379
+    redis_host: Annotated[Text, Meta(description="Redis host.")] = "localhost"
+    redis_port: Annotated[int, Meta(ge=1, le=65535, description="Redis port.")] = 6379
     redis_username: Annotated[
-        Text | None, Meta(description="User of Redis (ACL), also for a REDIS_URL that names none.")
+        Text | None, Meta(description="Redis user (ACL), also for a REDIS_URL without one.")
     ] = None
     redis_password: Annotated[
-        Text | None, Meta(description="Password of Redis, also for a REDIS_URL that has none.")
+        Text | None, Meta(description="Redis password, also for a REDIS_URL without one.")
     ] = None
-    redis_db: Annotated[int, Meta(ge=0, description="Database number of Redis.")] = 0
-    redis_key_prefix: Annotated[str, Meta(description="What every key in Redis begins with.")] = (
+    redis_db: Annotated[int, Meta(ge=0, description="Redis database number.")] = 0
+    redis_key_prefix: Annotated[str, Meta(description="Prefix of every key in Redis.")] = (
         "bandsync:"
     )
     redis_ttl: Annotated[
@@ -47,62 +47,66 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(
             ge=1,
             le=315_360_000,
-            description="Seconds until a session that nobody is in is forgotten; in memory too.",
+            description="Lifetime of a session without members, in Redis and in memory, seconds.",
         ),
     ] = 3600
     redis_max_retries: Annotated[
-        int, Meta(ge=0, description="Fast attempts to reconnect before the slow cadence.")
+        int, Meta(ge=0, description="Fast attempts to reconnect to Redis before the slow ones.")
     ] = 5
     redis_retry_delay_on_failure: Annotated[
-        Milliseconds, Meta(description="First delay between attempts to reconnect, milliseconds.")
+        Milliseconds,
+        Meta(description="First delay between attempts to reconnect to Redis, milliseconds."),
     ] = 100
     redis_connect_timeout: Annotated[
-        Milliseconds, Meta(description="Longest wait for a connection to Redis, milliseconds.")
+        Milliseconds, Meta(description="Timeout of connecting to Redis, milliseconds.")
     ] = 10000
     redis_command_timeout: Annotated[
-        Milliseconds, Meta(description="Longest wait for an answer of Redis, milliseconds.")
+        Milliseconds, Meta(description="Timeout of a Redis command, milliseconds.")
     ] = 5000
     redis_health_interval_ms: Annotated[
-        Milliseconds, Meta(description="How often Redis is asked whether it lives, milliseconds.")
+        Milliseconds, Meta(description="Interval of the Redis health checks, milliseconds.")
     ] = 500
     redis_health_timeout_ms: Annotated[
-        Milliseconds, Meta(description="How long it may take to answer that, milliseconds.")
+        Milliseconds, Meta(description="Timeout of a Redis health check, milliseconds.")
     ] = 1000
     redis_auto_recover: Annotated[
         bool,
-        Meta(description="Whether to go back to Redis by itself when it is back."),
+        Meta(
+            description="Return to Redis when it recovers; false stays in memory until a restart."
+        ),
     ] = True
-    redis_required: Annotated[
-        bool, Meta(description="Whether to refuse to start without Redis.")
-    ] = False
+    redis_required: Annotated[bool, Meta(description="Refuse to start without Redis.")] = False
     redis_sentinels: Annotated[
         Text | None,
         Meta(
-            description="Redis Sentinels, host:port, by comma; the master they name is used, with "
-            "the credentials, database and TLS of the settings above, whose host counts no more."
+            description="Redis Sentinels that name the master: host:port, comma-separated. "
+            "Credentials, database and TLS are those of the settings above; "
+            "REDIS_HOST and REDIS_PORT are not used."
         ),
     ] = None
     redis_sentinel_master: Annotated[
         Text | None,
-        Meta(description="The name under which the Sentinels watch the master, such as mymaster."),
+        Meta(description="Name of the master in the Sentinels, such as mymaster."),
     ] = None
     redis_sentinel_password: Annotated[
-        Text | None, Meta(description="Password of the Sentinels themselves, if they want one.")
+        Text | None, Meta(description="Password of the Sentinels themselves, if they have one.")
     ] = None
     redis_cluster: Annotated[
         bool,
         Meta(
-            description="Whether Redis is a Cluster; the settings above name one node, and the "
-            "credentials and TLS of all."
+            description="Whether Redis is a Cluster. The settings above name one node; "
+            "credentials and TLS are those of all nodes."
         ),
     ] = False
     server_id: Annotated[
         Text | None,
-        Meta(description="Name of this server, different for each; by default host name and port."),
+        Meta(
+            description="Name of this server, unique among servers; by default host name and port."
+        ),
     ] = None
     host: Annotated[Text, Meta(description="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[
-        Port, Meta(description="Port to listen on; 0 picks a free one and prints it.")
+        Port, Meta(description="Port to listen on; 0 chooses a free one and prints it.")
     ] = 3001
     workers: Annotated[
         int,
@@ -110,41 +114,45 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 1
     worker_ports: Annotated[
         Annotated[int, Meta(ge=1, le=65535)] | None,
-        Meta(description="First of the ports of their own that workers also listen on, one each."),
+        Meta(description="First of the ports that workers also listen on, one for each worker."),
     ] = None
     tls_cert: Annotated[
         Text | None,
-        Meta(description="File with the TLS certificate chain (PEM); with TLS_KEY serves https."),
+        Meta(description="TLS certificate chain (PEM file); with TLS_KEY serves https."),
     ] = None
     tls_key: Annotated[
-        Text | None, Meta(description="File with the key of that certificate (PEM).")
+        Text | None, Meta(description="Private key of the certificate (PEM file).")
     ] = None
     allowed_origins: Annotated[
         str,
-        Meta(description="Other origins whose pages may connect, by comma; * for all."),
+        Meta(description="Other origins whose pages may connect, comma-separated; * for all."),
     ] = ""
     join_secret: Annotated[
         Text | None,
-        Meta(description="When set, joining needs a token: a JWT (HS256) signed with this secret."),
+        Meta(
+            description="Secret that signs join tokens (JWT, HS256); if set, joining needs a token."
+        ),
     ] = None
     admin_token: Annotated[
         Text | None,
         Meta(
-            description="Token of operators: needed for /api/sessions, and when set for /ops, "
-            "/api/ops and /metrics."
+            description="Operator token, needed for /api/sessions; when set, "
+            "also for /ops, /api/ops and /metrics."
         ),
     ] = None
-    max_members: Annotated[int, Meta(ge=1, le=1000, description="Members a session takes.")] = 8
+    max_members: Annotated[
+        int, Meta(ge=1, le=1000, description="Maximum number of members in a session.")
+    ] = 8
     leadership: Annotated[
         Literal["claim", "open"],
-        Meta(description="claim: a free lead can be claimed; open: any lead, at any time."),
+        Meta(description="claim: the lead is free while the leader is disconnected; open: always."),
     ] = "claim"
     resume_grace_ms: Annotated[
         int,
         Meta(
             ge=0,
             le=3_600_000,
-            description="How long a member without connection keeps its place, milliseconds.",
+            description="Time that a disconnected member keeps its place, milliseconds.",
         ),
     ] = 10000
     tick_interval_ms: Annotated[
@@ -152,56 +160,65 @@ class Settings(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=60_000,
-            description="How often playing sessions send scroll_tick, milliseconds; 0 for never.",
+            description="Interval of scroll_tick while a session plays, milliseconds; 0 for never.",
         ),
     ] = 100
     max_idle_sessions: Annotated[
-        int, Meta(ge=0, description="Empty sessions kept in memory; the longest idle go first.")
+        int,
+        Meta(
+            ge=0,
+            description="Maximum number of empty sessions in memory; the longest idle go first.",
+        ),
     ] = 10000
     max_connections: Annotated[
-        Positive, Meta(description="Connections at a time, of each worker.")
+        Positive, Meta(description="Maximum number of connections of each worker.")
     ] = 10000
     max_message_bytes: Annotated[
-        int, Meta(ge=1024, le=1_048_576, description="Largest message of a client, bytes.")
+        int,
+        Meta(ge=1024, le=1_048_576, description="Maximum size of a message from a client, bytes."),
     ] = 16384
     ping_interval_ms: Annotated[
-        Milliseconds, Meta(description="How often the server pings each client, milliseconds.")
+        Milliseconds, Meta(description="Interval of pings to each client, milliseconds.")
     ] = 5000
     connection_timeout_ms: Annotated[
         Milliseconds,
-        Meta(description="How long a client may be silent, milliseconds; over PING_INTERVAL_MS."),
+        Meta(description="Silence that disconnects a client, milliseconds; over PING_INTERVAL_MS."),
     ] = 30000
     outbox_limit_bytes: Annotated[
-        int, Meta(ge=65_536, description="How much may wait for a slow client, bytes.")
+        int,
+        Meta(
+            ge=65_536,
+            description="Send queue limit of a client, bytes; more disconnects it.",
+        ),
     ] = 262144
     write_timeout_ms: Annotated[
         Milliseconds,
-        Meta(description="How long a write to a client may go without progress, milliseconds."),
+        Meta(description="Time that a write to a client may make no progress, milliseconds."),
     ] = 10000
     rate_limit_factor: Annotated[
-        float, Meta(ge=0, description="Multiplies the rate limits of the protocol; 0 lifts them.")
+        float, Meta(ge=0, description="Factor on the rate limits of clients; 0 lifts them.")
     ] = 1.0
     drain_timeout_ms: Annotated[
-        Milliseconds, Meta(description="How long a shutdown may take, milliseconds.")
+        Milliseconds, Meta(description="Time limit of a graceful shutdown, milliseconds.")
     ] = 10000
     log_format: Annotated[
         Literal["console", "json"],
-        Meta(description="console for people, json for machines: one object per line."),
+        Meta(description="console for people; json for machines, one object per line."),
     ] = "console"
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="The least that is logged.")
+        Literal["debug", "info", "warning", "error"], Meta(description="Minimum log level.")
     ] = "info"
 
 
 class Option(Struct, frozen=True):
-    """One setting, for those who list them.
+    """The description of one setting, for help texts and tables.
 
     Attributes:
-        name: of the environment variable.
-        attribute: of `Settings`.
-        default: as a text; empty for none.
-        allowed: which values it may have.
-        meaning: a sentence.
+        name: name of the environment variable.
+        attribute: name of the attribute of `Settings`.
+        default: default value as text; empty for none.
+        allowed: allowed values in words.
+        meaning: help text, one or two sentences.
     """
 
     name: str
@@ -215,7 +232,7 @@ class SettingsError(Exception):
     """Settings that cannot be used.
 
     Attributes:
-        problems: one line each: name, value, what is allowed.
+        problems: one line for each: name, value, allowed values.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -223,7 +240,7 @@ class SettingsError(Exception):
         self.problems = problems
 
 
-# Values that must not stand in an error message or a log.
+# Settings whose values must not appear in an error message or a log.
 SECRETS = frozenset(
     {"redis_password", "redis_sentinel_password", "redis_url", "join_secret", "admin_token"}
 )
@@ -232,10 +249,10 @@ SENTINEL_PORT = 26379
 
 
 def parse(texts: Mapping[str, str]) -> Settings:
-    """The settings that ``texts`` (by variable name) give; an empty text counts as not given.
+    """Parse settings from texts by variable name; an empty text counts as not set.
 
     Raises:
-        SettingsError: with all problems at once.
+        SettingsError: some texts are not usable; the error has all problems.
     """
     values: dict[str, object] = {}
     problems: list[str] = []
@@ -256,7 +273,7 @@ def parse(texts: Mapping[str, str]) -> Settings:
 
 
 def _contradictions(settings: Settings) -> list[str]:
-    """What each setting allows, but not together."""
+    """Problems of values that are allowed each, but not together."""
     problems = []
     if (settings.tls_cert is None) != (settings.tls_key is None):
         given, missing = ("TLS_KEY", "TLS_CERT")
@@ -320,10 +337,10 @@ def _sentinel_contradictions(settings: Settings) -> list[str]:
 
 
 def sentinel_hosts(text: str) -> list[tuple[str, int]]:
-    """The hosts and ports in ``REDIS_SENTINELS``.
+    """Parse `REDIS_SENTINELS` into hosts and ports.
 
     Raises:
-        ValueError: it names none, or not so.
+        ValueError: the text is empty or malformed.
     """
     hosts = []
     for part in text.split(","):
@@ -336,7 +353,7 @@ def sentinel_hosts(text: str) -> list[tuple[str, int]]:
 
 
 def _allowed(kind: types.Type) -> str:
-    """In words, the values of a type."""
+    """The values of a type, in words."""
     match kind:
         case types.Metadata(type=inner):
             return _allowed(inner)

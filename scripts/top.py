@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Watch BandSync servers in a terminal: what /ops shows, at a glance.
+"""Watch BandSync servers in a terminal: a summary of /ops.
 
-Needs the extra `ops` (rich, httpx). The exit code of --once is 0 if all servers say that all is
-well, 1 if one of them says otherwise, 2 if one does not answer.
+Needs the extra `ops` (rich, httpx). The exit code of --once is 0 if all servers are well, 1 if one
+of them has a problem, 2 if one does not answer.
 """
 
 import argparse
@@ -26,36 +26,36 @@ _EXIT_NOT_WELL = 1
 _EXIT_NO_ANSWER = 2
 
 
-async def ask(client: httpx.AsyncClient, server: Watched) -> None:
-    """Ask a server once."""
+async def query(client: httpx.AsyncClient, server: Watched) -> None:
+    """Query a server once."""
     params = {} if server.since is None else {"since": repr(server.since)}
     try:
         answer = await client.get(f"{server.address}/api/ops", params=params)
         answer.raise_for_status()
-        server.take(answer.json())
+        server.update(answer.json())
     except httpx.HTTPStatusError as error:
         hint = "it needs --token or ADMIN_TOKEN" if error.response.status_code == 401 else ""
-        server.miss(hint or f"status {error.response.status_code}")
+        server.fail(hint or f"status {error.response.status_code}")
     except httpx.TimeoutException:
-        server.miss(f"not within {_PATIENCE_S:.0f} s")
+        server.fail(f"not within {_PATIENCE_S:.0f} s")
     except httpx.HTTPError as error:
-        server.miss(str(error) or type(error).__name__)
+        server.fail(str(error) or type(error).__name__)
     except (ValueError, KeyError, TypeError) as error:
-        server.miss(f"this is no BandSync server of our version ({error!r})")
+        server.fail(f"not a BandSync server of this version ({error!r})")
 
 
-async def ask_for_ever(client: httpx.AsyncClient, server: Watched) -> None:
-    """Ask a server once a second, whether it answers or not."""
+async def query_for_ever(client: httpx.AsyncClient, server: Watched) -> None:
+    """Query a server once a second, for ever."""
     while True:
-        await ask(client, server)
+        await query(client, server)
         await trio.sleep(_PERIOD_S)
 
 
 async def once(client: httpx.AsyncClient, servers: Sequence[Watched], console: Console) -> int:
-    """Ask all servers, print what they say, and return the exit code."""
+    """Query all servers once, print the screen, and return the exit code."""
     async with trio.open_nursery() as nursery:
         for server in servers:
-            nursery.start_soon(ask, client, server)
+            nursery.start_soon(query, client, server)
     console.print(screen(servers))
     if any(server.trouble is not None for server in servers):
         return _EXIT_NO_ANSWER
@@ -70,7 +70,7 @@ async def watch(client: httpx.AsyncClient, servers: Sequence[Watched], console: 
     ):
         async with trio.open_nursery() as nursery:
             for server in servers:
-                nursery.start_soon(ask_for_ever, client, server)
+                nursery.start_soon(query_for_ever, client, server)
             nursery.start_soon(_refresh, live, servers)
             async for _ in signals:
                 nursery.cancel_scope.cancel()
@@ -85,7 +85,8 @@ async def _refresh(live: Live, servers: Sequence[Watched]) -> None:
 
 
 async def _main(arguments: argparse.Namespace) -> int:
-    headers = {"Authorization": f"Bearer {arguments.token}".encode()} if arguments.token else {}
+    # Bytes: a token may have characters that are not ASCII.
+    headers = {b"Authorization": f"Bearer {arguments.token}".encode()} if arguments.token else {}
     servers = [Watched(address) for address in arguments.servers]
     async with httpx.AsyncClient(headers=headers, timeout=_PATIENCE_S) as client:
         show = once if arguments.once else watch
@@ -100,7 +101,7 @@ def _address(text: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address such as {DEFAULT}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address such as {DEFAULT}")
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -115,12 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
         type=_address,
         default=[DEFAULT],
         metavar="ADDRESS",
-        help=f"servers (default {DEFAULT}); http://x:TOKEN@host brings a token of its own",
+        help=f"servers (default {DEFAULT}); http://x:TOKEN@host has a token of its own",
     )
     parser.add_argument(
         "--token",
         default=os.environ.get("ADMIN_TOKEN"),
-        help="their ADMIN_TOKEN (default: that of the environment)",
+        help="ADMIN_TOKEN of the servers (default: that of the environment)",
     )
     parser.add_argument("--once", action="store_true", help="print once, and exit")
     return trio.run(_main, parser.parse_args(arguments))

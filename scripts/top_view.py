@@ -1,4 +1,4 @@
-"""What `scripts/top.py` shows of servers: renderables of rich, from `/api/ops`. No I/O."""
+"""The screen of `scripts/top.py`: renderables of rich, made from `/api/ops`. No I/O."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -18,15 +18,20 @@ _STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 _SIGNS = {"good": "✔", "warn": "!", "bad": "✘"}
 _MODES = {"redis": ("█", "green"), "memory": ("▄", "yellow"), "migrating": ("▓", "blue")}
 _EVENTS = 3
-# So many answers in a row of another server are no accident.
+# After so many successive answers from another server, the view switches to it.
 _STRANGERS = 10
 
 
 class Watched:
-    """One server, as far as it was heard: the last answer, and samples over its restarts.
+    """One server: its latest answer, and its samples across restarts.
 
     Args:
-        address: where it is asked.
+        address: URL of the server.
+
+    Attributes:
+        latest: latest answer; None before the first.
+        samples: samples of all answers, the oldest first.
+        trouble: why the latest query failed; None if it did not.
     """
 
     def __init__(self, address: str) -> None:
@@ -38,46 +43,48 @@ class Watched:
 
     @property
     def since(self) -> float | None:
-        """The instant after which samples are missing; None for all there are."""
+        """The instant after which samples are missing; None if all are."""
         return self.samples[-1]["at"] if self.samples else None
 
     @property
     def well(self) -> bool:
-        """Whether it answers, and says that all is well."""
+        """Whether the server answers and its verdict is good."""
         return (
             self.trouble is None
             and self.latest is not None
             and self.latest["verdict"]["level"] == "good"
         )
 
-    def take(self, answer: Document) -> None:
-        """It answered, or, behind a load balancer, another one did."""
+    def update(self, answer: Document) -> None:
+        """Store an answer; behind a load balancer it may be from another server."""
         if self.latest is not None and self.latest["serverId"] != answer["serverId"]:
             self._strangers += 1
             if self._strangers < _STRANGERS:
-                self.trouble = f"{answer['serverId']} does; is this a load balancer's address?"
+                self.trouble = (
+                    f"{answer['serverId']} answers; is this the address of a load balancer?"
+                )
                 return
             self.latest, self.samples = None, []
         self._strangers = 0
         samples = answer["samples"]
         if self.latest is not None and self.latest["bootId"] != answer["bootId"]:
-            # What a new server recorded before our last sample is of another life.
+            # Samples of the new process that are older than ours overlap with the old process.
             samples = [each for each in samples if each["at"] > (self.since or 0)]
         if samples:
             first = samples[0]["at"]
-            # Of a clock that was set back, the past is told again.
+            # After its clock was set back, a server sends all its samples again.
             self.samples = [each for each in self.samples if each["at"] < first] + samples
             self.samples = self.samples[-int(answer["keptMs"] / answer["periodMs"]) :]
         self.latest = answer
         self.trouble = None
 
-    def miss(self, trouble: str) -> None:
-        """It did not answer."""
+    def fail(self, trouble: str) -> None:
+        """Store why the server did not answer."""
         self.trouble = trouble
 
 
 def screen(servers: Sequence[Watched]) -> RenderableType:
-    """One server with all its figures, or several in a table and their storage."""
+    """The whole screen: one server with all figures, or a table and a panel for each."""
     if len(servers) == 1:
         return panel(servers[0], figures(servers[0].samples))
     return Group(overview(servers), *(panel(server) for server in servers))
@@ -110,7 +117,7 @@ def overview(servers: Sequence[Watched]) -> Table:
 
 
 def panel(server: Watched, details: RenderableType | None = None) -> Panel:
-    """One server: its sentence, its storage, and ``details``."""
+    """A panel of one server: its verdict, its storage, and ``details``."""
     parts: list[RenderableType] = [sentence(server)]
     subtitle, style = "", _STYLES[level(server)]
     if server.latest is not None:
@@ -139,7 +146,7 @@ def panel(server: Watched, details: RenderableType | None = None) -> Panel:
 
 
 def name_of(server: Watched) -> str:
-    """What it calls itself, or where it is asked."""
+    """The id of a server; its address before the first answer."""
     if server.latest is not None:
         return str(server.latest["serverId"])
     # Without the token that may stand before the host.
@@ -147,23 +154,23 @@ def name_of(server: Watched) -> str:
 
 
 def level(server: Watched) -> str:
-    """How well it is: ``good``, ``warn`` or ``bad``."""
+    """The level of a server: ``good``, ``warn`` or ``bad``."""
     if server.trouble is not None or server.latest is None:
         return "bad"
     return _known(server.latest["verdict"]["level"])
 
 
 def _known(level: str) -> str:
-    """The level, or, if only a newer server knows it, one that is no good news."""
+    """The level; ``warn`` for one that only newer servers know."""
     return level if level in _STYLES else "warn"
 
 
 def sentence(server: Watched) -> Text:
-    """Its state in words; not by colour alone."""
+    """The verdict in words, readable without colours."""
     if server.trouble is not None:
         return Text(f"✘ The server does not answer: {server.trouble}", style="bold red")
     if server.latest is None:
-        return Text("… not asked yet", style="dim")
+        return Text("… no answer yet", style="dim")
     verdict = server.latest["verdict"]
     line = Text(f"{_SIGNS[level(server)]} {verdict['text']}")
     line.stylize(f"bold {_STYLES[level(server)]}")
@@ -198,8 +205,8 @@ def figures(samples: Sequence[Document]) -> Table:
 def events(latest: Document) -> list[RenderableType]:
     """The last failovers and recoveries; nothing if there were none."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    told = [each for each in latest["events"] if each["kind"] in {"failover", "recovery"}]
-    for each in reversed(told[-_EVENTS:]):
+    shown = [each for each in latest["events"] if each["kind"] in {"failover", "recovery"}]
+    for each in reversed(shown[-_EVENTS:]):
         if each["kind"] == "failover":
             what = Text("Redis lost", style="yellow")
             why = f"{each['inWords']}: {each['detail']}"
@@ -209,11 +216,11 @@ def events(latest: Document) -> list[RenderableType]:
             after = f"after {duration(each['outageMs'])}, " if back else ""
             why = f"{after}{each['sessions']} sessions moved in {duration(each['migrationMs'])}"
         table.add_row(time_of(each["at"]), what, Text(why, overflow="ellipsis", no_wrap=True))
-    return [table] if told else []
+    return [table] if shown else []
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """Values as bars, the highest full; a gap where there is none."""
+    """Values as bars, scaled to the highest; a gap for a missing value."""
     most = max((each for each in values if each is not None), default=0.0)
 
     def bar(value: float | None) -> str:
@@ -233,12 +240,12 @@ def number(value: float | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """The same with its unit."""
+    """A duration with its unit, with about three digits."""
     return "-" if value is None else f"{number(value)} ms"
 
 
 def duration(ms: float) -> str:
-    """How long something took or lasts, in its two largest units."""
+    """A duration in its two largest units."""
     if ms < 1000:
         return f"{ms:.0f} ms"
     if ms < 9_950:
@@ -295,7 +302,7 @@ _FIGURES: list[tuple[str, Callable[[float | None], str], Callable[[Document], fl
     ("commit", milliseconds, _part("commit", "meanMs")),
     ("command", milliseconds, _part("command", "meanMs")),
     ("loop lag", milliseconds, _field("loopLagMs")),
-    ("slow, let go", number, _field("slowConsumers")),
+    ("slow, closed", number, _field("slowConsumers")),
     ("Redis trip", milliseconds, _field("roundTripMs")),
     ("clock error", milliseconds, _clock_error),
     ("memory, MiB", number, _memory),

@@ -10,7 +10,7 @@ import pytest
 import trio
 from msgspec import Struct
 
-from bandsync.app import StartError
+from bandsync.startup import StartError
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.support.servers import (

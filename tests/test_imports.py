@@ -2,7 +2,9 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ PACKAGE = ROOT / "bandsync"
 # From the top down. A package imports those of the rows below, and nothing of its own row.
 ROWS = [
     ("__main__",),
+    ("command_line",),
     ("workers",),
     ("app",),
     ("startup", "server_state"),
@@ -132,3 +135,140 @@ def test_pure_module_reads_no_clock(name: str) -> None:
     text = NAMES[name].read_text()
     assert ".now()" not in text.replace("self.now()", "")
     assert "current_time" not in text
+
+
+def repeated(places: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names that stand in several places, with the places."""
+    found = defaultdict(list)
+    for name, place in places:
+        found[name].append(place)
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_module_names_are_unique() -> None:
+    stems = ((path.stem, name) for name, path in NAMES.items() if path.stem != "__init__")
+    packages = ((path.parent.name, name) for name, path in NAMES.items() if path.stem == "__init__")
+    same = repeated([*stems, *packages])
+    assert same.keys() <= SAME_MODULE_NAMES, same
+
+
+def test_class_names_are_unique() -> None:
+    same = repeated(
+        (node.name, name)
+        for name, path in NAMES.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not same
+
+
+def test_imports_have_no_circle() -> None:
+    """Also none through a `TYPE_CHECKING` block or an import inside a function."""
+    graph = {
+        name: {each for each in imports(path) if each in NAMES and each != name}
+        for name, path in NAMES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])), pytrace=False)
+
+
+def python_files() -> list[Path]:
+    """All Python files of the repository."""
+    folders = ("bandsync", "scripts", "tests")
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def names_sys_path(tree: ast.AST) -> bool:
+    return any(
+        (isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path")
+        or (isinstance(node, ast.ImportFrom) and node.module == "sys" and "path" in names_of(node))
+        for node in ast.walk(tree)
+    )
+
+
+def names_of(node: ast.ImportFrom) -> set[str]:
+    return {alias.name for alias in node.names}
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import sys\nsys.path.insert(0, '.')", True),
+        ("from sys import path", True),
+        ("'sys.path'  # sys.path", False),
+        ("from os import path\nrequest.path", False),
+    ],
+)
+def test_use_of_the_import_path_is_recognised(code: str, found: bool) -> None:
+    assert names_sys_path(ast.parse(code)) == found
+
+
+def test_import_path_is_not_edited() -> None:
+    this = Path(__file__)
+    edited = [
+        str(path.relative_to(ROOT))
+        for path in python_files()
+        if path != this and names_sys_path(ast.parse(path.read_text()))
+    ]
+    assert not edited
+
+
+def foreign_private(tree: ast.Module) -> set[str]:
+    """Private attributes that are read or set, and that nothing in this module defines."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, DEFINITIONS)}
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            owner = node.value
+            if isinstance(owner, ast.Name) and owner.id in {"self", "cls"}:
+                own.add(node.attr)
+            else:
+                used.add(node.attr)
+    return used - own
+
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+# Public in spite of their names: methods of named tuples.
+PUBLIC = {"_asdict", "_fields", "_make", "_replace"}
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is private; ``__names__`` and ``_names_`` (of enums) are not."""
+    return name.startswith("_") and not name.endswith("_") and name not in PUBLIC
+
+
+def test_foreign_private_attribute_is_recognised() -> None:
+    code = """
+class Own:
+    def __init__(self, other):
+        self._mine = other.__class__
+        other._mine = self._theirs
+        other._foreign()
+"""
+    assert foreign_private(ast.parse(code)) == {"_foreign"}
+
+
+def test_private_attributes_stay_in_their_module() -> None:
+    found = {
+        str(path.relative_to(ROOT)): foreign
+        for path in [*MODULES, *(ROOT / "scripts").rglob("*.py")]
+        if (foreign := foreign_private(ast.parse(path.read_text())))
+    }
+    assert not found
+
+
+def test_no_private_access_is_excused() -> None:
+    code = "SLF" + "001"
+    excused = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in python_files()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "noqa" in line and code in line
+    ]
+    assert not excused

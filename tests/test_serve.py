@@ -1,4 +1,4 @@
-"""`scripts/serve.py`, as an operator starts it."""
+"""`scripts/serve.py` as a process: flags, settings, exit codes, signals."""
 
 import json
 import os
@@ -22,14 +22,14 @@ REQUIRED = ["--redis-enabled=true", "--redis-required=true"]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This one, without what would configure a server, nor the Redis that may run here."""
+    """This process's environment, without settings of BandSync and with Redis disabled."""
     ours = {option.name for option in OPTIONS}
     plain = {name: text for name, text in os.environ.items() if name not in ours}
     return {"REDIS_ENABLED": "false"} | plain | variables
 
 
 def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+    """Run the script to its end."""
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments],
         cwd=tmp_path,
@@ -45,7 +45,7 @@ def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Complet
 def serving(
     tmp_path: Path, *arguments: str, **variables: str
 ) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """A server that runs, and the two lines it announced."""
+    """A running server, and the two lines it printed."""
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--port", "0", *arguments],
         cwd=tmp_path,
@@ -71,7 +71,7 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
         assert option.meaning.split(";")[0].split(",")[0] in words
 
 
-def test_a_wrong_flag_is_named_without_a_list_of_all(tmp_path: Path) -> None:
+def test_unknown_flag_is_named_without_the_list_of_flags(tmp_path: Path) -> None:
     result = run(tmp_path, "--prot", "3001")
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
@@ -80,7 +80,7 @@ def test_a_wrong_flag_is_named_without_a_list_of_all(tmp_path: Path) -> None:
     ]
 
 
-def test_each_source_is_stronger_than_the_one_before(tmp_path: Path) -> None:
+def test_flags_override_environment_and_environment_overrides_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "SERVER_ID=file\nMAX_MEMBERS=3\nLOG_FORMAT=json\nHOST=127.0.0.1\n"
     )
@@ -101,15 +101,16 @@ def test_each_source_is_stronger_than_the_one_before(tmp_path: Path) -> None:
         ]
 
 
-def test_without_configuration_it_serves_from_memory_and_says_so(tmp_path: Path) -> None:
+def test_server_without_redis_prints_that_it_uses_memory(tmp_path: Path) -> None:
     with serving(tmp_path) as (_, lines):
         assert lines[0].startswith("BandSync listening on http://127.0.0.1:")
         assert lines[1].startswith("Storage: memory (")
 
 
-def test_its_lines_stay_whole_among_those_of_the_log(tmp_path: Path) -> None:
-    """Also where Python does not buffer, as in the image, and both go to one file."""
-    reading, writing = os.pipe2(os.O_DIRECT)  # Whose reader sees what each write was: pipe(2).
+def test_announced_line_is_one_write(tmp_path: Path) -> None:
+    """Lines stay whole also without buffering and with the log in the same file."""
+    # In packet mode each read returns one write: pipe(2).
+    reading, writing = os.pipe2(os.O_DIRECT)
     with (
         open(reading, "rb", buffering=0) as written,
         subprocess.Popen(
@@ -129,7 +130,7 @@ def test_its_lines_stay_whole_among_those_of_the_log(tmp_path: Path) -> None:
     assert first.endswith(b"\n")
 
 
-def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None:
+def test_unusable_settings_exit_with_2_and_all_problems(tmp_path: Path) -> None:
     result = run(tmp_path, "--port", "high", MAX_MEMBERS="none", TLS_KEY="key.pem")
     assert result.returncode == 2
     assert result.stdout == ""
@@ -154,7 +155,7 @@ def test_wrong_settings_stop_the_start_with_all_problems(tmp_path: Path) -> None
         ),
     ],
 )
-def test_what_this_machine_cannot_do_stops_the_start(
+def test_settings_impossible_on_this_machine_exit_with_1(
     tmp_path: Path, arguments: list[str], named: str
 ) -> None:
     result = run(tmp_path, "--port", "0", *arguments)
@@ -163,7 +164,7 @@ def test_what_this_machine_cannot_do_stops_the_start(
     assert "Traceback" not in result.stderr
 
 
-def test_a_port_in_use(tmp_path: Path) -> None:
+def test_port_in_use_exits_with_1(tmp_path: Path) -> None:
     with serving(tmp_path) as (_, lines):
         port = lines[0].rpartition(":")[2]
         result = run(tmp_path, "--port", port)
@@ -173,7 +174,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_begins_the_drain(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path) as (process, lines):
         url = lines[0].split()[-1].replace("http", "ws")
         with connect(f"{url}/ws/song") as client:
@@ -192,10 +193,10 @@ def test_a_signal_drains(tmp_path: Path, number: signal.Signals) -> None:
         assert process.wait(PATIENCE_S) == 0
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+def test_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, "--drain-timeout-ms", "60000") as (process, lines):
         url = lines[0].split()[-1].replace("http", "ws")
-        # A client that does not read cannot say goodbye: the drain waits for it.
+        # A client that does not read cannot answer the close frame: the drain waits for it.
         with connect(f"{url}/ws/song", max_queue=1) as client:
             client.recv(PATIENCE_S)
             process.terminate()
@@ -205,7 +206,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             assert process.wait(PATIENCE_S) == 0
 
 
-def test_out_of_file_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
+def test_server_recovers_when_file_descriptors_are_free_again(tmp_path: Path) -> None:
     command = f'ulimit -n 40; exec "{sys.executable}" "{SCRIPT}" --port 0 --max-connections 1000'
     process = subprocess.Popen(
         ["bash", "-c", command],
@@ -232,7 +233,7 @@ def test_out_of_file_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
         process.communicate(timeout=PATIENCE_S)
 
 
-def test_a_server_whose_log_pipe_broke_plays_on(tmp_path: Path) -> None:
+def test_server_survives_a_broken_log_pipe(tmp_path: Path) -> None:
     with serving(tmp_path) as (process, lines):
         assert process.stderr is not None
         process.stderr.close()
@@ -244,3 +245,7 @@ def test_a_server_whose_log_pipe_broke_plays_on(tmp_path: Path) -> None:
                 while json.loads(client.recv(PATIENCE_S)).get("requestId") != type_:
                     pass
         assert process.poll() is None
+
+
+def test_help_names_the_script(tmp_path: Path) -> None:
+    assert run(tmp_path, "--help").stdout.startswith("usage: serve.py [--help]")

@@ -18,7 +18,7 @@ from bandsync.settings import (
 
 ROOT = Path(__file__).parent.parent
 
-# protocol.md section 9, which keeps the seed's names and defaults.
+# `bandsync/wire/PROTOCOL.md`, section 9.
 DOCUMENTED = """
 REDIS_ENABLED=true REDIS_URL= REDIS_HOST=localhost REDIS_PORT=6379 REDIS_PASSWORD= REDIS_DB=0
 REDIS_KEY_PREFIX=bandsync: REDIS_TTL=3600 REDIS_MAX_RETRIES=5 REDIS_RETRY_DELAY_ON_FAILURE=100
@@ -33,14 +33,14 @@ TLS_CERT= TLS_KEY= LOG_FORMAT=console LOG_LEVEL=info
 """
 
 
-def test_documented_names_and_defaults() -> None:
+def test_settings_have_the_documented_names_and_defaults() -> None:
     ours = {option.name: option.default for option in OPTIONS}
     documented = dict(entry.split("=", 1) for entry in DOCUMENTED.split())
     assert documented.items() <= ours.items()
     assert parse({}) == Settings()
 
 
-def test_the_example_has_every_setting_with_its_default_and_a_line_of_explanation() -> None:
+def test_env_example_has_every_setting_with_its_default_and_meaning() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     found = {}
     for above, line in pairwise(lines):
@@ -53,7 +53,7 @@ def test_the_example_has_every_setting_with_its_default_and_a_line_of_explanatio
     assert parse(texts) == Settings()
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_error_has_all_problems() -> None:
     with pytest.raises(SettingsError) as caught:
         parse(
             {
@@ -92,34 +92,38 @@ def test_all_problems_are_told_at_once() -> None:
         {"REDIS_SENTINELS": "redis://a:1", "REDIS_SENTINEL_MASTER": "m"},
         {"REDIS_CLUSTER": "true", "REDIS_DB": "1"},
         {"REDIS_CLUSTER": "true", "REDIS_KEY_PREFIX": "{app}:"},
+        {"WORKERS": "2", "REDIS_ENABLED": "false"},
+        {"WORKERS": "3", "WORKER_PORTS": "65534"},
+        {"WORKERS": "3", "WORKER_PORTS": "3000"},
+        {"WORKERS": "0"},
     ],
 )
-def test_contradictions(texts: dict[str, str]) -> None:
+def test_contradicting_settings_are_refused(texts: dict[str, str]) -> None:
     with pytest.raises(SettingsError):
         parse(texts)
 
 
-def test_sentinels() -> None:
+def test_sentinel_hosts_are_parsed_with_their_default_port() -> None:
     assert sentinel_hosts("a:1, b ,[::1]:3") == [("a", 1), ("b", SENTINEL_PORT), ("::1", 3)]
     settings = parse({"REDIS_SENTINELS": "a:1,b:2", "REDIS_SENTINEL_MASTER": "m"})
     assert settings.redis_sentinels == "a:1,b:2"
 
 
-def test_values() -> None:
+def test_values_are_converted_and_stripped() -> None:
     settings = parse({"REDIS_ENABLED": "FALSE", "PORT": " 0 ", "REDIS_PASSWORD": "007", "HOST": ""})
     assert (settings.redis_enabled, settings.port) == (False, 0)
     assert (settings.redis_password, settings.host) == ("007", "127.0.0.1")
 
 
 @given(st.dictionaries(st.sampled_from([option.name for option in OPTIONS]), st.text(max_size=20)))
-def test_any_texts_are_settings_or_problems(texts: dict[str, str]) -> None:
+def test_any_texts_parse_or_raise_problems(texts: dict[str, str]) -> None:
     try:
         assert isinstance(parse(texts), Settings)
     except SettingsError as error:
         assert error.problems
 
 
-def test_secrets_are_not_shown() -> None:
+def test_error_does_not_show_secrets() -> None:
     with pytest.raises(SettingsError) as caught:
         parse({"REDIS_URL": "redis://:hush@h", "PORT": "x", "ADMIN_TOKEN": "hush"})
     assert "hush" not in str(caught.value)

@@ -66,10 +66,10 @@ class Skew:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._true: Callable[[], float] = app._wall_ms  # noqa: SLF001
+        self._true: Callable[[], float] = app.wall_ms
 
     def set(self, ms: float) -> None:
-        self._monkeypatch.setattr(app, "_wall_ms", lambda: self._true() + ms)
+        self._monkeypatch.setattr(app, "wall_ms", lambda: self._true() + ms)
 
 
 @pytest.fixture

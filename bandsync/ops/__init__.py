@@ -1,1 +1,1 @@
-"""What operators see: HTTP, metrics, logs."""
+"""The operators' side: HTTP interface, pages, metrics, logs."""

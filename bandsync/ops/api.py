@@ -1,4 +1,4 @@
-"""The HTTP interface: protocol.md section 7."""
+"""The HTTP interface: `bandsync/wire/PROTOCOL.md`, section 7."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -20,38 +20,38 @@ from bandsync.storage.manager import StorageManager
 from bandsync.wire.http_messages import HttpRequest, HttpResponse, json_response, problem
 from bandsync.wire.snapshots import member_count
 
-# What is true for a second is not kept by anybody in between.
+# The document changes every second: caches must not store it.
 _NOT_STORED = (("Cache-Control", "no-store"),)
 
 
 class Server(Protocol):
-    """What the interface tells of the server."""
+    """The server state that the interface shows."""
 
     @property
     def server_id(self) -> str:
-        """Its name."""
+        """Name of the server."""
 
     @property
     def boot_id(self) -> str:
-        """Names this life of it."""
+        """Id of this process of the server."""
 
     @property
     def draining(self) -> bool:
-        """Whether it is about to stop."""
+        """Whether the server is shutting down."""
 
     @property
     def max_connections(self) -> int:
-        """How many WebSocket connections are taken."""
+        """Limit of WebSocket connections."""
 
     @property
     def clock(self) -> ServerClock:
         """The session clock."""
 
     def now(self) -> float:
-        """What it shows, milliseconds since the Unix epoch."""
+        """Session clock, milliseconds since the Unix epoch."""
 
     def uptime_ms(self) -> float:
-        """Since it started."""
+        """Time since the start, milliseconds."""
 
     def connections(self) -> int:
         """Open WebSocket connections."""
@@ -60,14 +60,14 @@ class Server(Protocol):
         """Sessions with a room on this server."""
 
     def sessions(self) -> int:
-        """Sessions that this server hosts or keeps."""
+        """Sessions in this server's memory, hosted or kept."""
 
     def hosted(self) -> Iterable[Session]:
         """The sessions with a room on this server."""
 
 
 class Health(StorageHealth, frozen=True, rename="camel"):
-    """``/api/health``: the seed's document, and more."""
+    """``/api/health``: state of the storage and of the server."""
 
     server_id: str
     version: str
@@ -90,7 +90,7 @@ class Api:
     """Answers HTTP requests.
 
     Args:
-        admin_token: what ``/api/sessions`` needs, and what operators see needs if there is one.
+        admin_token: token for ``/api/sessions``; if set, for the other operators' pages too.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Api:
         self._pages = Pages()
 
     async def answer(self, request: HttpRequest) -> HttpResponse:
-        """The answer to a request that asks for no WebSocket."""
+        """Answer a request that is not a WebSocket handshake."""
         if request.method in {"GET", "HEAD"}:
             match request.path:
                 case "/api/health":
@@ -187,7 +187,7 @@ class Api:
             return unauthorized(ask=False)
         now = self._server.now()
         found = {each.session_id: each for each in await self._storage.list_sessions()}
-        # What this server hosts, it knows best; in memory mode most of it stands nowhere else.
+        # Prefer the state of hosted sessions here: in memory mode it exists nowhere else.
         found.update((session.session_id, session) for session in self._server.hosted())
         sessions = [found[session_id] for session_id in sorted(found)]
         return json_response(200, {"sessions": [_summary(session, now) for session in sessions]})

@@ -1,4 +1,4 @@
-"""Who may see what only operators may: the bearer of ``ADMIN_TOKEN``."""
+"""Access control of the operators' pages: requests carry ``ADMIN_TOKEN``."""
 
 import base64
 import binascii
@@ -6,12 +6,12 @@ import hmac
 
 from bandsync.wire.http_messages import HttpRequest, HttpResponse, problem
 
-# A browser that is sent this asks for the token by itself (RFC 7617).
+# A browser that receives this challenge prompts for the token (RFC 7617).
 _BASIC = 'Basic realm="BandSync operators", charset="UTF-8"'
 
 
 def is_admitted(request: HttpRequest, token: str) -> bool:
-    """Whether the request carries the token: as Bearer, or as the password of any Basic user."""
+    """Whether a request carries the token, as Bearer or as the Basic password of any user."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = credentials.strip().encode("latin-1")
     match scheme.lower():
@@ -28,7 +28,7 @@ def unauthorized(*, ask: bool) -> HttpResponse:
     """The answer to a request without the token.
 
     Args:
-        ask: have a browser ask for it.
+        ask: whether a browser prompts for it.
     """
     answer = problem(401, "unauthorized", "Send `Authorization: Bearer` with the ADMIN_TOKEN.")
     challenges = ("Bearer", _BASIC) if ask else ("Bearer",)
@@ -37,7 +37,7 @@ def unauthorized(*, ask: bool) -> HttpResponse:
 
 
 def _password(credentials: bytes) -> bytes:
-    """What stands behind the first colon; nothing if they are malformed."""
+    """The password of Basic credentials; empty if they are malformed."""
     try:
         decoded = base64.b64decode(credentials, validate=True)
     except binascii.Error:

@@ -1,4 +1,4 @@
-"""Structured logs on standard error: events with names, for people or for machines."""
+"""Structured logs on standard error: named events, as text or as JSON lines."""
 
 import queue
 import sys
@@ -14,25 +14,25 @@ _QUEUE_LINES = 10_000
 
 
 class Sink:
-    """Writes lines to ``out`` from a thread of its own.
+    """Writes lines to ``out`` from a thread, so that a blocked log cannot block the server.
 
-    A log that nobody reads, a full disk, a reader that is gone: none of it may stop the music.
-    Lines that cannot be written, or wait behind too many others, are dropped and counted.
+    The reader of a pipe may hang or be gone, a disk may be full. Lines that cannot be written, or
+    exceed the queue, are dropped and counted.
 
     Attributes:
-        dropped: how many.
+        dropped: number of dropped lines.
     """
 
     def __init__(self, out: TextIO) -> None:
         self.dropped = 0
         self._out = out
         self._lines: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
-        # A daemon: a write that hangs must not keep the process from ending.
+        # A daemon thread: a write that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def write(self, text: str) -> int:
-        """Queue ``text``; never blocks, never fails."""
+        """Queue ``text``; never blocks, never raises."""
         try:
             self._lines.put_nowait(text)
         except queue.Full:
@@ -40,10 +40,10 @@ class Sink:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: each line is flushed by the thread that writes it."""
+        """Do nothing: the writing thread flushes each line."""
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Write what waits, for at most ``timeout_s`` seconds."""
+        """Write the queued lines, for at most ``timeout_s`` seconds."""
         try:
             self._lines.put(None, timeout=timeout_s)
         except queue.Full:
@@ -60,7 +60,7 @@ class Sink:
 
 
 def make_logger(settings: Settings, out: Sink | TextIO) -> FilteringBoundLogger:
-    """A logger that writes to ``out`` what the settings ask for."""
+    """Return a logger to ``out`` with the level and format of the settings."""
     processors: list[Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -73,7 +73,7 @@ def make_logger(settings: Settings, out: Sink | TextIO) -> FilteringBoundLogger:
     else:
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
     logger: FilteringBoundLogger = structlog.wrap_logger(
-        # In one write with its newline: several processes may share the output.
+        # One write for a line and its newline: several processes may share the output.
         structlog.WriteLogger(cast("TextIO", out)),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),

@@ -1,4 +1,4 @@
-"""Prometheus metrics: what an operator would page on, and what explains it."""
+"""Prometheus metrics: numbers for alerts, and numbers that explain them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -19,7 +19,7 @@ _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
 class Gauges(Protocol):
-    """What is read at the moment of a scrape."""
+    """Values that are read at the moment of a scrape."""
 
     def connections(self) -> int:
         """Open WebSocket connections."""
@@ -35,7 +35,7 @@ class Gauges(Protocol):
 
     @property
     def storage(self) -> StorageManager:
-        """Where sessions are kept."""
+        """The storage of sessions."""
 
     @property
     def clock(self) -> ServerClock:
@@ -43,7 +43,7 @@ class Gauges(Protocol):
 
 
 class Metrics:
-    """A registry of its own, so that several servers in one process do not share numbers."""
+    """The metrics of one server; each has a registry, for several servers in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -55,27 +55,31 @@ class Metrics:
         )
         self.loop_lag_seconds = Histogram(
             "bandsync_loop_lag_seconds",
-            "How late timers of the server fire: everything waits at least so long.",
+            "Delay of the server's timers; every message is delayed at least as much.",
             buckets=_LAG_BUCKETS_S,
             registry=self.registry,
         )
         self.commit_seconds = Histogram(
             "bandsync_commit_seconds",
-            "Time that the storage took to keep a change.",
+            "Time that the storage takes to commit a change.",
             buckets=_COMMIT_BUCKETS_S,
             registry=self.registry,
         )
         self.recovery_seconds = Histogram(
             "bandsync_storage_recovery_seconds",
-            "Time from the decision to go back to Redis until the last session was there.",
+            "Time from the start of the migration to Redis until the last session has moved.",
             buckets=_RECOVERY_BUCKETS_S,
             registry=self.registry,
         )
         ProcessCollector(namespace="bandsync", registry=self.registry)
 
     def identify(self, server_id: str, worker: int) -> None:
-        """Say whose numbers these are: on a shared port any worker may answer."""
-        info = Info("bandsync", "Which server answers, and which worker.", registry=self.registry)
+        """Add the server's name to the metrics: on a shared port any worker may answer."""
+        info = Info(
+            "bandsync",
+            "Name, version and worker number of the server that answers.",
+            registry=self.registry,
+        )
         info.info({"server_id": server_id, "version": __version__, "worker": str(worker)})
 
     def watch(self, counters: Counters, gauges: Gauges) -> None:
@@ -83,12 +87,12 @@ class Metrics:
         self.registry.register(_ServerCollector(counters, gauges))
 
     def exposition(self) -> tuple[bytes, str]:
-        """The text that Prometheus reads, and its content type."""
+        """The metrics in the text format of Prometheus, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
 class _ServerCollector:
-    """Turns the server's plain numbers into metrics when asked."""
+    """Converts the server's plain numbers into metrics at a scrape."""
 
     def __init__(self, counters: Counters, gauges: Gauges) -> None:
         self._counters = counters
@@ -117,12 +121,12 @@ class _ServerCollector:
         yield from self._storage()
         yield _counter(
             "bandsync_accepted",
-            "TCP connections taken, from the kernel or another worker.",
+            "TCP connections accepted, or received from another worker by handoff.",
             counters.accepted,
         )
         yield _counter(
             "bandsync_passed_on",
-            "Connections passed on to the worker that their session lives on.",
+            "Connections handed off to the worker that hosts their session.",
             counters.passed_on,
         )
         yield _counter("bandsync_received", "Messages received from clients.", counters.received)
@@ -153,7 +157,7 @@ class _ServerCollector:
         )
         yield _labelled(
             "bandsync_handshakes_refused",
-            "Connections turned away before they were WebSockets, by HTTP status or reason.",
+            "Connections refused before the WebSocket was open, by HTTP status or reason.",
             "reason",
             counters.handshakes_refused,
         )
@@ -165,7 +169,7 @@ class _ServerCollector:
         status = storage.redis_status
         yield _gauge(
             "bandsync_storage_degraded",
-            "1 while sessions are in memory although Redis was asked for.",
+            "1 while sessions are in memory although Redis is configured.",
             float(storage.degraded),
         )
         yield _gauge(
@@ -193,7 +197,7 @@ class _ServerCollector:
         if clock.uncertainty_ms is not None:
             yield _gauge(
                 "bandsync_clock_uncertainty_seconds",
-                "By how much the error of the session clock may be wrong.",
+                "Bound on the error of bandsync_clock_error_seconds.",
                 clock.uncertainty_ms / 1000,
             )
         if clock.error_ms is not None:
@@ -204,32 +208,32 @@ class _ServerCollector:
             )
         yield _labelled(
             "bandsync_storage_failovers",
-            "Times that Redis was lost while in use, by reason.",
+            "Losses of Redis while in use, by reason.",
             "reason",
             counters.failovers,
         )
         yield _gauge(
             "bandsync_relay_listening",
-            "1 while changes of other servers are heard as they happen.",
+            "1 while changes of other servers are received as they happen.",
             float(storage.listening),
         )
         yield _counter(
             "bandsync_relay_losses",
-            "Subscriptions that were lost while Redis was not.",
+            "Subscriptions lost while Redis was in use.",
             counters.relay_losses,
         )
         yield _counter(
-            "bandsync_relayed", "Changes of other servers that were passed on.", counters.relayed
+            "bandsync_relayed", "Changes of other servers sent to members here.", counters.relayed
         )
         yield _counter(
-            "bandsync_conflicts", "Commits that others were faster than.", counters.conflicts
+            "bandsync_conflicts", "Commits refused by compare-and-set.", counters.conflicts
         )
         yield _counter(
             "bandsync_reconciled", "Merges that were written back to Redis.", counters.reconciled
         )
         yield _counter(
             "bandsync_unreadable_sessions",
-            "Stored sessions that could not be read, and stayed in memory.",
+            "Stored sessions that could not be decoded; their rooms stay in memory.",
             counters.unreadable,
         )
 

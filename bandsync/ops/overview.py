@@ -1,4 +1,4 @@
-"""What `GET /api/ops` tells: the verdict, the storage's history, and the last ten minutes."""
+"""The document of `GET /api/ops`: verdict, storage history, samples of ten minutes."""
 
 import math
 import re
@@ -13,24 +13,34 @@ from bandsync.ops.verdict import Verdict
 from bandsync.storage.base import RedisStatus
 from bandsync.storage.history import Failover, Migration, Mode, ModeChange, Recovery
 
-# Python's float() reads more than that: 1_0, spaces, and the digits of every script.
+# Python's float() accepts more: 1_0, spaces, and the digits of every script.
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 class BadQueryError(Exception):
-    """The query is none; the message says what one looks like."""
+    """The query is malformed; the message has an example of a correct one."""
 
 
 class StorageOverview(Struct, frozen=True, rename="camel"):
-    """``/api/storage/status``; what never happened is null.
+    """``/api/storage/status``; events that never happened are null.
 
     Attributes:
-        since: when ``mode`` began, session clock.
+        mode: mode of the storage.
+        storage_type: storage in use, ``redis`` or ``memory``.
+        since: start of ``mode``, session clock, milliseconds.
+        degraded: whether sessions are in memory although Redis is configured.
+        reason: why memory is in use; null with Redis.
+        total_sessions: sessions in this server's memory, hosted or kept.
         kept_in_memory: sessions that are not in Redis, or not yet.
-        listening: whether changes of other servers are heard as they happen.
-        clock_offset_ms: the session clock minus this machine's wall clock.
-        clock_error_ms: Redis's clock as best known minus the session clock.
-        clock_uncertainty_ms: by how much that may be wrong.
+        redis_status: state of the connection to Redis.
+        last_failover: latest loss of Redis.
+        last_recovery: latest return to Redis.
+        migration: move of sessions to Redis that is in progress.
+        clock_offset_ms: session clock minus this machine's wall clock.
+        clock_error_ms: best estimate of Redis's clock minus the session clock.
+        clock_uncertainty_ms: bound on the error of that estimate.
+        link_round_trip_ms: round trip of the latest health check.
+        listening: whether changes of other servers are received as they happen.
     """
 
     mode: Mode
@@ -52,19 +62,19 @@ class StorageOverview(Struct, frozen=True, rename="camel"):
 
 
 class TimelineEvent(Struct, frozen=True, rename="camel"):
-    """A change of the storage's mode; what does not belong to its kind is null.
+    """A change of the storage mode; attributes of other kinds are null.
 
     Attributes:
         at: session clock, milliseconds.
-        kind: ``start`` of the server, ``failover`` from Redis to memory, ``migration`` (Redis can
-            be used again, sessions are on their way), ``recovery`` (the last one is there).
-        mode: in which storage is from then on.
-        reason: of a failover, as in ``/api/storage/status``.
-        in_words: the same for people, as the second half of a sentence about Redis.
-        detail: what was seen.
-        outage_ms: of a recovery: since Redis was lost; null if it was only not there yet.
-        migration_ms: of a recovery: how long the move took.
-        sessions: of a recovery: how many moved.
+        kind: ``start`` of the server, ``failover`` from Redis to memory, ``migration`` (Redis is
+            usable again, sessions move to it), ``recovery`` (the last session has moved).
+        mode: mode of the storage from then on.
+        reason: loss reason of a failover, as in ``/api/storage/status``.
+        in_words: loss reason in words, as the second half of a sentence about Redis.
+        detail: error of a failover.
+        outage_ms: duration of the outage before a recovery; null at the first use of Redis.
+        migration_ms: duration of the move to Redis.
+        sessions: number of sessions that moved.
     """
 
     at: float
@@ -82,13 +92,19 @@ class Overview(Struct, frozen=True, rename="camel"):
     """``/api/ops``.
 
     Attributes:
-        boot_id: names the process: another one has another past.
+        server_id: name of the server.
+        boot_id: id of the process; samples of another one are not continued.
+        version: version of BandSync.
         now: session clock, milliseconds.
-        max_connections: how many are taken.
-        period_ms: from one sample to the next.
-        kept_ms: how far samples go back.
-        events: the changes of the storage's mode that are remembered, the oldest first.
-        samples: the oldest first.
+        uptime_ms: time since the start of the server.
+        draining: whether the server is shutting down.
+        max_connections: limit of connections.
+        verdict: state of the server in one sentence.
+        storage: ``/api/storage/status``.
+        period_ms: time from one sample to the next.
+        kept_ms: time that samples are kept.
+        events: remembered changes of the storage mode, the oldest first.
+        samples: samples, the oldest first.
     """
 
     server_id: str
@@ -107,7 +123,7 @@ class Overview(Struct, frozen=True, rename="camel"):
 
 
 def event(change: ModeChange) -> TimelineEvent:
-    """A change of mode as operators see it."""
+    """The timeline entry of a mode change."""
     if change.failover is not None:
         reason = change.failover.reason
         return TimelineEvent(
@@ -129,10 +145,10 @@ def event(change: ModeChange) -> TimelineEvent:
 
 
 def since_of(query: str) -> float | None:
-    """The ``since`` of a query; None if there is none.
+    """Parse the ``since`` of a query; None if it is missing.
 
     Raises:
-        BadQueryError: it is no number, or there are several.
+        BadQueryError: ``since`` is not a number, or is given twice.
     """
     values = parse_qs(query, keep_blank_values=True).get("since", [])
     if not values:

@@ -1,4 +1,4 @@
-"""Which process this is, so that a later one can tell whether it still runs."""
+"""Identity of this process, so that a later one can find out whether it still runs."""
 
 import os
 import resource
@@ -7,20 +7,20 @@ from pathlib import Path
 
 
 def machine() -> str:
-    """Names this machine since its boot, and the processes that can be seen from here."""
+    """An id of this machine since its boot, and of the process namespace."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        # In a container, process 1 is another one than outside.
+        # Process ids in a container are not those outside.
         parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
     except OSError:
-        # No Linux: its name must do.
+        # Not Linux: only the host name is known.
         pass
     return "/".join(parts)
 
 
 def is_gone(machine_name: str, pid: int) -> bool:
-    """Whether a process of this machine, not this one, has certainly ended."""
+    """Whether another process of this machine has certainly ended."""
     if machine_name != machine() or pid <= 0 or pid == os.getpid():
         return False
     try:
@@ -33,7 +33,7 @@ def is_gone(machine_name: str, pid: int) -> bool:
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process has in RAM; None where that cannot be told cheaply."""
+    """Resident memory of this process, bytes; None where `/proc` does not have it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

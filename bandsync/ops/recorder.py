@@ -1,4 +1,4 @@
-"""The last ten minutes of the server, one sample per second."""
+"""Samples of the last ten minutes of the server, one per second."""
 
 import math
 from collections import deque
@@ -21,22 +21,22 @@ KEPT = 600
 
 
 class Observed(Protocol):
-    """What is sampled."""
+    """The server state that samples are taken of."""
 
     @property
     def boot_id(self) -> str:
-        """Names this life of the server."""
+        """Id of this process of the server."""
 
     @property
     def storage(self) -> StorageManager:
-        """Where sessions are kept."""
+        """The storage of sessions."""
 
     @property
     def clock(self) -> ServerClock:
         """The session clock."""
 
     def now(self) -> float:
-        """What it shows, milliseconds since the Unix epoch."""
+        """Session clock, milliseconds since the Unix epoch."""
 
     def connections(self) -> int:
         """Open WebSocket connections."""
@@ -48,18 +48,18 @@ class Observed(Protocol):
         """Sessions with a room on this server."""
 
     def sessions(self) -> int:
-        """Sessions that this server hosts or keeps."""
+        """Sessions in this server's memory, hosted or kept."""
 
     def hosted(self) -> Iterable[Session]:
         """The sessions with a room on this server."""
 
 
 class Recorder:
-    """Samples a server, and keeps the last `KEPT` samples.
+    """Takes samples of a server and keeps the last `KEPT` of them.
 
     Attributes:
-        commands: told how long each command took.
-        commits: told how long each commit took.
+        commands: durations of commands in the current period.
+        commits: durations of commits in the current period.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -67,20 +67,20 @@ class Recorder:
         self.commits = Durations()
         self._counters = counters
         self._lag_s = 0.0
-        # Ten minutes of objects would be half a megabyte, that fills up while nothing else grows.
+        # As objects, ten minutes take half a megabyte, which looks like a leak while it fills up.
         self._samples: deque[bytes] = deque(maxlen=KEPT)
         self._latest = -math.inf
 
     def lag(self, seconds: float) -> None:
-        """Note how late a timer fired."""
+        """Record how late a timer fired."""
         self._lag_s = max(self._lag_s, seconds)
 
     def since(self, at: float | None = None) -> list[Sample]:
         """The samples, the oldest first.
 
         Args:
-            at: only those after this instant, milliseconds. All of them if it lies in the future:
-                it was of another clock.
+            at: only samples after this instant, milliseconds. An instant in the future belongs to
+                an earlier setting of the clock: then all samples are returned.
         """
         if at is None or at > self._latest:
             return [unpacked(each) for each in self._samples]
@@ -88,12 +88,12 @@ class Recorder:
         return list(takewhile(lambda each: each.at > at, latest_first))[::-1]
 
     async def run(self, server: Observed) -> None:
-        """Sample once per period, for ever. What was missed is missed: no burst to catch up."""
+        """Take a sample per period, for ever; missed periods are not made up for."""
         before = self._totals()
         while True:
             due = (math.floor(trio.current_time() / PERIOD_S) + 1) * PERIOD_S
             await trio.sleep_until(due)
-            # An idle server has no other timer that could be late.
+            # Measure the lag here too: an idle server has no other timer.
             self.lag(trio.current_time() - due)
             after = self._totals()
             self._keep(
@@ -111,7 +111,7 @@ class Recorder:
 
     def _keep(self, new: Sample) -> None:
         if new.at <= self._latest:
-            # The clock was set back: those instants are of another one.
+            # The clock was set back: the kept samples are from the old setting.
             self._samples.clear()
         self._samples.append(packed(new))
         self._latest = new.at
@@ -151,7 +151,7 @@ def _state(server: Observed) -> State:
 
 
 def _spread(sessions: Iterable[Session], boot_id: str) -> int:
-    """How many of these have members who are connected to another server."""
+    """The number of sessions with members that are connected to another server."""
     return sum(
         any(each.connected and each.boot_id != boot_id for each in session.members.values())
         for session in sessions

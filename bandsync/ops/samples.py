@@ -1,4 +1,4 @@
-"""One second of the server's life in numbers: what two readings, one after the other, tell."""
+"""One second of the server in numbers, computed from two successive readings."""
 
 from typing import Any, overload
 
@@ -9,7 +9,7 @@ from bandsync.storage.history import Mode
 
 
 class Latency(Struct, frozen=True, rename="camel"):
-    """How long something took in one second, milliseconds; ``count`` is how often it happened."""
+    """Latency of an operation within one second, milliseconds; ``count`` operations."""
 
     count: int
     mean_ms: float
@@ -17,7 +17,7 @@ class Latency(Struct, frozen=True, rename="camel"):
 
 
 class Durations:
-    """Sums up durations between two looks, for who must not pay for being measured."""
+    """Count, sum and maximum of durations; cheap enough for the command path."""
 
     __slots__ = ("_count", "_longest_s", "_total_s")
 
@@ -27,14 +27,14 @@ class Durations:
         self._longest_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Add one duration."""
         self._count += 1
         self._total_s += seconds
         if seconds > self._longest_s:
             self._longest_s = seconds
 
     def take(self) -> Latency | None:
-        """What came since the last look, None if nothing did; begins anew."""
+        """Return the latency since the last call and reset; None without durations."""
         if not self._count:
             return None
         latency = Latency(
@@ -48,12 +48,16 @@ class Durations:
 
 
 class Totals(Struct, frozen=True):
-    """What only ever grows, at one moment.
+    """Reading of the counters, which only grow.
 
     Attributes:
-        at_s: the moment, monotonic seconds.
-        slow_consumers: connections that were closed because their client was slow.
-        cpu_s: time that the process had a processor, seconds.
+        at_s: instant of the reading, monotonic seconds.
+        deliveries: frames handed to connections.
+        received: messages from clients.
+        dropped: volatile frames dropped for slow consumers.
+        slow_consumers: connections closed because their client was slow.
+        internal_errors: commands that failed because of a bug.
+        cpu_s: CPU time of the process, seconds.
     """
 
     at_s: float
@@ -66,7 +70,7 @@ class Totals(Struct, frozen=True):
 
 
 class State(Struct, frozen=True):
-    """What comes and goes, at one moment; the attributes are those of `Sample`."""
+    """Reading of the gauges, which rise and fall; the attributes are those of `Sample`."""
 
     at: float
     connections: int
@@ -85,33 +89,34 @@ class State(Struct, frozen=True):
 
 
 class Sample(Struct, frozen=True, rename="camel"):
-    """One second, as ``/api/ops`` shows it; null is what was not measured.
+    """One second, as ``/api/ops`` shows it; null for values that were not measured.
 
     Attributes:
-        at: its end, on the session clock, milliseconds.
-        lasted_ms: more than a second when the server itself stood still.
+        at: end of the second, session clock, milliseconds.
+        lasted_ms: actual length; more than a second when the event loop was blocked.
         connections: open WebSocket connections.
-        members: those that are connected to this server.
+        members: members connected to this server.
         rooms: sessions with a room on this server.
-        sessions: all that it hosts or keeps.
-        spread: sessions with a room here that have members on other servers too, as far as this
-            one knows: what comes about while Redis is away, it learns afterwards.
-        mode: where sessions are kept, and `degraded` whether that is not what was asked for.
-        listening: whether changes of other servers are heard as they happen.
+        sessions: sessions in this server's memory, hosted or kept.
+        spread: sessions with a room here and members on other servers. Changes on other servers
+            during an outage of Redis count only after the recovery.
+        mode: mode of the storage.
+        degraded: whether sessions are in memory although Redis is configured.
+        listening: whether changes of other servers are received as they happen.
         deliveries_per_s: frames of session events, ticks and statistics handed to connections.
-        received_per_s: messages that came from clients.
-        dropped_per_s: volatile frames that were dropped because their client was slow.
+        received_per_s: messages from clients.
+        dropped_per_s: volatile frames dropped because their client was slow.
         slow_consumers: connections closed with 1013 because their client was slow.
-        internal_errors: commands that the server failed at.
-        command: from a message's bytes to its answer.
-        commit: what the storage took to keep a change.
-        loop_lag_ms: how late timers fired at worst.
+        internal_errors: commands that failed because of a bug.
+        command: latency from a message's bytes to its answer.
+        commit: latency of the storage.
+        loop_lag_ms: worst delay of a timer.
         link_queue: commands that wait for Redis.
-        round_trip_ms: of the last health check of Redis.
+        round_trip_ms: round trip of the latest health check of Redis.
         clock_error_ms: Redis's clock minus the session clock.
-        clock_uncertainty_ms: by how much that may be wrong.
+        clock_uncertainty_ms: bound on the error of that difference.
         memory_bytes: resident memory of the process.
-        cpu: processors that it kept busy: 0.5 is half of one.
+        cpu: CPU use in processors: 0.5 is half of one.
     """
 
     at: float
@@ -140,18 +145,18 @@ class Sample(Struct, frozen=True, rename="camel"):
     cpu: float
 
 
-# The values of a sample without their names, which are the same in all of them.
+# The values of a sample without their names, which all samples share.
 _ROW: Any = tuple.__class_getitem__(tuple(each.type for each in fields(Sample)))
 _rows: msgpack.Decoder[tuple[Any, ...]] = msgpack.Decoder(_ROW)
 
 
 def packed(each: Sample) -> bytes:
-    """``each`` in a third of the memory that it takes as an object, for `unpacked`."""
+    """Encode a sample for `unpacked`, in a third of the memory of the object."""
     return msgpack.encode(astuple(each))
 
 
 def unpacked(data: bytes) -> Sample:
-    """The sample that was `packed`."""
+    """Decode a sample of `packed`."""
     return Sample(*_rows.decode(data))
 
 
@@ -164,11 +169,15 @@ def sample(
     commit: Latency | None,
     loop_lag_s: float,
 ) -> Sample:
-    """What happened between two readings.
+    """The sample of the time between two readings.
 
     Args:
-        state: at the second one.
-        loop_lag_s: the worst in between, seconds.
+        before: counters at the first reading.
+        after: counters at the second reading.
+        state: gauges at the second reading.
+        command: latency of commands in between.
+        commit: latency of commits in between.
+        loop_lag_s: worst delay of a timer in between, seconds.
     """
     lasted_s = after.at_s - before.at_s
     assert lasted_s > 0
@@ -211,5 +220,5 @@ def _rounded(value: None) -> None: ...
 @overload
 def _rounded(value: float | None) -> float | None: ...
 def _rounded(value: float | None) -> float | None:
-    """To a thousandth: ten minutes of samples are sent at once."""
+    """Round to a thousandth, to keep the document of ten minutes small."""
     return None if value is None else round(value, 3)

@@ -1,7 +1,7 @@
-"""Whether all is well, and if not what that means for the band. Pure: numbers in, sentences out.
+"""Diagnosis of a server in sentences for operators. Pure: numbers in, sentences out.
 
-A sentence changes only when what it says changes, because screen readers speak it; figures that
-move stand in the meaning beside it.
+Screen readers speak the sentence of a finding whenever it changes. It therefore contains no
+figures that move; these are in the meaning beside it.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,25 @@ from bandsync.storage.history import Migration, ModeChange
 
 Level = Literal["good", "warn", "bad"]
 
-# A timer that is late once is nobody's trouble; one that keeps being late is.
+# Event loop lag counts as a finding when so many of the samples in the window exceed the limit.
 LATE_MS = 100.0
 LATE_SECONDS = 3
 LATE_WINDOW_MS = 10_000.0
+# Findings about events, such as errors, are shown for this long, milliseconds.
 RECENT_MS = 60_000.0
-# Members of one session on two servers hear each other off by this.
+# Limit of the clock error, milliseconds: members of one session on two servers are apart by it.
 CLOCK_ERROR_MS = 25.0
 
 
 class Finding(Struct, frozen=True, rename="camel"):
-    """Something that an operator should know.
+    """A condition that an operator should know about.
 
     Attributes:
-        code: names it.
-        level: ``bad`` when the band can notice it, or data is at stake with nobody working on it.
-        text: a sentence.
-        meaning: what it means for the band, and what to do; its figures move.
-        since: when it began, session clock, milliseconds; null if that is not known.
+        code: identifier for programs.
+        level: ``bad`` if bands can notice it, or if data is at risk and recovery is not automatic.
+        text: one sentence without moving figures.
+        meaning: effect on the bands, and advice; contains moving figures.
+        since: start, session clock, milliseconds; null if unknown.
     """
 
     code: str
@@ -47,10 +48,10 @@ class Verdict(Struct, frozen=True, rename="camel"):
     """The state of the server in one sentence.
 
     Attributes:
-        level: the worst of the findings'.
-        text: the worst finding, or that all is well.
-        meaning: what stands beside it.
-        since: when it began; null if that is not known.
+        level: level of the worst finding.
+        text: sentence of the worst finding, or that all is well.
+        meaning: meaning of the worst finding.
+        since: start of the worst finding; null if unknown.
         others: the other findings.
     """
 
@@ -62,21 +63,22 @@ class Verdict(Struct, frozen=True, rename="camel"):
 
 
 class Facts(Struct, frozen=True):
-    """What is judged.
+    """Input of `judge`.
 
     Attributes:
         now: session clock, milliseconds.
-        awaited: whether Redis is to be used.
-        degraded: whether sessions are in memory although it is.
+        awaited: whether Redis is configured.
+        degraded: whether sessions are in memory although Redis is configured.
         connected: whether a link to Redis is open.
-        gave_up: whether Redis is not tried again.
-        loss: why Redis cannot be used, as last seen; None if it never failed.
+        gave_up: whether reconnecting to Redis has ended for good.
+        loss: latest reason why Redis cannot be used; None if it never failed.
         kept_in_memory: sessions that are not in Redis, or not yet.
-        listening: whether changes of other servers are heard.
-        migration: the move to Redis that is under way, if one is.
-        changes: of the mode, the oldest first.
-        full: whether no more connections are taken.
-        samples: at least the last minute's, the oldest first.
+        listening: whether changes of other servers are received.
+        migration: move to Redis that is in progress, if any.
+        changes: changes of the storage mode, the oldest first.
+        draining: whether the server is shutting down.
+        full: whether the limit of connections is reached.
+        samples: samples of the last minute or more, the oldest first.
     """
 
     now: float
@@ -95,7 +97,7 @@ class Facts(Struct, frozen=True):
 
 
 def judge(facts: Facts) -> Verdict:
-    """The verdict on a server."""
+    """Return the verdict on a server: the worst finding first."""
     found = [
         *_draining(facts),
         *_storage(facts),
@@ -109,9 +111,9 @@ def judge(facts: Facts) -> Verdict:
     found.sort(key=lambda finding: finding.level != "bad")
     if not found:
         meaning = (
-            "Sessions are in Redis, and mirrored in this server's memory."
+            "Sessions are in Redis, with a copy in this server's memory."
             if facts.awaited
-            else "Sessions are in memory only, as configured: a restart forgets them."
+            else "Sessions are in memory only, as configured: a restart deletes them."
         )
         return Verdict("good", "All is well.", meaning, None, [])
     worst, *others = found
@@ -119,7 +121,7 @@ def judge(facts: Facts) -> Verdict:
 
 
 def degraded_since(changes: Sequence[ModeChange]) -> float:
-    """When sessions left Redis, or would have been there: the start of the first stretch since."""
+    """The start of the current outage: the first mode change after the last use of Redis."""
     since = changes[-1].at
     for change in reversed(changes):
         if change.mode == "redis":
@@ -131,16 +133,16 @@ def degraded_since(changes: Sequence[ModeChange]) -> float:
 def _draining(facts: Facts) -> list[Finding]:
     if not facts.draining:
         return []
-    told = "Clients are told to reconnect, a few at a time"
+    effect = "Clients are asked to reconnect, a few at a time"
     sessions = facts.kept_in_memory
     if not sessions:
-        meaning = f"{told}; the bands play on elsewhere."
+        meaning = f"{effect}; the bands play on elsewhere."
         return [Finding("draining", "warn", "This server is stopping.", meaning)]
     text = "This server is stopping, and sessions end with it."
     only = f"{_counted(sessions)} {_is(sessions)} in its memory only"
     if not facts.awaited:
-        return [Finding("draining", "warn", text, f"{told}. {only}, as configured.")]
-    meaning = f"{told}. {only}: what Redis does not take before the end is lost."
+        return [Finding("draining", "warn", text, f"{effect}. {only}, as configured.")]
+    meaning = f"{effect}. {only}: a session that does not reach Redis before the end is lost."
     return [Finding("draining", "bad", text, meaning)]
 
 
@@ -150,7 +152,7 @@ def _storage(facts: Facts) -> list[Finding]:
     since = degraded_since(facts.changes)
     if facts.migration is not None or facts.changes[-1].mode == "migrating":
         return [_migrating(facts, since)]
-    # Who is cut off from half of the band notices it.
+    # Bands with members on several servers notice that they are cut apart.
     apart = _spread(facts)
     level: Level = "bad" if apart else "warn"
     why = "" if facts.loss is None else f"Redis: {in_words(facts.loss.reason)}. "
@@ -158,13 +160,13 @@ def _storage(facts: Facts) -> list[Finding]:
     known = _was_there(facts)
     if facts.gave_up:
         state = "lost, and is not used again" if known else "not there, and is not tried again"
-        text = f"Redis is {state} before a restart."
+        text = f"Redis is {state} until a restart."
         return [
             Finding("gave_up", "bad", text, f"{why}{stake} REDIS_AUTO_RECOVER is false.", since)
         ]
     if facts.connected:
         state = "answers again" if known else "answers"
-        text = f"Redis {state}, and is watched before it is used."
+        text = f"Redis {state}, and is checked before it is used."
         return [Finding("proving", level, text, stake, since)]
     if apart:
         text = "Redis is lost: bands on several servers are cut apart."
@@ -178,17 +180,17 @@ def _storage(facts: Facts) -> list[Finding]:
 
 def _migrating(facts: Facts, since: float) -> Finding:
     state = "back" if _was_there(facts) else "there"
-    text = f"Redis is {state}: sessions are on their way to it."
+    text = f"Redis is {state}: sessions are moving to it."
     progress = ""
     if facts.migration is not None and facts.migration.total:
-        progress = f"{facts.migration.moved} of {facts.migration.total} sessions are there. "
+        progress = f"{facts.migration.moved} of {facts.migration.total} sessions have moved. "
     apart = _spread(facts)
     meets = (
-        f"The members of {_counted(apart)} were apart on several servers: they meet again, and "
-        "what each side did is merged."
+        f"The members of {_counted(apart)} were apart on several servers: they are together "
+        "again, and the changes of each side are merged."
         if apart
         else "Members notice nothing, unless others played in their session on another server: "
-        "then both are merged."
+        "then the changes of both sides are merged."
     )
     return Finding("migrating", "warn", text, progress + meets, since)
 
@@ -199,37 +201,38 @@ def _was_there(facts: Facts) -> bool:
 
 
 def _spread(facts: Facts) -> int:
-    """How many sessions have members on other servers, as far as this one knows."""
+    """The number of sessions with members on other servers, as far as this server knows."""
     return facts.samples[-1].spread if facts.samples else 0
 
 
 def _apart(sessions: int) -> str:
-    """What the band notices while servers do not hear of each other."""
+    """The effect on bands while servers cannot exchange changes."""
     if not sessions:
         return (
-            "Members notice nothing, unless others join their session on another server: those "
+            "Members notice nothing, unless others join their session on another server: these "
             "are out of reach until Redis is used again."
         )
     return (
         f"{_counted(sessions)} {_has(sessions)} members on other servers too: each server's "
         "members play on among themselves, out of reach of the others, until Redis is used again; "
-        "then what they did is merged."
+        "then the changes of all sides are merged."
     )
 
 
 def _at_stake(facts: Facts) -> str:
+    """The data that a restart of this server would lose."""
     sessions = facts.kept_in_memory
     if not sessions:
         if not _was_there(facts) or not facts.samples or not facts.samples[-1].sessions:
             return "No session is in this server's memory alone."
-        # It may come back empty, or older.
+        # Redis may come back empty, or with an older state.
         return (
-            "No session has changed since; but should Redis come back without its data, this "
+            "No session has changed since. But if Redis comes back without its data, this "
             "server's memory is the only copy: do not stop it before Redis is back."
         )
     advice = "a restart loses them" if facts.gave_up else "do not stop it before Redis is back"
-    who = f"{_counted(sessions)} {_has(sessions)}"
-    return f"{who} changes that are only in this server's memory: {advice}."
+    subject = f"{_counted(sessions)} {_has(sessions)}"
+    return f"{subject} changes that are only in this server's memory: {advice}."
 
 
 def _is(sessions: int) -> str:
@@ -246,11 +249,11 @@ def _counted(sessions: int) -> str:
 
 def _listening(facts: Facts) -> list[Finding]:
     recent = facts.samples[-3:]
-    deaf = len(recent) == 3 and not any(each.listening or each.degraded for each in recent)
-    if not facts.awaited or facts.listening or not deaf:
+    lost = len(recent) == 3 and not any(each.listening or each.degraded for each in recent)
+    if not facts.awaited or facts.listening or not lost:
         return []
-    text = "Changes made on other servers are not heard as they happen."
-    meaning = "Bands that are spread over several servers see them up to five seconds late."
+    text = "Changes made on other servers arrive late."
+    meaning = "Bands with members on several servers see them up to five seconds late."
     return [Finding("deaf", "warn", text, meaning)]
 
 
@@ -258,10 +261,10 @@ def _failures(facts: Facts) -> list[Finding]:
     count = sum(each.internal_errors for each in _recent(facts, RECENT_MS))
     if not count:
         return []
-    text = "The server fails at commands."
+    text = "Commands fail because of a bug in the server."
     meaning = (
-        f"{count} in the last minute: a bug. The log has them under command.failed; "
-        "those who sent them were told."
+        f"{count} in the last minute. The log has them under command.failed; "
+        "their senders received an error."
     )
     return [Finding("failures", "bad", text, meaning)]
 
@@ -270,7 +273,7 @@ def _full(facts: Facts) -> list[Finding]:
     if not facts.full:
         return []
     text = "The server is full."
-    meaning = "Newcomers are told to come back later. MAX_CONNECTIONS is the bound."
+    meaning = "New clients are asked to try again later. MAX_CONNECTIONS is the limit."
     return [Finding("full", "bad", text, meaning)]
 
 
@@ -279,8 +282,8 @@ def _late(facts: Facts) -> list[Finding]:
     if len(late) < LATE_SECONDS:
         return []
     longest = max(each.loop_lag_ms for each in late)
-    text = "The server is late."
-    meaning = f"Everything waits, by up to {longest:.0f} ms: the machine is too busy for it."
+    text = "The server is overloaded."
+    meaning = f"Every message is delayed by up to {longest:.0f} ms: the machine is too busy."
     return [Finding("late", "bad", text, meaning)]
 
 
@@ -288,10 +291,10 @@ def _slow(facts: Facts) -> list[Finding]:
     count = sum(each.slow_consumers for each in _recent(facts, RECENT_MS))
     if not count:
         return []
-    text = "Slow clients were let go."
+    text = "Slow clients were disconnected."
     meaning = (
-        f"{count} in the last minute, closed with 1013: they read more slowly than their band "
-        "plays. They come back by themselves; nobody else waits for them."
+        f"{count} in the last minute, with close code 1013: they read more slowly than their band "
+        "plays. They reconnect by themselves; other clients are not delayed."
     )
     return [Finding("slow", "warn", text, meaning)]
 
@@ -305,10 +308,10 @@ def _clock(facts: Facts) -> list[Finding]:
     certain_ms = abs(latest.clock_error_ms) - latest.clock_uncertainty_ms
     if certain_ms <= CLOCK_ERROR_MS:
         return []
-    text = "The session clock is not in step with Redis's clock yet."
+    text = "The session clock does not agree with Redis's clock yet."
     meaning = (
-        f"It is off by {certain_ms:.0f} ms, and follows by 0.5 ms per second. Members on "
-        "different servers hear each other that much apart; those on one server do not."
+        f"It is off by {certain_ms:.0f} ms, and is corrected by 0.5 ms per second. The beat of "
+        "members on different servers differs by that much; on one server it does not."
     )
     return [Finding("clock", "warn", text, meaning)]
 

@@ -1,1 +1,1 @@
-"""Several processes on one port: a supervisor and its workers."""
+"""Several worker processes on one port, and their supervisor."""

@@ -1,9 +1,9 @@
-"""Several processes on one port: who starts them, watches them, replaces them and ends them.
+"""The supervisor of the workers: starts, watches, replaces and stops processes on one port.
 
-The supervisor holds no sessions. How it speaks with its workers is in `worker.py`. The kernel
-spreads connections over them (SO_REUSEPORT), and they pass them on to each other, so that a band is
-on one (`net/neighbours.py`). The kernel passes over a worker that has ended, but not over one that
-hangs: who is silent is replaced.
+The supervisor holds no sessions. `bandsync/workers/worker.py` has its pipe protocol with a worker.
+The kernel distributes new connections over the workers (SO_REUSEPORT). The workers hand them off to
+each other, so that all members of a session are on one worker (`bandsync/handoff/peers.py`). The
+kernel skips a worker that has ended, but not one that hangs: a worker without heartbeats is killed.
 """
 
 import secrets
@@ -20,28 +20,32 @@ from msgspec import Struct
 from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.app import StartError, listen, server_name, url_of
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.redis_link.backoff import Backoff
 from bandsync.settings import Settings
-from bandsync.workers.worker import LEAVE, Orders, WorkerReport, first_of, read_line
+from bandsync.startup import StartError, listen, server_name, url_of
+from bandsync.workers.worker import CLOSE_SHARED_PORT, WorkerConfig, WorkerReport, read_line
 
-# What a start may take besides its waiting for Redis, and a drain besides DRAIN_TIMEOUT_MS.
+# Limit of a worker's start, seconds, in addition to its timeouts for Redis.
 START_MARGIN_S = 30.0
+# Limit of a worker's drain, seconds, in addition to `DRAIN_TIMEOUT_MS`.
 DRAIN_MARGIN_S = 5.0
-# Between leaving the port and the drain: who was accepted last is not turned away.
-LEAVING_S = 0.5
-# How long a worker may fail to show that it is alive: `worker.BEAT_S`.
+# Delay from closing the shared port to the drain, seconds: the connections accepted last are served
+# or handed off meanwhile.
+PORT_CLOSED_S = 0.5
+# Limit without a heartbeat, seconds, before a worker is killed; see `worker.HEARTBEAT_S`.
 SILENCE_S = 30.0
-# The claim of a name that an earlier life left behind.
+# Time to claim a server id whose presence entry an earlier process left behind, seconds.
 _CLAIM_S = 10.0
 
 
 class Supervising(Struct, frozen=True):
-    """Workers that all listen.
+    """A worker group in which every worker listens.
 
     Attributes:
-        url: the address to open in a browser.
-        stop: begins the drain; `supervise` returns when all have ended.
+        url: address to open in a browser.
+        port: port that the workers share.
+        stop: begins the drain; `supervise` returns when all workers have ended.
         replace: begins to replace the workers, one after the other.
     """
 
@@ -51,12 +55,13 @@ class Supervising(Struct, frozen=True):
     replace: Callable[[], None]
 
 
-class Pace(Struct, frozen=True):
-    """How fast a worker that keeps ending is started again, seconds.
+class RestartDelays(Struct, frozen=True):
+    """Jittered exponential backoff of the restarts of a worker that keeps ending.
 
     Attributes:
-        first, longest: waits; they double from one to the other.
-        stable: having listened for so long, a worker starts from the first wait again.
+        first: first delay, seconds; it doubles with every failure.
+        longest: upper bound of the delay, seconds.
+        stable: uptime that resets the delay to the first one, seconds.
     """
 
     first: float = 0.2
@@ -64,7 +69,7 @@ class Pace(Struct, frozen=True):
     stable: float = 60.0
 
 
-PACE = Pace()
+RESTART_DELAYS = RestartDelays()
 
 
 async def supervise(
@@ -75,48 +80,55 @@ async def supervise(
     announce: Callable[[str], None] = print,
     stop_on: Collection[int] = (),
     replace_on: Collection[int] = (),
-    pace: Pace = PACE,
+    restart_delays: RestartDelays = RESTART_DELAYS,
     task_status: trio.TaskStatus[Supervising] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Keep `WORKERS` processes that serve one port, until `Supervising.stop`, or for ever.
+    """Run `WORKERS` processes that serve one port, until `Supervising.stop`, or for ever.
 
     Args:
-        command: starts a process that calls `worker.work`.
-        announce: told the address, the storage and the workers, once all listen.
-        stop_on: any of these signals begins the drain, a second one ends the workers at once.
+        command: starts a process that calls `worker.work`; the worker's server id is appended.
+        announce: receives three lines once all workers listen: address, storage, worker names.
+        stop_on: any of these signals begins the drain, a second one kills the workers at once.
         replace_on: any of these signals replaces the workers, one after the other.
+        restart_delays: backoff of the restarts of a worker that ends unexpectedly.
 
     Raises:
         StartError: a worker cannot start; the message says what to change.
     """
     if sys.platform != "linux":
         raise StartError("WORKERS: needs Linux; elsewhere a shared port is not shared evenly")
-    # Listening alone, as one server does, finds out any other that listens, workers included, and
-    # keeps the port until all of ours do: what they share cannot be told from what others share.
+    # Bind without SO_REUSEPORT first: this fails if any other server or worker group listens.
+    # Then keep the port until all workers listen: SO_REUSEPORT would admit other processes too.
     guard = await listen(settings, "PORT", settings.port)
     refused: BaseExceptionGroup[StartError] | None = None
     try:
         for listener in guard:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        supervisor = _Supervisor(settings, guard, log, command, pace)
+        supervisor = _Supervisor(settings, guard, log, command, restart_delays)
         await supervisor.run(announce, stop_on, replace_on, task_status)
-    except* StartError as group:
-        refused = group
+    except* StartError as errors:
+        refused = errors
     finally:
         for listener in guard:
             listener.close()
     if refused is not None:
-        raise first_of(refused)
+        raise first_leaf(refused)
 
 
 class _Supervisor:
+    """The workers of one port.
+
+    Args:
+        guard: sockets that keep the port from other processes until all workers listen.
+    """
+
     def __init__(
         self,
         settings: Settings,
         guard: list[socket.socket],
         log: FilteringBoundLogger,
         command: Sequence[str],
-        pace: Pace,
+        restart_delays: RestartDelays,
     ) -> None:
         port: int = guard[0].getsockname()[1]
         self._port = port
@@ -127,12 +139,14 @@ class _Supervisor:
         self._stopping = trio.Event()
         self._replacing = trio.Event()
         name = server_name(settings, port)
-        crew = secrets.token_hex(16)
+        group = secrets.token_hex(16)
         self._workers = [
             _Worker(
-                Orders(replace(settings, port=port, server_id=f"{name}-{number}"), number, crew),
+                WorkerConfig(
+                    replace(settings, port=port, server_id=f"{name}-{number}"), number, group
+                ),
                 command,
-                pace,
+                restart_delays,
                 self._stopping,
                 log,
             )
@@ -149,10 +163,10 @@ class _Supervisor:
         async with trio.open_nursery() as nursery:
             if stop_on or replace_on:
                 nursery.start_soon(self._run_signals, stop_on, replace_on, nursery.cancel_scope)
-            nursery.start_soon(self._begin, announce, task_status)
-            async with trio.open_nursery() as lives:
+            nursery.start_soon(self._run_replacements, announce, task_status)
+            async with trio.open_nursery() as processes:
                 for worker in self._workers:
-                    lives.start_soon(worker.run)
+                    processes.start_soon(worker.run)
                 await self._stopping.wait()
                 self._log.info("workers.draining")
                 for worker in self._workers:
@@ -160,10 +174,10 @@ class _Supervisor:
             self._log.info("workers.stopped")
             nursery.cancel_scope.cancel()
 
-    async def _begin(
+    async def _run_replacements(
         self, announce: Callable[[str], None], task_status: trio.TaskStatus[Supervising]
     ) -> None:
-        """Wait until all listen, say so, and replace them as often as asked."""
+        """Announce when all workers listen, then replace them at every request, for ever."""
         for worker in self._workers:
             await worker.listening.wait()
         for listener in self._guard:
@@ -172,7 +186,7 @@ class _Supervisor:
             return
         for line in self._workers[0].announced:
             announce(line)
-        announce(f"Workers: {self._described()}")
+        announce(f"Workers: {self._names()}")
         task_status.started(
             Supervising(self._url, self._port, self._stopping.set, lambda: self._replacing.set())
         )
@@ -184,7 +198,8 @@ class _Supervisor:
                 await worker.replace()
             self._log.info("workers.replaced")
 
-    def _described(self) -> str:
+    def _names(self) -> str:
+        """The names of the workers, and their own ports if they have any."""
         text = ", ".join(worker.server_id for worker in self._workers)
         if self._settings.worker_ports is not None:
             last = self._settings.worker_ports + len(self._workers) - 1
@@ -205,89 +220,90 @@ class _Supervisor:
 
 
 class _Worker:
-    """A place among the workers, and the process that has it.
+    """One worker number, and the process that currently has it.
 
     Attributes:
-        announced: the lines of the process that listens.
-        listening: set while one does.
+        server_id: name of the worker, the same for all its processes.
+        announced: lines of the process that listens.
+        listening: set while a process listens.
     """
 
     def __init__(
         self,
-        orders: Orders,
+        config: WorkerConfig,
         command: Sequence[str],
-        pace: Pace,
+        restart_delays: RestartDelays,
         stopping: trio.Event,
         log: FilteringBoundLogger,
     ) -> None:
-        self.server_id = orders.settings.server_id or ""
+        self.server_id = config.settings.server_id or ""
         self.announced: list[str] = []
         self.listening = trio.Event()
-        self._orders = orders
+        self._config = config
         self._command = [*command, self.server_id]
-        self._pace = pace
+        self._restart_delays = restart_delays
         self._stopping = stopping
         self._log = log.bind(server_id=self.server_id)
-        self._parting = trio.Event()
-        self._leaving = False
+        self._ending = trio.Event()
+        self._replacing = False
 
     def drain(self) -> None:
-        """Let the process end as on SIGTERM, and have no other."""
-        self._parting.set()
+        """Begin the drain of the process, as SIGTERM does; no other process follows."""
+        self._ending.set()
 
     async def replace(self) -> None:
-        """Let the process end, its clients going to the others, and wait until the next listens."""
+        """Drain the process while new clients go to the other workers; wait for the next one."""
         if self.listening.is_set():
             self.listening = trio.Event()
-            self._leaving = True
-            self._parting.set()
+            self._replacing = True
+            self._ending.set()
         await self.listening.wait()
 
     async def run(self) -> None:
-        """Have a process, one after the other, until `drain`.
+        """Run one process after the other, until `drain`.
 
         Raises:
-            StartError: the first one did not come to listen.
+            StartError: the first process ended before it listened.
         """
-        backoff = Backoff(self._pace.longest, self._pace.first)
+        backoff = Backoff(self._restart_delays.longest, self._restart_delays.first)
         started = False
         failures = 0
         while not self._stopping.is_set():
-            ending = await self._live()
+            end = await self._run_process()
             if self.listening.is_set():
                 self.listening = trio.Event()
             if self._stopping.is_set():
                 return
-            started = started or ending.listened_s is not None
+            started = started or end.listened_s is not None
             if not started:
                 raise StartError(
-                    ending.refused or f"worker {self.server_id}: {ending.how}; its log says more"
+                    end.refused or f"worker {self.server_id}: {end.how}; its log says more"
                 )
-            if self._parting.is_set():
-                self._parting = trio.Event()
-                self._leaving = False
+            if self._ending.is_set():
+                self._ending = trio.Event()
+                self._replacing = False
                 failures = 0
                 continue
-            stable = ending.listened_s is not None and ending.listened_s >= self._pace.stable
+            stable = end.listened_s is not None and end.listened_s >= self._restart_delays.stable
             failures = 0 if stable else failures + 1
             wait_s = backoff.compute(failures)
             self._log.warning(
                 "worker.exited",
-                pid=ending.pid,
-                how=ending.how,
-                reason=ending.refused,
+                pid=end.pid,
+                how=end.how,
+                reason=end.refused,
                 restart_in_s=round(wait_s, 3),
             )
             with trio.move_on_after(wait_s):
                 await self._stopping.wait()
 
-    async def _live(self) -> "_Ending":
-        """Have one process, from its start to its end."""
+    async def _run_process(self) -> "_ProcessEnd":
+        """Run one process, from its start to its end."""
         listened: float | None = None
         report: WorkerReport | None = None
         silent = False
-        # Whoever cannot be waited for any longer is killed by the end of this scope.
-        with trio.CancelScope() as patience:
+        # When the deadline of this scope passes, the process is killed.
+        with trio.CancelScope() as limit:
             async with trio.open_nursery() as nursery:
                 start = partial(
                     trio.run_process,
@@ -300,11 +316,11 @@ class _Worker:
                 try:
                     process: trio.Process = await nursery.start(start)
                 except OSError as error:
-                    # Out of memory or processes, which passes: the others go on meanwhile.
-                    return _Ending(None, f"it could not be started: {error}")
+                    # Out of memory or processes: this may pass, and the other workers serve on.
+                    return _ProcessEnd(None, f"it could not be started: {error}")
                 assert process.stdin is not None
                 assert process.stdout is not None
-                nursery.start_soon(self._instruct, process.stdin, patience)
+                nursery.start_soon(self._run_stdin, process.stdin, limit)
                 async with process.stdout:
                     with trio.move_on_after(self._start_s()) as starting:
                         if (line := await read_line(process.stdout)) is not None:
@@ -312,63 +328,65 @@ class _Worker:
                         if report is None or report.refused is not None:
                             await process.wait()
                     if starting.cancelled_caught:
-                        patience.cancel()
+                        limit.cancel()
                     elif report is not None and report.refused is None:
                         listened = trio.current_time()
                         self.announced = report.lines
                         self._log.info("worker.started", pid=process.pid)
                         self.listening.set()
-                        silent = await _silent(process.stdout)
-                        patience.deadline = trio.current_time() + (0 if silent else DRAIN_MARGIN_S)
+                        silent = await _wait_for_silence(process.stdout)
+                        limit.deadline = trio.current_time() + (0 if silent else DRAIN_MARGIN_S)
                     await process.wait()
                 nursery.cancel_scope.cancel()
-        how = _how(process.returncode)
-        if patience.cancelled_caught:
+        how = _status_text(process.returncode)
+        if limit.cancelled_caught:
             how = "it did not start in time and was killed"
             if listened is not None:
                 how = "it did not end in time and was killed"
             if silent:
-                how = f"it was silent for {SILENCE_S:g} s and was killed"
+                how = f"it sent no heartbeat for {SILENCE_S:g} s and was killed"
             self._log.error("worker.killed", pid=process.pid, how=how)
-        return _Ending(
+        return _ProcessEnd(
             process.pid,
             how,
             report.refused if report is not None else None,
             None if listened is None else trio.current_time() - listened,
         )
 
-    async def _instruct(self, stdin: trio.abc.SendStream, patience: trio.CancelScope) -> None:
-        """Give the process its orders, and when it is to part, the time for that."""
+    async def _run_stdin(self, stdin: trio.abc.SendStream, limit: trio.CancelScope) -> None:
+        """Send the process its configuration; close the pipe, with a deadline, to drain it."""
         async with stdin:
             try:
-                await stdin.send_all(msgspec.json.encode(self._orders) + b"\n")
-                await self._parting.wait()
-                patience.deadline = (
+                await stdin.send_all(msgspec.json.encode(self._config) + b"\n")
+                await self._ending.wait()
+                limit.deadline = (
                     trio.current_time()
-                    + self._orders.settings.drain_timeout_ms / 1000
+                    + self._config.settings.drain_timeout_ms / 1000
                     + DRAIN_MARGIN_S
-                    + LEAVING_S
+                    + PORT_CLOSED_S
                 )
-                if self._leaving:
-                    await stdin.send_all(LEAVE)
-                    await trio.sleep(LEAVING_S)
+                if self._replacing:
+                    await stdin.send_all(CLOSE_SHARED_PORT)
+                    await trio.sleep(PORT_CLOSED_S)
             except trio.BrokenResourceError:
-                # It has ended, as whoever waits for it will see.
+                # The process has ended; `_run_process` waits for it.
                 return
 
     def _start_s(self) -> float:
-        settings = self._orders.settings
+        """Limit of a process's start, seconds."""
+        settings = self._config.settings
         redis_ms = settings.redis_connect_timeout + settings.redis_health_timeout_ms
         return redis_ms / 1000 + _CLAIM_S + START_MARGIN_S
 
 
-class _Ending(Struct, frozen=True):
-    """How a process ended.
+class _ProcessEnd(Struct, frozen=True):
+    """The end of a worker process.
 
     Attributes:
-        pid: None if there was no process.
-        refused: why it did not start, if it said so.
-        listened_s: for how long it listened; None if it did not come to it.
+        pid: process id; None if no process could be started.
+        how: exit status or signal, in words.
+        refused: reason that the process reported for not starting, if it did.
+        listened_s: time that it listened, seconds; None if it never did.
     """
 
     pid: int | None
@@ -377,8 +395,8 @@ class _Ending(Struct, frozen=True):
     listened_s: float | None = None
 
 
-async def _silent(stream: trio.abc.ReceiveStream) -> bool:
-    """Read until the stream ends, or does not bring anything for too long: then it is true."""
+async def _wait_for_silence(stream: trio.abc.ReceiveStream) -> bool:
+    """Failure detector: True after `SILENCE_S` without a byte, False when the stream ends."""
     while True:
         with trio.move_on_after(SILENCE_S):
             if not await stream.receive_some():
@@ -391,8 +409,8 @@ async def _kill(process: trio.Process) -> None:
     process.kill()
 
 
-def _how(status: int | None) -> str:
-    """In words, how a process ended."""
+def _status_text(status: int | None) -> str:
+    """An exit status in words."""
     if status is not None and status < 0:
         return f"it was ended by signal {-status}, {signal.strsignal(-status)}"
     return f"it ended with status {status}"

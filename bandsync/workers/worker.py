@@ -1,8 +1,9 @@
-"""One of several processes on one port: what it is told, what it tells, and how it obeys.
+"""One of several processes on one port, and its pipe protocol with the supervisor.
 
-It shares two pipes with its supervisor. Its standard input brings its `Orders` and then stays open:
-a `LEAVE` in it gives up the shared port, and its end is the order to drain, whether the supervisor
-closed it or died. Its standard output carries one `WorkerReport`, and then a newline now and then.
+Two pipes connect a worker with its supervisor. Standard input carries one `WorkerConfig` line and
+then stays open: `CLOSE_SHARED_PORT` closes the shared port, and end of file begins the drain. The
+pipe also ends when the supervisor dies, so that no worker outlives it. Standard output carries one
+`WorkerReport` line and then an empty line every `HEARTBEAT_S`.
 """
 
 from collections.abc import Callable, Collection
@@ -12,33 +13,35 @@ import trio
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.app import Serving, StartError, serve
+from bandsync.app import Serving, serve
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.settings import Settings
+from bandsync.startup import StartError
 
-LEAVE = b"leave\n"
-# How often a worker shows that it is alive.
-BEAT_S = 1.0
+CLOSE_SHARED_PORT = b"close_shared_port\n"
+# Period of the heartbeats, seconds; the supervisor's limit is `supervisor.SILENCE_S`.
+HEARTBEAT_S = 1.0
 
 
-class Orders(Struct, frozen=True):
-    """What a worker is told before it starts.
+class WorkerConfig(Struct, frozen=True):
+    """Everything that a worker needs to start.
 
     Attributes:
-        settings: with a `server_id` and a port.
-        worker: which one it is, from 1.
-        crew: a name that the workers of this supervisor share with nobody else.
+        settings: settings with `server_id` and port filled in.
+        worker: number of the worker, from 1.
+        group: random name that only the workers of this supervisor know.
     """
 
     settings: Settings
     worker: int
-    crew: str | None = None
+    group: str | None = None
 
 
 class WorkerReport(Struct, frozen=True):
-    """What a worker tells when it listens, or that it cannot start.
+    """The result of a worker's start.
 
     Attributes:
-        lines: what it would have announced.
+        lines: lines that a single server would have printed.
         refused: why it cannot start; None if it listens.
     """
 
@@ -53,37 +56,40 @@ async def work(
     *,
     signals: Collection[int] = (),
 ) -> None:
-    """Serve as a worker of the supervisor at the other ends of these pipes, until it says so.
+    """Serve as a worker until ``inlet`` ends; then drain.
 
     Args:
-        log_for: the logger that settings ask for.
+        inlet: the supervisor's end writes `WorkerConfig` and `CLOSE_SHARED_PORT`.
+        outlet: the supervisor's end reads `WorkerReport` and heartbeats.
+        log_for: makes the logger that the settings describe.
         signals: see `bandsync.app.serve`.
     """
     line = await read_line(inlet)
     if line is None:
         return
-    orders = msgspec.json.decode(line, type=Orders)
-    log = log_for(orders.settings).bind(server_id=orders.settings.server_id)
+    config = msgspec.json.decode(line, type=WorkerConfig)
+    log = log_for(config.settings).bind(server_id=config.settings.server_id)
     serving: Serving | None = None
     lines: list[str] = []
     refused: BaseExceptionGroup[StartError] | None = None
 
-    async def run(*, task_status: trio.TaskStatus[Serving]) -> None:
+    async def run_server(*, task_status: trio.TaskStatus[Serving]) -> None:
         await serve(
-            orders.settings,
+            config.settings,
             log,
-            worker=orders.worker,
-            crew=orders.crew,
+            worker=config.worker,
+            group=config.group,
             announce=lines.append,
             signals=signals,
             task_status=task_status,
         )
         nursery.cancel_scope.cancel()
 
-    async def obey() -> None:
+    async def run_commands() -> None:
+        # `CLOSE_SHARED_PORT` is the only command: any bytes stand for it.
         while await inlet.receive_some():
             if serving is not None:
-                serving.leave()
+                serving.close_shared_port()
         if serving is None:
             nursery.cancel_scope.cancel()
         else:
@@ -91,30 +97,29 @@ async def work(
 
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(obey)
-            serving = await nursery.start(run)
-            await _tell(outlet, msgspec.json.encode(WorkerReport(lines)) + b"\n")
+            nursery.start_soon(run_commands)
+            serving = await nursery.start(run_server)
+            await _send(outlet, msgspec.json.encode(WorkerReport(lines)) + b"\n")
             while True:
-                await trio.sleep(BEAT_S)
-                await _tell(outlet, b"\n")
-    except* StartError as group:
-        refused = group
+                await trio.sleep(HEARTBEAT_S)
+                await _send(outlet, b"\n")
+    except* StartError as errors:
+        refused = errors
     if refused is not None:
-        await _tell(
-            outlet, msgspec.json.encode(WorkerReport(refused=str(first_of(refused)))) + b"\n"
-        )
+        report = WorkerReport(refused=str(first_leaf(refused)))
+        await _send(outlet, msgspec.json.encode(report) + b"\n")
 
 
-async def _tell(outlet: trio.abc.SendStream, line: bytes) -> None:
+async def _send(outlet: trio.abc.SendStream, line: bytes) -> None:
     try:
         await outlet.send_all(line)
     except trio.BrokenResourceError:
-        # The supervisor has died, and so ends the standard input, which ends us.
+        # The supervisor has died; end of file on standard input begins the drain.
         return
 
 
 async def read_line(stream: trio.abc.ReceiveStream) -> bytes | None:
-    """The first line; None if the stream ends before it does."""
+    """Read the first line; None if the stream ends before it does."""
     line = b""
     while not line.endswith(b"\n"):
         data = await stream.receive_some()
@@ -122,12 +127,3 @@ async def read_line(stream: trio.abc.ReceiveStream) -> bytes | None:
             return None
         line += data
     return line
-
-
-def first_of(group: BaseExceptionGroup[StartError]) -> StartError:
-    """One of the errors of a group, however deep."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, StartError)
-    return error

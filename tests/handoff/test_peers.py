@@ -30,7 +30,7 @@ from bandsync.handoff.rendezvous import preference
 from bandsync.workers import supervisor as workers
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.support.servers import PATIENCE_S, Musician, musician
-from tests.support.worker_groups import Crew, Diary, upgrade, working
+from tests.support.worker_groups import Diary, WorkerGroup, upgrade, working
 
 SESSIONS = [f"song-{number}" for number in range(8)]
 NAMES = st.text(max_size=64)
@@ -616,7 +616,7 @@ def path_of(session_id: str) -> str:
 
 
 async def member(
-    crew: Crew,
+    crew: WorkerGroup,
     nursery: trio.Nursery,
     session_id: str,
     context: ssl.SSLContext | None = None,

@@ -1,4 +1,4 @@
-"""What operators may ask of a real server, and who may."""
+"""The operators' HTTP interface of a real server, and its access control."""
 
 import base64
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from bandsync.ops.recorder import KEPT
 from scripts.testbed.redis_server import RedisServer
 from tests.support.servers import PATIENCE_S, Message, Server, band, start_server
 
-TOKEN = "höchst geheim: ja"  # With a colon: only the first one of Basic is a separator.
+TOKEN = "höchst geheim: ja"  # With a colon: in Basic credentials only the first one separates.
 
 
 async def get(server: Server, path: str, **options: Any) -> httpx.Response:
@@ -28,7 +28,7 @@ async def overview(server: Server, query: str = "") -> Message:
 
 
 async def until(server: Server, wanted: Callable[[Message], Any], query: str = "") -> Message:
-    """The first overview that is wanted."""
+    """Poll until an overview satisfies ``wanted``."""
     with trio.fail_after(PATIENCE_S):
         while True:
             found = await overview(server, query)
@@ -48,7 +48,7 @@ async def sampled(server: Server, count: int) -> Message:
 
 
 def of_redis(found: Message) -> list[str]:
-    """What the verdict says of Redis: a busy machine may find more."""
+    """The findings about Redis: a busy machine may have others."""
     verdict = found["verdict"]
     texts = [verdict["text"], *(each["text"] for each in verdict["others"])]
     return [text for text in texts if "Redis" in text]
@@ -59,7 +59,7 @@ def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": f"Basic {credentials}"}
 
 
-async def test_the_server_in_numbers(server: Server) -> None:
+async def test_overview_shows_the_server_in_numbers(server: Server) -> None:
     async with band(server, "Ann", "Bob") as (ann, bob):
         await ann.ok("play")
         before = await sampled(server, 1)
@@ -83,7 +83,7 @@ async def test_the_server_in_numbers(server: Server) -> None:
     assert sum(each["receivedPerS"] for each in found["samples"]) > 0
     assert sum(each["deliveriesPerS"] for each in found["samples"]) > 0
     commands = [each["command"] for each in found["samples"] if each["command"]]
-    # Two joins, play and chat; fractions of a sum over real time would tell less.
+    # Two joins, play and chat.
     assert sum(each["count"] for each in commands) == 4
     assert all(0 < each["meanMs"] <= each["maxMs"] for each in commands)
     commits = [each["commit"] for each in found["samples"] if each["commit"]]
@@ -91,21 +91,21 @@ async def test_the_server_in_numbers(server: Server) -> None:
     assert found["storage"] == (await get(server, "/api/storage/status")).json()
 
 
-async def test_an_idle_server_in_memory_is_well(server: Server) -> None:
+async def test_idle_server_in_memory_mode_is_well(server: Server) -> None:
     found = await overview(server)
     assert found["verdict"]["text"] == "All is well."
     assert [each["kind"] for each in found["events"]] == ["start"]
     assert found["events"][0]["mode"] == "memory (disabled)"
 
 
-async def test_since_gives_what_is_new(server: Server) -> None:
+async def test_since_returns_later_samples(server: Server) -> None:
     known = (await sampled(server, 2))["samples"]
     newer = (await overview(server, f"?since={known[0]['at']!r}"))["samples"]
     assert newer[0] == known[1]
     last = newer[-1]["at"]
     more = await until(server, lambda found: found["samples"], f"?since={last!r}")
     assert more["samples"][0]["at"] > last
-    # Of another server, or of a clock that was set back: all of it.
+    # An instant in the future is of another clock: all samples are returned.
     assert (await overview(server, "?since=9e15"))["samples"][0] == known[0]
     assert (await overview(server, "?since=-1&verbose"))["samples"][0] == known[0]
 
@@ -126,18 +126,18 @@ async def test_since_gives_what_is_new(server: Server) -> None:
         "since=1e999",
     ],
 )
-async def test_a_since_that_is_none(server: Server, query: str) -> None:
+async def test_malformed_since_is_a_bad_query(server: Server, query: str) -> None:
     answer = await get(server, f"/api/ops?{query}")
     assert answer.status_code == 400
     assert answer.json()["error"] == "bad_query"
     assert "since" in answer.json()["message"]
 
 
-async def test_it_is_not_kept_on_the_way(server: Server) -> None:
+async def test_overview_must_not_be_cached(server: Server) -> None:
     assert (await get(server, "/api/ops")).headers["cache-control"] == "no-store"
 
 
-async def test_without_a_token_the_screen_is_open(server: Server) -> None:
+async def test_screen_is_open_without_an_admin_token(server: Server) -> None:
     screen = await get(server, "/ops")
     assert screen.status_code == 200
     assert screen.headers["content-type"] == "text/html; charset=utf-8"
@@ -146,7 +146,7 @@ async def test_without_a_token_the_screen_is_open(server: Server) -> None:
     assert "unsafe" not in policy
 
 
-async def test_with_a_token_a_browser_asks_for_it(nursery: trio.Nursery) -> None:
+async def test_operators_pages_need_the_admin_token(nursery: trio.Nursery) -> None:
     guarded = await start_server(nursery, admin_token=TOKEN)
     refused: list[Any] = [
         {},
@@ -162,9 +162,9 @@ async def test_with_a_token_a_browser_asks_for_it(nursery: trio.Nursery) -> None
         for headers in refused:
             answer = await get(guarded, path, headers=headers)
             assert answer.status_code == 401, headers
-            asked = answer.headers.get_list("www-authenticate")
-            assert 'Basic realm="BandSync operators", charset="UTF-8"' in asked
-            assert "Bearer" in asked
+            challenges = answer.headers.get_list("www-authenticate")
+            assert 'Basic realm="BandSync operators", charset="UTF-8"' in challenges
+            assert "Bearer" in challenges
             assert "samples" not in answer.text
             assert "<html" not in answer.text
     for path in ("/ops", "/api/ops", "/api/sessions", "/metrics"):
@@ -176,7 +176,7 @@ async def test_with_a_token_a_browser_asks_for_it(nursery: trio.Nursery) -> None
     await guarded.stop()
 
 
-async def test_scripts_are_not_asked_by_a_dialogue(nursery: trio.Nursery) -> None:
+async def test_documents_for_scripts_do_not_prompt(nursery: trio.Nursery) -> None:
     guarded = await start_server(nursery, admin_token=TOKEN)
     for path in ("/metrics", "/api/sessions"):
         answer = await get(guarded, path)
@@ -184,7 +184,7 @@ async def test_scripts_are_not_asked_by_a_dialogue(nursery: trio.Nursery) -> Non
     await guarded.stop()
 
 
-async def test_a_redis_that_dies_and_comes_back(
+async def test_overview_shows_failover_and_recovery(
     nursery: trio.Nursery, redis_server: RedisServer
 ) -> None:
     server = await start_server(
@@ -217,7 +217,7 @@ async def test_a_redis_that_dies_and_comes_back(
 
         await trio.to_thread.run_sync(redis_server.start)
         back = await stored_in(server, "redis")
-        # A loss in the middle of the move, however rare, would be two more.
+        # The last event: a loss during the migration would add two more before it.
         recovery = back["events"][-1]
         assert (recovery["kind"], recovery["mode"]) == ("recovery", "redis")
         assert recovery["outageMs"] == pytest.approx(recovery["at"] - failover["at"], abs=5)

@@ -1,4 +1,4 @@
-"""Logs: structured, and never in the way."""
+"""Logs: structured, and never blocking."""
 
 import io
 import json
@@ -10,11 +10,11 @@ from bandsync.settings import Settings
 
 
 def logged(settings: Settings) -> str:
-    """What a few events look like."""
+    """The text of some events."""
     out = io.StringIO()
     sink = Sink(out)
     log = make_logger(settings, sink)
-    log.debug("not.asked.for")
+    log.debug("below.the.level")
     log.info("member.joined", session_id="söng", role="leader")
     try:
         raise RuntimeError("a bug")
@@ -24,7 +24,7 @@ def logged(settings: Settings) -> str:
     return out.getvalue()
 
 
-def test_json_lines() -> None:
+def test_json_format_is_an_object_per_line() -> None:
     joined, failed = map(json.loads, logged(Settings(log_format="json")).splitlines())
     assert joined.pop("timestamp").endswith("Z")
     assert joined == {
@@ -36,7 +36,7 @@ def test_json_lines() -> None:
     assert failed["exception"][0]["exc_value"] == "a bug"
 
 
-def test_console_lines() -> None:
+def test_console_format_shows_fields_and_traceback() -> None:
     text = logged(Settings())
     assert "member.joined" in text
     assert "session_id=söng" in text
@@ -44,7 +44,7 @@ def test_console_lines() -> None:
     assert "\x1b" not in text or os.isatty(2)
 
 
-def test_a_log_that_cannot_be_written_is_counted_and_nothing_else() -> None:
+def test_sink_drops_and_counts_lines_that_cannot_be_written() -> None:
     class Broken(io.StringIO):
         """A pipe whose reader is gone."""
 
@@ -58,9 +58,9 @@ def test_a_log_that_cannot_be_written_is_counted_and_nothing_else() -> None:
     assert sink.dropped == 2
 
 
-def test_a_log_that_nobody_reads_blocks_nobody() -> None:
+def test_sink_never_blocks_when_its_output_hangs() -> None:
     class Unread(io.StringIO):
-        """Its first write hangs until it is let go."""
+        """The first write hangs until the gate opens."""
 
         gate = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a second of the server's life is in numbers, and what ten minutes of them keep."""
+"""Samples of one second, and the recorder that keeps ten minutes of them."""
 
 import gc
 from collections.abc import Callable
@@ -50,7 +50,7 @@ QUIET = State(
 
 
 class Storage:
-    """What the recorder looks at of a storage manager."""
+    """The part of a storage manager that the recorder reads."""
 
     mode: Mode = "redis"
     degraded = False
@@ -60,7 +60,7 @@ class Storage:
 
 
 class Observed:
-    """A server whose numbers are given."""
+    """A server with fixed numbers."""
 
     boot_id = "ours"
 
@@ -90,7 +90,7 @@ class Observed:
 
 
 def spread_over(*boot_ids: str, drop: str | None = None) -> Session:
-    """A session with a member on each of these servers, one of whom may have dropped."""
+    """A session with a member on each of these servers; ``drop`` names a disconnected one."""
     stage = Stage()
     for boot_id in boot_ids:
         stage.here = ServerContext(server_id=boot_id, boot_id=boot_id, max_members=8)
@@ -101,7 +101,7 @@ def spread_over(*boot_ids: str, drop: str | None = None) -> Session:
     return stage.session
 
 
-def test_counts_are_per_second_whatever_the_second_lasted() -> None:
+def test_rates_are_per_second_of_actual_length() -> None:
     after = Totals(
         at_s=12.0,
         deliveries=500,
@@ -115,18 +115,18 @@ def test_counts_are_per_second_whatever_the_second_lasted() -> None:
     assert (found.lasted_ms, found.loop_lag_ms) == (2000, 1000)
     assert (found.deliveries_per_s, found.received_per_s, found.dropped_per_s) == (250, 10, 1.5)
     assert found.cpu == 0.25
-    # These are rare enough to be counted one by one.
+    # Rare events are counts, not rates.
     assert (found.slow_consumers, found.internal_errors) == (1, 2)
 
 
-def test_what_was_before_the_first_reading_is_not_of_this_second() -> None:
+def test_counts_before_the_first_reading_are_excluded() -> None:
     before = replace(NOTHING, deliveries=1_000_000, slow_consumers=9)
     after = replace(before, at_s=11.0, deliveries=1_000_010)
     found = sample(before, after, QUIET, command=None, commit=None, loop_lag_s=0)
     assert (found.deliveries_per_s, found.slow_consumers) == (10, 0)
 
 
-def test_what_was_not_measured_is_none_and_not_zero() -> None:
+def test_unmeasured_value_is_none() -> None:
     after = replace(NOTHING, at_s=11.0)
     found = sample(NOTHING, after, QUIET, command=None, commit=None, loop_lag_s=0)
     assert found.round_trip_ms is None
@@ -135,7 +135,7 @@ def test_what_was_not_measured_is_none_and_not_zero() -> None:
     assert found.commit is None
 
 
-def test_durations_have_a_mean_and_a_longest_and_begin_anew() -> None:
+def test_durations_have_mean_and_maximum_and_reset() -> None:
     durations = Durations()
     assert durations.take() is None
     for seconds in (0.001, 0.004, 0.0025):
@@ -160,7 +160,9 @@ def recorder(nursery: trio.Nursery) -> Callable[..., tuple[Recorder, Observed, C
 Start = Callable[[], tuple[Recorder, Observed, Counters]]
 
 
-async def test_a_sample_every_second(recorder: Start, autojump_clock: MockClock) -> None:
+async def test_recorder_takes_a_sample_every_second(
+    recorder: Start, autojump_clock: MockClock
+) -> None:
     recording, _, counters = recorder()
     await trio.sleep(0.5)
     counters.deliveries += 100
@@ -180,7 +182,7 @@ async def test_a_sample_every_second(recorder: Start, autojump_clock: MockClock)
     assert first.memory_bytes is None or first.memory_bytes > 1_000_000
 
 
-async def test_sessions_that_reach_other_servers(
+async def test_spread_counts_sessions_with_connected_members_elsewhere(
     recorder: Start, autojump_clock: MockClock
 ) -> None:
     recording, observed, _ = recorder()
@@ -194,7 +196,7 @@ async def test_sessions_that_reach_other_servers(
     assert [each.spread for each in recording.since()] == [2]
 
 
-async def test_ten_minutes_are_kept_and_no_more(recorder: Start, autojump_clock: MockClock) -> None:
+async def test_recorder_keeps_ten_minutes(recorder: Start, autojump_clock: MockClock) -> None:
     recording, _, _ = recorder()
     await trio.sleep(KEPT + 100.5)
     kept = recording.since()
@@ -202,10 +204,8 @@ async def test_ten_minutes_are_kept_and_no_more(recorder: Start, autojump_clock:
     assert kept[-1].at - kept[0].at == pytest.approx((KEPT - 1) * 1000)
 
 
-async def test_ten_minutes_are_kept_without_an_object_for_each(
-    recorder: Start, autojump_clock: MockClock
-) -> None:
-    """They would grow into half a megabyte while whoever looks for a leak looks."""
+async def test_recorder_keeps_samples_packed(recorder: Start, autojump_clock: MockClock) -> None:
+    """Objects would grow to half a megabyte, which looks like a leak."""
     recording, _, _ = recorder()
     await trio.sleep(100.5)
     gc.collect()
@@ -213,7 +213,7 @@ async def test_ten_minutes_are_kept_without_an_object_for_each(
     assert len(recording.since()) == 100
 
 
-def test_what_is_packed_is_the_same_again() -> None:
+def test_packed_sample_is_unpacked_unchanged() -> None:
     after = replace(NOTHING, at_s=11.25, deliveries=70, cpu_s=0.1)
     measured = replace(
         QUIET,
@@ -232,7 +232,7 @@ def test_what_is_packed_is_the_same_again() -> None:
         assert type(unpacked(packed(each)).connections) is int
 
 
-async def test_since(recorder: Start, autojump_clock: MockClock) -> None:
+async def test_since_returns_later_samples(recorder: Start, autojump_clock: MockClock) -> None:
     recording, _, _ = recorder()
     assert recording.since(0) == []
     await trio.sleep(10.5)
@@ -241,13 +241,11 @@ async def test_since(recorder: Start, autojump_clock: MockClock) -> None:
     assert recording.since(every[6].at) == every[7:]
     assert recording.since(every[-1].at) == []
     assert recording.since(0) == every
-    # Of a server that was set back, or of another one, who asks knows nothing.
+    # An instant in the future is of another clock: all samples are new to the client.
     assert recording.since(every[-1].at + 1) == every
 
 
-async def test_a_stall_is_one_long_second_and_no_burst(
-    recorder: Start, mock_clock: MockClock
-) -> None:
+async def test_stall_is_one_long_sample(recorder: Start, mock_clock: MockClock) -> None:
     recording, _, counters = recorder()
     await trio.testing.wait_all_tasks_blocked()
     counters.received += 80
@@ -262,7 +260,7 @@ async def test_a_stall_is_one_long_second_and_no_burst(
     assert len(recording.since()) == 2
 
 
-async def test_a_clock_that_is_set_back_begins_another_past(
+async def test_samples_restart_when_the_clock_is_set_back(
     recorder: Start, autojump_clock: MockClock
 ) -> None:
     recording, observed, _ = recorder()
@@ -274,7 +272,7 @@ async def test_a_clock_that_is_set_back_begins_another_past(
     assert [each.at for each in kept] == sorted(each.at for each in kept)
 
 
-def test_the_last_failover_and_recovery_outlive_the_history() -> None:
+def test_last_failover_and_recovery_outlive_the_history() -> None:
     history = History("memory", 0)
     assert (history.mode, history.since, list(history.changes)) == (
         "memory",

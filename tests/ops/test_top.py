@@ -1,4 +1,4 @@
-"""`scripts/top.py`, as an operator runs it, and what it makes of answers."""
+"""`scripts/top.py` as a program, and its view of answers."""
 
 import os
 import pty
@@ -34,7 +34,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def top(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run it with --once."""
+    """Run `top.py --once`."""
     return subprocess.run(
         [sys.executable, SCRIPTS / "top.py", "--once", *arguments],
         env=environment(COLUMNS="100", **variables),
@@ -46,7 +46,7 @@ def top(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def answer_of(server: ServerProcess, samples: int = 0) -> Any:
-    """What ``/api/ops`` says, once there are so many samples."""
+    """The answer of ``/api/ops``, once it has at least so many samples."""
     deadline = time.perf_counter() + PATIENCE_S
     while time.perf_counter() < deadline:
         answer = httpx.get(f"{server.url}/api/ops").json()
@@ -62,7 +62,7 @@ def shown(*servers: Watched, width: int = 80) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_once_when_all_is_well(start_process: Start) -> None:
+def test_once_exits_with_0_when_all_is_well(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     answer_of(server, samples=1)
     done = top(server.url)
@@ -73,7 +73,9 @@ def test_once_when_all_is_well(start_process: Start) -> None:
     assert top(server.url.removeprefix("http://")).returncode == 0
 
 
-def test_once_when_something_is_wrong(start_process: Start, redis_server: RedisServer) -> None:
+def test_once_exits_with_1_when_redis_is_lost(
+    start_process: Start, redis_server: RedisServer
+) -> None:
     server = start_process(
         REDIS_ENABLED="true", REDIS_URL=redis_server.url(), REDIS_HEALTH_INTERVAL_MS="100"
     )
@@ -87,7 +89,7 @@ def test_once_when_something_is_wrong(start_process: Start, redis_server: RedisS
     assert "Redis lost" in done.stdout
 
 
-def test_once_when_a_server_does_not_answer(start_process: Start) -> None:
+def test_once_exits_with_2_when_a_server_does_not_answer(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     done = top(server.url, f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 2
@@ -96,7 +98,7 @@ def test_once_when_a_server_does_not_answer(start_process: Start) -> None:
     assert done.stderr == ""
 
 
-def test_the_token(start_process: Start) -> None:
+def test_token_comes_from_flag_environment_or_address(start_process: Start) -> None:
     server = start_process(ADMIN_TOKEN="höchst geheim")
     refused = top(server.url)
     assert refused.returncode == 2
@@ -109,18 +111,18 @@ def test_the_token(start_process: Start) -> None:
     assert "geheim" not in done.stdout
 
 
-def test_addresses(start_process: Start) -> None:
+def test_malformed_address_is_refused(start_process: Start) -> None:
     server = start_process()
     assert top(f"{server.url}/elsewhere").returncode == 0  # Only the origin counts.
     for address in ("ftp://x", "http://", "http://x:port"):
         done = top(address)
         assert done.returncode == 2
-        assert "is no address such as" in done.stderr
+        assert "is not an address such as" in done.stderr
 
 
 @contextmanager
 def terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[str], None]]]:
-    """Run it in a terminal; the second of the two waits until that shows a text."""
+    """Run `top.py` in a terminal; return it, and a function that waits until a text is shown."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, SCRIPTS / "top.py", *arguments],
@@ -152,7 +154,7 @@ def terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Callabl
         os.close(ours)
 
 
-def test_it_outlives_a_server_and_ends_when_asked(start_process: Start) -> None:
+def test_screen_outlives_a_server_and_ends_at_sigint(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     with terminal(server.url) as (process, shows):
         shows("All is well.")
@@ -164,45 +166,45 @@ def test_it_outlives_a_server_and_ends_when_asked(start_process: Start) -> None:
         assert process.wait(PATIENCE_S) == 0
 
 
-def test_samples_over_a_restart(start_process: Start) -> None:
+def test_samples_continue_over_a_restart(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     watched = Watched(server.url)
-    watched.take(answer_of(server, samples=2))
+    watched.update(answer_of(server, samples=2))
     known = list(watched.samples)
     assert watched.since == known[-1]["at"]
-    # Asked again without `since`, nothing is there twice.
-    watched.take(answer_of(server))
+    # Without `since` the answer repeats samples: none is stored twice.
+    watched.update(answer_of(server))
     assert watched.samples[: len(known)] == known
     moments = [each["at"] for each in watched.samples]
     assert moments == sorted(set(moments))
-    watched.miss("gone")
+    watched.fail("gone")
     assert not watched.well
     server.restart()
-    watched.take(answer_of(server, samples=1))
+    watched.update(answer_of(server, samples=1))
     assert watched.samples[: len(known)] == known
     assert len(watched.samples) > len(known)
     moments = [each["at"] for each in watched.samples]
     assert moments == sorted(set(moments))
 
 
-def test_behind_a_load_balancer_it_stays_with_its_server(start_process: Start) -> None:
+def test_view_behind_a_load_balancer_stays_with_its_server(start_process: Start) -> None:
     left, right = start_process(SERVER_ID="left"), start_process(SERVER_ID="right")
     watched = Watched(left.url)
-    watched.take(answer_of(left, samples=1))
-    watched.take(answer_of(right, samples=1))
+    watched.update(answer_of(left, samples=1))
+    watched.update(answer_of(right, samples=1))
     assert not watched.well
     assert watched.latest is not None
     assert watched.latest["serverId"] == "left"
-    watched.take(answer_of(left))
+    watched.update(answer_of(left))
     assert watched.well
-    # The other has taken its place, name and all.
+    # The other server has replaced it for good.
     for _ in range(10):
-        watched.take(answer_of(right))
+        watched.update(answer_of(right))
     assert watched.well
     assert watched.latest["serverId"] == "right"
 
 
-def test_a_newer_server_is_no_good_news(start_process: Start) -> None:
+def test_unknown_values_of_a_newer_server_are_shown_as_a_warning(start_process: Start) -> None:
     server = start_process()
     watched = Watched(server.url)
     answer = answer_of(server, samples=1)
@@ -210,35 +212,35 @@ def test_a_newer_server_is_no_good_news(start_process: Start) -> None:
     answer["verdict"] |= {"level": "grave", "text": "Something new.", "others": others}
     answer["events"].append(answer["events"][0] | {"kind": "promotion"})
     answer["samples"][-1]["mode"] = "elsewhere"
-    watched.take(answer)
+    watched.update(answer)
     text = "\n".join(shown(watched))
     assert "! Something new." in text
     assert "Odd. Very." in text
     assert not watched.well
 
 
-def test_nothing_is_wider_than_the_terminal(start_process: Start) -> None:
+def test_lines_fit_the_width_of_the_terminal(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left-of-a-very-large-hall-with-a-name")
     watched, silent = Watched(server.url), Watched("http://127.0.0.1:1")
-    watched.take(answer_of(server, samples=1))
-    silent.miss("nobody there")
+    watched.update(answer_of(server, samples=1))
+    silent.fail("connection refused")
     for width in (60, 80, 120):
         assert max(len(line) for line in shown(watched, width=width)) <= width
         lines = shown(watched, silent, width=width)
         assert max(len(line) for line in lines) <= width
         assert any("no answer" in line for line in lines)
-    # A terminal of the usual size has it all.
+    # The whole screen fits 24 lines.
     assert len(shown(watched)) <= 24
 
 
-def test_sparklines() -> None:
+def test_sparkline_is_scaled_to_its_highest_value() -> None:
     assert sparkline([]) == " " * WIDTH
     assert sparkline([0, 0]).strip() == "▁▁"
     assert sparkline([0, 4, None, 8]).endswith("▁▅ █")
     assert len(sparkline([1.0] * WIDTH)) == WIDTH
 
 
-def test_numbers_and_durations() -> None:
+def test_numbers_and_durations_are_short() -> None:
     assert [number(each) for each in (None, 0, 7, 0.25, 12.34, 1234.5)] == [
         "-",
         "0",

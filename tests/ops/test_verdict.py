@@ -1,4 +1,4 @@
-"""One sentence for operators: when it says what."""
+"""The verdict: which facts lead to which sentence for operators."""
 
 import pytest
 from msgspec.structs import replace
@@ -41,7 +41,7 @@ SECOND = Sample(
 
 
 def seconds(*samples: Sample) -> list[Sample]:
-    """These, one after the other, the last one now."""
+    """These samples at successive seconds, the last one now."""
     first = NOW - 1000 * (len(samples) - 1)
     return [replace(each, at=first + 1000 * number) for number, each in enumerate(samples)]
 
@@ -77,7 +77,7 @@ def test_all_is_well() -> None:
     assert "Redis" in verdict.meaning
 
 
-def test_memory_by_choice_is_well_and_says_what_it_costs() -> None:
+def test_memory_by_configuration_is_well_and_warns_of_restarts() -> None:
     chosen = replace(
         WELL,
         awaited=False,
@@ -91,31 +91,31 @@ def test_memory_by_choice_is_well_and_says_what_it_costs() -> None:
     assert "restart" in verdict.meaning
 
 
-def test_a_lost_redis_says_why_since_when_and_what_is_at_stake() -> None:
+def test_lost_redis_shows_reason_start_and_data_at_stake() -> None:
     verdict = judge(LOST)
     assert verdict.level == "warn"
     assert verdict.text == "Redis is lost: the bands play on from memory."
     assert verdict.since == 50
     assert in_words("timed_out") in verdict.meaning
-    # It may come back empty: then what is here is all there is.
+    # Redis may come back empty: then this memory is the only copy.
     assert "the only copy" in verdict.meaning
-    nobody = seconds(replace(SECOND, rooms=0, sessions=0))
-    assert "the only copy" not in judge(replace(LOST, samples=nobody)).meaning
+    idle = seconds(replace(SECOND, rooms=0, sessions=0))
+    assert "the only copy" not in judge(replace(LOST, samples=idle)).meaning
     assert "1 session has" in judge(replace(LOST, kept_in_memory=1)).meaning
     at_stake = judge(replace(LOST, kept_in_memory=12))
     assert "12 sessions have" in at_stake.meaning
-    # The figure moves, the sentence does not: screen readers speak it.
+    # The figure moves, the sentence does not, because screen readers speak it.
     assert at_stake.text == verdict.text
 
 
-def test_a_redis_that_was_never_there() -> None:
+def test_absent_redis_is_not_called_lost() -> None:
     absent = replace(LOST, changes=[ModeChange(7, "memory")], loss=Loss("refused", "nobody"))
     verdict = judge(absent)
     assert verdict.text.startswith("Redis is not there")
     assert verdict.since == 7
 
 
-def test_the_way_back() -> None:
+def test_recovery_is_shown_with_its_progress() -> None:
     assert judge(replace(LOST, connected=True)).text.startswith("Redis answers again")
     moving = replace(LOST, connected=True, migration=Migration(9, 4))
     verdict = judge(moving)
@@ -124,18 +124,18 @@ def test_the_way_back() -> None:
     assert verdict.since == 50
 
 
-def test_before_the_first_session_is_on_its_way() -> None:
-    """The listening to other servers comes first: half a second, if it must."""
+def test_migration_is_shown_before_its_first_session() -> None:
+    """The subscription to other servers comes first, and may take half a second."""
     begun = [*LOST.changes, ModeChange(60, "migrating")]
     verdict = judge(replace(LOST, connected=True, changes=begun))
-    assert verdict.text == "Redis is back: sessions are on their way to it."
+    assert verdict.text == "Redis is back: sessions are moving to it."
     assert verdict.meaning.startswith("Members")
     assert judge(replace(LOST, connected=True, migration=Migration(0))).meaning.startswith(
         "Members"
     )
 
 
-def test_a_redis_that_was_never_there_is_not_back() -> None:
+def test_redis_used_for_the_first_time_is_not_called_back() -> None:
     absent = replace(LOST, changes=[ModeChange(7, "memory")])
     assert judge(replace(absent, connected=True)).text.startswith("Redis answers, ")
     moving = replace(absent, connected=True, migration=Migration(9, 4))
@@ -148,7 +148,7 @@ def test_a_redis_that_was_never_there_is_not_back() -> None:
     [LOST, replace(LOST, connected=True), replace(LOST, gave_up=True)],
     ids=["lost", "proving", "gave up"],
 )
-def test_a_band_on_several_servers_notices(facts: Facts) -> None:
+def test_effect_on_bands_on_several_servers_is_shown(facts: Facts) -> None:
     together = judge(facts)
     assert "Members notice nothing, unless" in together.meaning
     for spread, counted in ((1, "1 session has members"), (3, "3 sessions have members")):
@@ -159,27 +159,27 @@ def test_a_band_on_several_servers_notices(facts: Facts) -> None:
         assert "notice nothing" not in apart.meaning
 
 
-def test_a_band_that_was_cut_apart_says_so_in_its_sentence() -> None:
+def test_bands_cut_apart_change_the_sentence() -> None:
     apart = replace(LOST, samples=seconds(replace(SECOND, spread=1)))
     assert judge(apart).text == "Redis is lost: bands on several servers are cut apart."
-    # That is over when Redis is back, which is another state.
+    # During the migration the servers exchange changes again.
     moving = judge(replace(apart, connected=True, migration=Migration(9, 4)))
     assert (moving.level, moving.text[:13]) == ("warn", "Redis is back")
-    assert "they meet again" in moving.meaning
-    # While Redis is in use it is as good as one server.
+    assert "they are together again" in moving.meaning
+    # Several servers are no finding while Redis is in use.
     assert judge(replace(WELL, samples=apart.samples)).level == "good"
 
 
-def test_nobody_trying_again_is_worse() -> None:
+def test_ended_reconnecting_is_bad() -> None:
     verdict = judge(replace(LOST, gave_up=True, kept_in_memory=1))
     assert verdict.level == "bad"
     assert "REDIS_AUTO_RECOVER" in verdict.meaning
-    # Waiting for Redis would be waiting for nothing.
+    # Redis is not tried again: advice to wait for it would be wrong.
     assert "a restart loses them" in verdict.meaning
     assert "do not stop" not in verdict.meaning
 
 
-def test_an_outage_begins_with_its_first_loss() -> None:
+def test_outage_starts_with_its_first_loss() -> None:
     flapping = [
         *WELL.changes,
         ModeChange(50, "memory", failover=Failover(50, "reset", "gone")),
@@ -195,40 +195,47 @@ def test_an_outage_begins_with_its_first_loss() -> None:
     assert degraded_since(healed) == 90
 
 
-def test_a_lag_must_last() -> None:
+def test_lag_is_a_finding_only_when_it_lasts() -> None:
     late = replace(SECOND, loop_lag_ms=LATE_MS + 1)
     few = [late] * (LATE_SECONDS - 1)
     assert judge(replace(WELL, samples=seconds(*few, *[SECOND] * 5))).level == "good"
     verdict = judge(replace(WELL, samples=seconds(*few, late, *[SECOND] * 5)))
-    assert (verdict.level, verdict.text) == ("bad", "The server is late.")
+    assert (verdict.level, verdict.text) == ("bad", "The server is overloaded.")
     assert judge(replace(WELL, samples=seconds(*few, late, *[SECOND] * 20))).level == "good"
 
 
 @pytest.mark.parametrize(
     ("second", "level", "text"),
     [
-        (replace(SECOND, slow_consumers=2), "warn", "Slow clients were let go."),
-        (replace(SECOND, internal_errors=2), "bad", "The server fails at commands."),
+        (replace(SECOND, slow_consumers=2), "warn", "Slow clients were disconnected."),
+        (
+            replace(SECOND, internal_errors=2),
+            "bad",
+            "Commands fail because of a bug in the server.",
+        ),
     ],
 )
-def test_what_happened_is_shown_for_a_minute(second: Sample, level: str, text: str) -> None:
+def test_event_is_shown_for_a_minute(second: Sample, level: str, text: str) -> None:
     verdict = judge(replace(WELL, samples=seconds(second, *[SECOND] * 59)))
     assert (verdict.level, verdict.text) == (level, text)
     assert verdict.meaning.startswith("2 in the last minute")
     assert judge(replace(WELL, samples=seconds(second, *[SECOND] * 60))).level == "good"
 
 
-def test_other_servers_unheard() -> None:
-    deaf = replace(SECOND, listening=False)
-    one = replace(WELL, listening=False, samples=seconds(SECOND, SECOND, deaf))
+def test_lost_subscription_is_a_finding_after_three_seconds() -> None:
+    unsubscribed = replace(SECOND, listening=False)
+    one = replace(WELL, listening=False, samples=seconds(SECOND, SECOND, unsubscribed))
     assert judge(one).level == "good"
-    verdict = judge(replace(one, samples=seconds(deaf, deaf, deaf)))
+    verdict = judge(replace(one, samples=seconds(unsubscribed, unsubscribed, unsubscribed)))
     assert verdict.text.startswith("Changes made on other servers")
-    # Where Redis is lost, that says it all.
-    assert [each.code for each in judge(replace(LOST, samples=seconds(deaf, deaf))).others] == []
+    # The loss of Redis includes it.
+    assert [
+        each.code
+        for each in judge(replace(LOST, samples=seconds(unsubscribed, unsubscribed))).others
+    ] == []
 
 
-def test_a_clock_that_is_surely_wrong() -> None:
+def test_clock_error_is_a_finding_when_it_exceeds_its_uncertainty() -> None:
     unsure = replace(SECOND, clock_error_ms=-40, clock_uncertainty_ms=30)
     assert judge(replace(WELL, samples=seconds(unsure))).level == "good"
     verdict = judge(replace(WELL, samples=seconds(replace(unsure, clock_uncertainty_ms=1))))
@@ -236,21 +243,21 @@ def test_a_clock_that_is_surely_wrong() -> None:
     assert "39 ms" in verdict.meaning
 
 
-def test_the_worst_is_the_sentence_and_the_others_follow() -> None:
+def test_worst_finding_is_the_sentence() -> None:
     failing = seconds(replace(SECOND, internal_errors=1))
     verdict = judge(replace(LOST, samples=failing, draining=True))
-    assert verdict.text == "The server fails at commands."
+    assert verdict.text == "Commands fail because of a bug in the server."
     assert [each.code for each in verdict.others] == ["draining", "lost"]
 
 
-def test_a_full_server_may_have_slow_clients_too() -> None:
+def test_full_server_is_worse_than_slow_clients() -> None:
     assert judge(replace(WELL, full=True)).others == []
     verdict = judge(replace(WELL, full=True, samples=seconds(replace(SECOND, slow_consumers=5))))
     assert verdict.text == "The server is full."
     assert [each.code for each in verdict.others] == ["slow"]
 
 
-def test_a_server_that_stops_says_what_ends_with_it() -> None:
+def test_draining_server_counts_the_sessions_that_end_with_it() -> None:
     stops = judge(replace(WELL, draining=True))
     assert (stops.level, stops.text) == ("warn", "This server is stopping.")
     chosen = judge(replace(WELL, awaited=False, draining=True, kept_in_memory=2))
@@ -261,8 +268,8 @@ def test_a_server_that_stops_says_what_ends_with_it() -> None:
     assert "1 session is in its memory only" in loses.meaning
 
 
-def test_every_reason_has_words() -> None:
+def test_every_loss_reason_has_words() -> None:
     for reason in LossReason.__args__:
         assert in_words(reason) != reason
-    # A reason from a newer link is better than none.
-    assert in_words("unheard_of") == "unheard_of"
+    # An unknown reason is shown as it is.
+    assert in_words("new_reason") == "new_reason"

@@ -59,7 +59,9 @@ def process(tmp_path: Path, redis: RedisServer, *more: str) -> Iterator[tuple[Se
         url = lines[0].split()[-1]
         assert lines[1].startswith("Storage: redis ("), lines
         port = int(url.rpartition(":")[2])
-        serve = Serving(url, port, "hall", stop=started.terminate, leave=started.terminate)
+        serve = Serving(
+            url, port, "hall", stop=started.terminate, close_shared_port=started.terminate
+        )
         yield Server(serve, TEST_SETTINGS, CapturingLogger(), lines, trio.Event()), started
 
 

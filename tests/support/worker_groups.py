@@ -1,5 +1,7 @@
 """Workers that run under a supervisor in this process, and its log."""
 
+import re
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,19 +12,19 @@ import trio
 from msgspec.structs import replace
 
 from bandsync.settings import Settings
-from bandsync.workers.supervisor import Pace, Supervising, supervise
+from bandsync.workers.supervisor import RestartDelays, Supervising, supervise
 from tests.support.servers import PATIENCE_S, TEST_SETTINGS, Message
 from tests.test_serve import SCRIPT
 
 COMMAND = [sys.executable, str(SCRIPT), "--worker"]
-QUICK = Pace(first=0.01, longest=0.05)
+QUICK = RestartDelays(first=0.01, longest=0.05)
 
 
 class Diary:
-    """A log whose entries can be waited for.
+    """A log with entries that tests can wait for.
 
     Attributes:
-        entries: all of them so far.
+        entries: all entries so far.
     """
 
     def __init__(self) -> None:
@@ -55,11 +57,11 @@ class Diary:
         return found[number - 1]
 
 
-class Crew:
+class WorkerGroup:
     """Workers that run, under a supervisor in this process.
 
     Attributes:
-        lines: what was announced.
+        lines: announced lines.
         done: set when the supervisor has returned.
     """
 
@@ -75,7 +77,10 @@ class Crew:
         return self.supervising.port
 
     async def start(
-        self, nursery: trio.Nursery, command: list[str] = COMMAND, pace: Pace = QUICK
+        self,
+        nursery: trio.Nursery,
+        command: list[str] = COMMAND,
+        restart_delays: RestartDelays = QUICK,
     ) -> None:
         async def run(*, task_status: trio.TaskStatus[Supervising]) -> None:
             try:
@@ -84,7 +89,7 @@ class Crew:
                     self.diary.logger,
                     command=command,
                     announce=self.lines.append,
-                    pace=pace,
+                    restart_delays=restart_delays,
                     task_status=task_status,
                 )
             finally:
@@ -98,11 +103,11 @@ class Crew:
             await self.done.wait()
 
     def pid(self, server_id: str) -> int:
-        """Of the process that has this name now."""
+        """The id of the process that currently has this name."""
         return self.diary.all("worker.started", server_id=server_id)[-1]["pid"]
 
 
-def crew_settings(redis_url: str, **changes: object) -> Settings:
+def group_settings(redis_url: str, **changes: object) -> Settings:
     ours = {
         "redis_enabled": True,
         "redis_url": redis_url,
@@ -115,13 +120,15 @@ def crew_settings(redis_url: str, **changes: object) -> Settings:
 
 
 @asynccontextmanager
-async def working(redis_url: str, **changes: object) -> AsyncIterator[tuple[Crew, trio.Nursery]]:
+async def working(
+    redis_url: str, **changes: object
+) -> AsyncIterator[tuple[WorkerGroup, trio.Nursery]]:
     """Workers that all listen, and are stopped at the end."""
-    crew = Crew(crew_settings(redis_url, **changes))
+    group = WorkerGroup(group_settings(redis_url, **changes))
     async with trio.open_nursery() as nursery:
-        await crew.start(nursery)
-        yield crew, nursery
-        await crew.stop()
+        await group.start(nursery)
+        yield group, nursery
+        await group.stop()
         nursery.cancel_scope.cancel()
 
 
@@ -136,3 +143,14 @@ def upgrade(path: str) -> bytes:
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
     ]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def ask_health(client: socket.socket) -> tuple[int, str]:
+    """The status and the server id that `/api/health` answers over this connection."""
+    client.sendall(b"GET /api/health HTTP/1.1\r\nHost: stage\r\n\r\n")
+    received = b""
+    while (
+        found := re.search(rb'^HTTP/1.1 (\d+).*"serverId":"([^"]+)"', received, re.DOTALL)
+    ) is None:
+        received += client.recv(4096)
+    return int(found[1]), found[2].decode()
