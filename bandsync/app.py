@@ -163,7 +163,7 @@ async def _serve(
 
         def tell_storage() -> None:
             loss = manager.history.last_failover if manager.degraded else None
-            connections.tell_storage(
+            connections.broadcast_storage_status(
                 StorageStatus(
                     manager.storage_type,
                     manager.degraded,
