@@ -14,6 +14,7 @@ from bandsync.client.membership import Membership
 from bandsync.client.retry_delay import delay_s
 from bandsync.client.server_address import ServerAddress
 from bandsync.client.websocket import ClientWebSocket, LineEnd, converse
+from bandsync.wire.close_codes import CloseCode, may_reconnect
 
 # A refusal that passes; every other one would be repeated for ever.
 _PASSING = frozenset({"rate_limited", "conflict", "internal"})
@@ -144,7 +145,9 @@ class ReconnectLoop:
         wait_s = delay_s(
             self._waits,
             random.random(),  # noqa: S311
-            slow=end.code == 1013 or end.http_status == 503 or _is_unwelcome(end),
+            slow=end.code == CloseCode.TRY_AGAIN_LATER
+            or end.http_status == 503
+            or _is_unwelcome(end),
         )
         self._waits += 1
         if talk is not None and talk.drained_s is not None:
@@ -183,9 +186,9 @@ class ReconnectLoop:
         if talk is not None and talk.refusal is not None and talk.refusal.code not in _PASSING:
             refusal = talk.refusal
             return JoinRefused(refusal.code, refusal.message, refusal.context)
-        if end.code == 4001:
+        if end.code == CloseCode.SESSION_TAKEN:
             return Superseded()
-        if end.code == 1008:
+        if not may_reconnect(end.code):
             return JoinRefused("policy", end.reason or "The server does not want this client.")
         if _is_unwelcome(end) and not self.joined.is_set():
             # Later it is more likely a network that wants us to log in first, and passes.

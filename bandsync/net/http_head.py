@@ -8,7 +8,6 @@ from msgspec import Struct
 
 from bandsync.wire.http_messages import MAX_HEAD_BYTES, HttpRequest, HttpResponse, problem
 
-
 # Headers that trio-websocket reads, besides ``Sec-WebSocket-…``.
 _UPGRADE_HEADERS = frozenset({"connection", "host", "upgrade"})
 

@@ -24,6 +24,7 @@ from bandsync.storage.channel_messages import (
     write_whisper,
 )
 from bandsync.storage.era import Era
+from bandsync.wire.close_codes import CloseCode
 from bandsync.wire.commands import LeaveSession, Play, Refusal
 from bandsync.wire.frames import text_frame
 from bandsync.wire.messages import (
@@ -364,7 +365,7 @@ class Room:
         for member_id in superseded(session, self.seats.bound):
             peer = self.seats.clear(member_id)
             if peer is not None:
-                peer.close(4001, REPLACED)
+                peer.close(CloseCode.SESSION_TAKEN, REPLACED)
 
     async def _on_behalf(
         self, command: Command, member_id: str, connection_id: str, reason: LeaveReason
@@ -409,7 +410,7 @@ class Room:
         self.seats.clear(own)
         self._tell(outcome)
         if replaced is not None and replaced is not peer:
-            replaced.close(4001, REPLACED)
+            replaced.close(CloseCode.SESSION_TAKEN, REPLACED)
         self.seats.put(outcome.decision.session.members[member_id], peer)
         peer.member_id = member_id
         peer.push_snapshot(_frame(reply) + _ack(request_id, reply.version))
