@@ -159,7 +159,7 @@ async def _serve(
             neighbours = HandoffPeers(
                 place.crew, place.worker, settings.workers, lambda: hub.rooms, log
             )
-        acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=neighbours, log=log)
+        acceptor = Acceptor(connections, api.answer, tls=tls, peers=neighbours, log=log)
 
         def tell_storage() -> None:
             loss = manager.history.last_failover if manager.degraded else None

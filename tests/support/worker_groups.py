@@ -3,69 +3,33 @@
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-import structlog
 import trio
 from msgspec.structs import replace
 
 from bandsync.settings import Settings
 from bandsync.workers.supervisor import Pace, Supervising, supervise
-from tests.support.servers import PATIENCE_S, TEST_SETTINGS, Message
+from tests.support.log_capture import LogCapture
+from tests.support.servers import PATIENCE_S, TEST_SETTINGS
 from tests.test_serve import SCRIPT
 
 COMMAND = [sys.executable, str(SCRIPT), "--worker"]
 QUICK = Pace(first=0.01, longest=0.05)
 
 
-class Diary:
-    """A log whose entries can be waited for.
+class WorkerGroup:
+    """Workers that run under a supervisor in this process.
 
     Attributes:
-        entries: all of them so far.
-    """
-
-    def __init__(self) -> None:
-        self.entries: list[Message] = []
-        self._news = trio.Event()
-        self.logger = structlog.wrap_logger(
-            None,
-            processors=[self._write],
-            wrapper_class=structlog.make_filtering_bound_logger("debug"),
-        )
-
-    def _write(self, logger: object, level: str, entry: Any) -> Any:
-        self.entries.append(dict(entry))
-        self._news.set()
-        self._news = trio.Event()
-        raise structlog.DropEvent
-
-    def all(self, event: str, **fields: object) -> list[Message]:
-        return [
-            entry
-            for entry in self.entries
-            if entry["event"] == event and fields.items() <= entry.items()
-        ]
-
-    async def until(self, event: str, number: int = 1, **fields: object) -> Message:
-        """The ``number``th entry of this kind."""
-        with trio.fail_after(PATIENCE_S):
-            while len(found := self.all(event, **fields)) < number:
-                await self._news.wait()
-        return found[number - 1]
-
-
-class Crew:
-    """Workers that run, under a supervisor in this process.
-
-    Attributes:
-        lines: what was announced.
+        settings: those of the group.
+        log: the supervisor's log.
+        lines: what the supervisor announced.
         done: set when the supervisor has returned.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.diary = Diary()
+        self.log = LogCapture()
         self.lines: list[str] = []
         self.done = trio.Event()
         self.supervising: Supervising
@@ -81,7 +45,7 @@ class Crew:
             try:
                 await supervise(
                     self.settings,
-                    self.diary.logger,
+                    self.log.logger,
                     command=command,
                     announce=self.lines.append,
                     pace=pace,
@@ -98,11 +62,11 @@ class Crew:
             await self.done.wait()
 
     def pid(self, server_id: str) -> int:
-        """Of the process that has this name now."""
-        return self.diary.all("worker.started", server_id=server_id)[-1]["pid"]
+        """The process that runs as this server now."""
+        return self.log.all("worker.started", server_id=server_id)[-1]["pid"]
 
 
-def crew_settings(redis_url: str, **changes: object) -> Settings:
+def group_settings(redis_url: str, **changes: object) -> Settings:
     ours = {
         "redis_enabled": True,
         "redis_url": redis_url,
@@ -115,13 +79,15 @@ def crew_settings(redis_url: str, **changes: object) -> Settings:
 
 
 @asynccontextmanager
-async def working(redis_url: str, **changes: object) -> AsyncIterator[tuple[Crew, trio.Nursery]]:
+async def working(
+    redis_url: str, **changes: object
+) -> AsyncIterator[tuple[WorkerGroup, trio.Nursery]]:
     """Workers that all listen, and are stopped at the end."""
-    crew = Crew(crew_settings(redis_url, **changes))
+    group = WorkerGroup(group_settings(redis_url, **changes))
     async with trio.open_nursery() as nursery:
-        await crew.start(nursery)
-        yield crew, nursery
-        await crew.stop()
+        await group.start(nursery)
+        yield group, nursery
+        await group.stop()
         nursery.cancel_scope.cancel()
 
 

@@ -28,6 +28,7 @@ from bandsync.workers import supervisor as workers
 from bandsync.workers.supervisor import Pace, supervise
 from bandsync.workers.worker import LEAVE, Orders, WorkerReport, work
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
+from tests.support.log_capture import LogCapture
 from tests.support.servers import (
     PATIENCE_S,
     TEST_SETTINGS,
@@ -36,7 +37,7 @@ from tests.support.servers import (
     play_along,
     start_server,
 )
-from tests.support.worker_groups import COMMAND, Crew, Diary, crew_settings, upgrade, working
+from tests.support.worker_groups import COMMAND, WorkerGroup, group_settings, upgrade, working
 from tests.test_serve import SCRIPT, environment
 
 UPGRADE = upgrade("/ws")
@@ -44,7 +45,7 @@ UPGRADE = upgrade("/ws")
 MANY = 64
 
 
-async def on(crew: Crew, nursery: trio.Nursery, server_id: str) -> Musician:
+async def on(crew: WorkerGroup, nursery: trio.Nursery, server_id: str) -> Musician:
     """Somebody whose connection this worker has."""
     for _ in range(MANY):
         player = await nursery.start(play_along, crew)
@@ -80,7 +81,7 @@ async def test_a_killed_worker_is_replaced_and_its_members_resume(
         os.kill(crew.pid("stage-1"), signal.SIGKILL)
         await ann.closed()
         # The kernel closes its listening socket last: until then it still gets connections.
-        ended = await crew.diary.until("worker.exited", server_id="stage-1")
+        ended = await crew.log.until("worker.exited", server_id="stage-1")
         assert "Killed" in ended["how"]
         again = await nursery.start(play_along, crew)
         back = await again.join(resumeToken=ann.you["resumeToken"])
@@ -89,7 +90,7 @@ async def test_a_killed_worker_is_replaced_and_its_members_resume(
         assert back["you"]["role"] == "leader"
         assert back["isPlaying"]
 
-        await crew.diary.until("worker.started", 2, server_id="stage-1")
+        await crew.log.until("worker.started", 2, server_id="stage-1")
         cat = await on(crew, nursery, "stage-1")
         await cat.join(displayName="Cat")
         await bob.next("user_joined")
@@ -106,11 +107,11 @@ async def test_they_drain_together(redis_server: RedisServer) -> None:
         for player in players:
             assert await player.closed() == 1012
             assert player.all("server_draining")
-        assert [entry["event"] for entry in crew.diary.entries[-2:]] == [
+        assert [entry["event"] for entry in crew.log.entries[-2:]] == [
             "workers.draining",
             "workers.stopped",
         ]
-        assert not crew.diary.all("worker.exited")
+        assert not crew.log.all("worker.exited")
 
 
 async def test_who_does_not_drain_is_killed(
@@ -120,7 +121,7 @@ async def test_who_does_not_drain_is_killed(
     async with working(redis_server.url(), drain_timeout_ms=100) as (crew, _):
         os.kill(crew.pid("stage-2"), signal.SIGSTOP)
         await crew.stop()
-        (killed,) = crew.diary.all("worker.killed")
+        (killed,) = crew.log.all("worker.killed")
         assert killed["server_id"] == "stage-2"
 
 
@@ -130,12 +131,12 @@ async def test_who_hangs_is_replaced(
     monkeypatch.setattr(workers, "SILENCE_S", 3.0)
     async with working(redis_server.url()) as (crew, nursery):
         os.kill(crew.pid("stage-2"), signal.SIGSTOP)
-        killed = await crew.diary.until("worker.killed")
+        killed = await crew.log.until("worker.killed")
         assert killed["server_id"] == "stage-2"
         assert "silent" in killed["how"]
-        await crew.diary.until("worker.started", 2, server_id="stage-2")
+        await crew.log.until("worker.started", 2, server_id="stage-2")
         await on(crew, nursery, "stage-2")
-        assert len(crew.diary.all("worker.killed")) == 1
+        assert len(crew.log.all("worker.killed")) == 1
 
 
 async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
@@ -155,18 +156,18 @@ async def test_they_are_replaced_one_at_a_time_and_nobody_is_turned_away(
             assert asked(last)[0] == 200
             assert await ann.closed() == 1012
             statuses = set()
-            while not crew.diary.all("workers.replaced"):
+            while not crew.log.all("workers.replaced"):
                 async with httpx.AsyncClient() as client:
                     answer = await client.get(f"{crew.supervising.url}/api/health")
                 statuses.add(answer.status_code)
         assert statuses == {200}
         order = [
             (entry["event"], entry["server_id"])
-            for entry in crew.diary.entries
+            for entry in crew.log.entries
             if entry["event"] == "worker.started"
         ]
         assert [name for _, name in order[2:]] == ["stage-1", "stage-2"]
-        assert len({entry["pid"] for entry in crew.diary.all("worker.started")}) == 4
+        assert len({entry["pid"] for entry in crew.log.all("worker.started")}) == 4
 
         again = await nursery.start(play_along, crew)
         back = await again.join(resumeToken=ann.you["resumeToken"])
@@ -269,8 +270,8 @@ async def test_a_port_of_its_own_that_is_taken_stops_the_start(redis_server: Red
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=f"WORKER_PORTS={port}: cannot listen"):
             await supervise(
-                crew_settings(redis_server.url(), worker_ports=port - 1),
-                Diary().logger,
+                group_settings(redis_server.url(), worker_ports=port - 1),
+                LogCapture().logger,
                 command=COMMAND,
             )
 
@@ -285,11 +286,11 @@ async def test_while_redis_is_away_they_play_on_and_a_dead_one_waits(
         await ann.next("storage_status", storageType="memory")
         await ann.ok("update_message", message="we play on")
         os.kill(crew.pid("stage-2"), signal.SIGKILL)
-        waiting = await crew.diary.until("worker.exited", 2, server_id="stage-2")
+        waiting = await crew.log.until("worker.exited", 2, server_id="stage-2")
         assert "WORKERS=2 share their sessions: Redis cannot be used" in waiting["reason"]
         await ann.ok("chat_message", text="still")
         redis_server.start()
-        await crew.diary.until("worker.started", 2, server_id="stage-2")
+        await crew.log.until("worker.started", 2, server_id="stage-2")
         bob = await on(crew, nursery, "stage-2")
         await ann.next("storage_status", storageType="redis")
         assert (await bob.join(displayName="Bob"))["message"] == "we play on"
@@ -304,30 +305,32 @@ def shell(script: str) -> list[str]:
 
 
 async def test_signals_replace_and_stop() -> None:
-    diary = Diary()
+    log = LogCapture()
     async with trio.open_nursery() as nursery:
         await nursery.start(
             partial(
                 supervise,
-                crew_settings("redis://nowhere"),
-                diary.logger,
+                group_settings("redis://nowhere"),
+                log.logger,
                 command=shell(LISTENS + "cat"),
-                announce=diary.logger.info,
+                announce=log.logger.info,
                 stop_on=[signal.SIGUSR1],
                 replace_on=[signal.SIGUSR2],
             )
         )
         for number in (1, 2):
             os.kill(os.getpid(), signal.SIGUSR2)
-            await diary.until("workers.replaced", number)
+            await log.until("workers.replaced", number)
         os.kill(os.getpid(), signal.SIGUSR1)
-        await diary.until("workers.stopped")
-    assert len({entry["pid"] for entry in diary.all("worker.started")}) == 6
+        await log.until("workers.stopped")
+    assert len({entry["pid"] for entry in log.all("worker.started")}) == 6
 
 
 async def ended_with(script: str) -> str:
     with pytest.raises(StartError) as caught, trio.fail_after(PATIENCE_S):
-        await supervise(crew_settings("redis://nowhere"), Diary().logger, command=shell(script))
+        await supervise(
+            group_settings("redis://nowhere"), LogCapture().logger, command=shell(script)
+        )
     return str(caught.value)
 
 
@@ -338,7 +341,7 @@ async def test_a_start_that_is_refused_is_told_once() -> None:
     assert "ended with status 7" in await ended_with("exit 7")
     with pytest.raises(StartError, match="could not be started"):
         await supervise(
-            crew_settings("redis://nowhere"), Diary().logger, command=["/nonexistent/python"]
+            group_settings("redis://nowhere"), LogCapture().logger, command=["/nonexistent/python"]
         )
 
 
@@ -349,26 +352,26 @@ async def test_a_start_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPa
 
 
 async def test_what_keeps_ending_is_started_ever_more_slowly(nursery: trio.Nursery) -> None:
-    crew = Crew(crew_settings("redis://nowhere"))
+    crew = WorkerGroup(group_settings("redis://nowhere"))
     await crew.start(nursery, shell(LISTENS), Pace(first=0.01, longest=0.08))
-    await crew.diary.until("worker.exited", 9, server_id="stage-1")
-    waits = [entry["restart_in_s"] for entry in crew.diary.all("worker.exited")]
+    await crew.log.until("worker.exited", 9, server_id="stage-1")
+    waits = [entry["restart_in_s"] for entry in crew.log.all("worker.exited")]
     assert waits[0] <= 0.02 < max(waits) <= 0.08
     await crew.stop()
 
 
 async def test_after_it_was_stable_it_is_started_soon(nursery: trio.Nursery) -> None:
-    crew = Crew(crew_settings("redis://nowhere"))
+    crew = WorkerGroup(group_settings("redis://nowhere"))
     await crew.start(nursery, shell(LISTENS), Pace(first=0.01, longest=0.08, stable=0))
-    await crew.diary.until("worker.exited", 9, server_id="stage-1")
-    assert all(entry["restart_in_s"] <= 0.01 for entry in crew.diary.all("worker.exited"))
+    await crew.log.until("worker.exited", 9, server_id="stage-1")
+    assert all(entry["restart_in_s"] <= 0.01 for entry in crew.log.all("worker.exited"))
     await crew.stop()
 
 
 def test_a_stop_ends_a_start() -> None:
     """Who still waits for Redis when the stop comes ends too, and nothing is announced."""
     with socket.create_server((HOST, 0)) as mute:
-        settings = crew_settings(f"redis://{HOST}:{mute.getsockname()[1]}")
+        settings = group_settings(f"redis://{HOST}:{mute.getsockname()[1]}")
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *flags(settings)],
             env=environment(),
@@ -406,7 +409,7 @@ class Process:
 
     def __init__(self, redis: RedisServer, **more: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, SCRIPT, *flags(crew_settings(redis.url()), **more)],
+            [sys.executable, SCRIPT, *flags(group_settings(redis.url()), **more)],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -552,7 +555,7 @@ def test_the_port_is_not_shared_with_strangers(
 
 def test_two_that_start_at_the_same_time_do_not_share_the_port() -> None:
     with socket.create_server((HOST, 0)) as mute:
-        settings = crew_settings(f"redis://{HOST}:{mute.getsockname()[1]}", port=free_port())
+        settings = group_settings(f"redis://{HOST}:{mute.getsockname()[1]}", port=free_port())
         first = subprocess.Popen(
             [sys.executable, SCRIPT, *flags(settings)], env=environment(), stderr=subprocess.DEVNULL
         )
@@ -595,11 +598,11 @@ def test_settings_that_leave_no_room(texts: dict[str, str]) -> None:
 
 async def test_a_worker_obeys_its_pipe(nursery: trio.Nursery) -> None:
     ours, theirs = memory_stream_pair()
-    diary = Diary()
+    log = LogCapture()
     done = trio.Event()
 
     async def run_worker() -> None:
-        await work(theirs, theirs, lambda settings: diary.logger)
+        await work(theirs, theirs, lambda settings: log.logger)
         done.set()
 
     nursery.start_soon(run_worker)
@@ -621,7 +624,7 @@ async def test_a_worker_obeys_its_pipe(nursery: trio.Nursery) -> None:
     await ours.send_eof()
     with trio.fail_after(PATIENCE_S):
         await done.wait()
-    assert diary.all("server.stopped", server_id="stage")
+    assert log.all("server.stopped", server_id="stage")
 
 
 async def test_who_has_connected_when_a_worker_leaves_is_served(nursery: trio.Nursery) -> None:
@@ -635,14 +638,14 @@ async def test_who_has_connected_when_a_worker_leaves_is_served(nursery: trio.Nu
 
 
 async def test_the_first_signal_to_a_worker_that_drains_is_not_a_second() -> None:
-    diary = Diary()
+    log = LogCapture()
     async with trio.open_nursery() as nursery:
         serving = await nursery.start(
             partial(
                 serve,
                 TEST_SETTINGS,
-                diary.logger,
-                announce=diary.logger.info,
+                log.logger,
+                announce=log.logger.info,
                 signals=[signal.SIGUSR1],
             )
         )
@@ -651,9 +654,9 @@ async def test_the_first_signal_to_a_worker_that_drains_is_not_a_second() -> Non
             silent.sendall(UPGRADE)
             await trio.to_thread.run_sync(silent.recv, 4096)
             serving.stop()
-            await diary.until("server.draining")
+            await log.until("server.draining")
             os.kill(os.getpid(), signal.SIGUSR1)
-            await diary.until("server.stopped")
+            await log.until("server.stopped")
 
 
 async def test_a_worker_whose_supervisor_ends_before_it_listens_ends_too() -> None:
@@ -662,7 +665,7 @@ async def test_a_worker_whose_supervisor_ends_before_it_listens_ends_too() -> No
         await ours.send_all(said)
         await ours.aclose()
         with trio.fail_after(PATIENCE_S):
-            await work(theirs, theirs, lambda settings: Diary().logger)
+            await work(theirs, theirs, lambda settings: LogCapture().logger)
 
 
 async def test_a_worker_that_cannot_start_says_why() -> None:
@@ -670,6 +673,6 @@ async def test_a_worker_that_cannot_start_says_why() -> None:
     with socket.create_server((HOST, 0)) as taken:
         settings = replace(TEST_SETTINGS, port=taken.getsockname()[1])
         await ours.send_all(msgspec.json.encode(Orders(settings, 1)) + b"\n")
-        await work(theirs, theirs, lambda settings: Diary().logger)
+        await work(theirs, theirs, lambda settings: LogCapture().logger)
     report = msgspec.json.decode(await ours.receive_some(), type=WorkerReport)
     assert "in use" in (report.refused or "")
