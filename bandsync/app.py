@@ -115,7 +115,7 @@ class _Server(Struct, frozen=True):
         """Send the storage mode to every connection."""
         manager = self.manager
         loss = manager.history.last_failover if manager.degraded else None
-        self.connections.tell_storage(
+        self.connections.broadcast_storage_status(
             StorageStatus(
                 manager.storage_type,
                 manager.degraded,
@@ -268,7 +268,7 @@ def _build(
         handoff = HandoffPeers(
             placement.group, placement.worker, settings.workers, lambda: hub.rooms, log
         )
-    acceptor = Acceptor(connections, api.answer, tls=tls, neighbours=handoff, log=log)
+    acceptor = Acceptor(connections, api.answer, tls=tls, peers=handoff, log=log)
     return _Server(
         settings=settings,
         log=log,

@@ -1,6 +1,7 @@
 """The wheel: it has every file of the package, and serves from an empty environment."""
 
 import json
+import site
 import subprocess
 import sys
 import venv
@@ -44,9 +45,9 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(command, check=True, timeout=300)
     # The dependencies are those installed for the tests. Python reads no `.pth` files in folders
     # that come from one, so that an editable installation of this repository is out of reach.
-    installed = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
-    (site,) = folder.glob("lib/python*/site-packages")
-    site.joinpath("dependencies.pth").write_text("\n".join(installed))
+    installed = site.getsitepackages()
+    (packages,) = folder.glob("lib/python*/site-packages")
+    packages.joinpath("dependencies.pth").write_text("\n".join(installed))
     return folder / "bin"
 
 

@@ -14,6 +14,7 @@ from bandsync.client.membership import Membership
 from bandsync.client.retry_delay import delay_s
 from bandsync.client.server_address import ServerAddress
 from bandsync.client.websocket import ClientWebSocket, ConnectionEnd, run_connection
+from bandsync.wire.close_codes import CloseCode, may_reconnect
 
 # Refusals that are temporary; a retry after any other one would be refused again.
 _PASSING = frozenset({"rate_limited", "conflict", "internal"})
@@ -151,7 +152,9 @@ class ReconnectLoop:
         wait_s = delay_s(
             self._waits,
             random.random(),  # noqa: S311
-            slow=end.code == 1013 or end.http_status == 503 or _authentication_failed(end),
+            slow=end.code == CloseCode.TRY_AGAIN_LATER
+            or end.http_status == 503
+            or _authentication_failed(end),
         )
         self._waits += 1
         if conversation is not None and conversation.drained_s is not None:
@@ -194,9 +197,9 @@ class ReconnectLoop:
         ):
             refusal = conversation.refusal
             return JoinRefused(refusal.code, refusal.message, refusal.context)
-        if end.code == 4001:
+        if end.code == CloseCode.SESSION_TAKEN:
             return Superseded()
-        if end.code == 1008:
+        if not may_reconnect(end.code):
             return JoinRefused("policy", end.reason or "The server refused this client.")
         if _authentication_failed(end) and not self.joined.is_set():
             # Only at the first join: later it is more likely a captive portal, which is temporary.

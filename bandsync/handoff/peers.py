@@ -1,12 +1,10 @@
-"""Workers that share a port pass connections on to each other, so that a band is on one of them.
+"""Handoff of connections between the workers of one port, so that a session is on one of them.
 
-The kernel deals connections out before anybody knows whose they are. Whoever accepted one reads its
-head, and passes socket and head on to the worker that the session is for: over a UNIX socket with
-SCM_RIGHTS (unix(7)), so that nothing stays behind and nothing is relayed.
+The kernel distributes connections before it is known which session they are for. The worker that
+has accepted one reads its HTTP head. It then hands off socket and head to the worker of the
+session, over a UNIX socket with SCM_RIGHTS (unix(7)). Nothing stays behind, and nothing is relayed.
 
-A connection is passed on only to who has just answered: one that waits for a process that hangs is
-a musician who waits. When a worker is gone its sessions go to others; when it is back it asks who
-has them, and passes newcomers on to there until the band has left.
+Protocol, states and failures: `bandsync/handoff/README.md`.
 """
 
 import array
@@ -21,187 +19,200 @@ import msgspec
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from bandsync.handoff.channel import ASK, NO, YES, HandoffChannel, address_of, close_now, is_ours
+from bandsync.handoff.channel import (
+    NO,
+    PROBE,
+    YES,
+    HandoffChannel,
+    address_of,
+    close_now,
+    is_same_user,
+)
 from bandsync.handoff.rendezvous import preference
 from bandsync.wire.http_messages import MAX_HEAD_BYTES
 
-# What can have been read of a connection: `read_head`.
-_MOST_BYTES = MAX_HEAD_BYTES + 1
-# How often one who cannot listen tries again: somebody else has the name, or there is no memory.
+# The most that `read_head` reads of a connection.
+_MAX_RECEIVED_BYTES = MAX_HEAD_BYTES + 1
+# How often to retry to bind: another process has the name, or memory is short.
 REBIND_S = 1.0
 
-# Whether a session is hosted there; which are that should live on the worker with this number.
+# Queries: whether the peer hosts this session; which sessions it hosts that belong to the worker
+# with this number.
 _HOSTED = b"hosted "
 _AWAY = b"away "
-# Sessions in one answer; more may be in two parts.
-_MOST_AWAY = 1000
-_BACKLOG = 64
-_BATCH = 64
+# Sessions in one answer. A larger answer could need two messages.
+_MAX_DISPLACED = 1000
+_ACCEPT_QUEUE = 64
+# Messages of one socket before other tasks get their turn.
+_MESSAGE_BATCH = 64
 _RETRY_S = 0.1
 _DESCRIPTOR = struct.calcsize("i")
 
-Take = Callable[[socket.socket, bytes], None]
+# Starts to serve a received connection, from which these bytes were read already.
+Receive = Callable[[socket.socket, bytes], None]
 HasRoom = Callable[[], bool]
 
 
 class HandoffPeers:
-    """The workers of one port, as one of them sees the others.
+    """The other workers of one port.
 
     Args:
-        crew: a name that these workers share with nobody else.
-        worker: which one this is, from 1.
-        workers: how many they are.
+        group: random name of the worker group.
+        worker: the number of this worker, from 1.
+        workers: how many workers the group has.
         hosted: the sessions that have a room here.
     """
 
     def __init__(
         self,
-        crew: str,
+        group: str,
         worker: int,
         workers: int,
         hosted: Callable[[], Collection[str]],
         log: FilteringBoundLogger,
     ) -> None:
         self._worker = worker
-        self._hosted = hosted
-        # Sessions that should live here, and who had them when this worker began.
-        self._away: dict[str, int] = {}
         self._workers = workers
-        self._own = address_of(crew, worker)
-        self._ways = {
-            number: HandoffChannel(address_of(crew, number), log.bind(neighbour=number))
+        self._hosted = hosted
+        # Sessions that belong here but were hosted by another worker when this one started.
+        self._displaced: dict[str, int] = {}
+        self._address = address_of(group, worker)
+        self._channels = {
+            number: HandoffChannel(address_of(group, number), log.bind(peer=number))
             for number in range(1, workers + 1)
             if number != worker
         }
         self._log = log
         self._listener: socket.socket | None = None
-        self._left = False
-        self._inlets: set[socket.socket] = set()
+        self._left = False  # `leave` was called
+        self._receivers: set[socket.socket] = set()  # accepted from peers
 
-    async def pass_on(
+    async def hand_off(
         self, session_id: str, sock: socket.socket, received: bytes, *, full: bool = False
     ) -> bool:
-        """Pass a connection on to the worker that its session is for.
+        """Hand a connection off to the worker that its session belongs to.
 
         Args:
-            received: all that was read from ``sock``.
-            full: whether any other that can take it should, because this worker cannot.
+            received: all bytes that were read from ``sock``.
+            full: this worker cannot serve it, so any other that can should.
 
         Returns:
-            True if it was passed on: ``sock`` must be closed here, and nothing else. False if this
-            worker is the one, or none of those that the session would rather have can take it.
+            True if it was handed off: close ``sock`` here and do nothing else. False if the
+            session belongs here, or no worker that it prefers can accept the connection.
         """
         if session_id in self._hosted() and not full:
             return False
-        if await self.pass_back(session_id, sock, received):
+        if await self.hand_back(session_id, sock, received):
             return True
         for number in preference(session_id, self._workers):
             if number == self._worker:
                 if full:
                     continue
                 break
-            if await self._ways[number].pass_on(sock, received):
+            if await self._channels[number].hand_off(sock, received):
                 return True
         return False
 
-    async def pass_back(self, session_id: str, sock: socket.socket, received: bytes) -> bool:
-        """The same if the band is elsewhere since before this worker began; for who was passed on.
+    async def hand_back(self, session_id: str, sock: socket.socket, received: bytes) -> bool:
+        """Hand a connection off to the worker that hosted its session before this one started.
 
-        Nobody else has such a session to pass on, so that no connection goes in circles.
+        This applies to received connections, too. No loop is possible: the other worker has no
+        such entry for the session.
         """
-        number = self._away.get(session_id)
+        number = self._displaced.get(session_id)
         if number is None or session_id in self._hosted():
             return False
-        way = self._ways[number]
-        if await way.ask(_HOSTED + session_id.encode()) == NO:
-            self._away.pop(session_id, None)
+        channel = self._channels[number]
+        if await channel.query(_HOSTED + session_id.encode()) == NO:
+            self._displaced.pop(session_id, None)
             return False
-        # Also without an answer: when many come at once, not each of them gets one in time.
-        return await way.pass_on(sock, received)
+        # Also without an answer: when many connections arrive, some queries get none in time.
+        return await channel.hand_off(sock, received)
 
     async def run(
         self,
-        take: Take,
+        receive: Receive,
         has_room: HasRoom,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Take what the others pass on, for ever, or until `leave`.
+        """Receive handoffs, for ever.
 
         Args:
-            take: told of each connection and what was read from it; the socket is its own.
-            has_room: whether more of them can be served; asked now and then.
+            receive: called with each connection and the bytes that were read from it; owns the
+                socket.
+            has_room: whether this worker can serve more connections; answers the probes.
         """
         try:
-            # Before anybody can come here.
+            # Before this worker can receive any connection.
             async with trio.open_nursery() as nursery:
-                for number, way in self._ways.items():
-                    nursery.start_soon(self._find, number, way)
+                for number, channel in self._channels.items():
+                    nursery.start_soon(self._find_displaced, number, channel)
             error = self._listen()
             task_status.started()
             if error is not None:
-                # It can do without: what should come here is served where it was accepted.
-                self._log.error("neighbours.unreachable", error=str(error))
+                # Not fatal: its connections are served by the workers that accept them.
+                self._log.error("handoff.bind_failed", error=str(error))
             while error is not None and not self._left:
                 await trio.sleep(REBIND_S)
                 error = self._listen()
             if self._listener is not None:
                 with self._listener as listener:
-                    await self._accept(listener, take, has_room)
+                    await self._accept(listener, receive, has_room)
             await trio.sleep_forever()
         finally:
-            for way in self._ways.values():
-                way.close()
+            for channel in self._channels.values():
+                channel.close()
 
     def leave(self) -> None:
-        """Take no more than what was passed on before now; the others notice."""
+        """Accept no further handoffs, except those that were sent before. Peers are notified."""
         self._left = True
         if self._listener is not None:
             close_now(self._listener)
             self._listener = None
-        for inlet in self._inlets:
-            # From now on sending to it fails; what is in it can still be read: unix(7).
+        for receiver in self._receivers:
+            # A send to it fails from now on; what is queued can still be read: unix(7).
             with contextlib.suppress(OSError):
-                inlet.shutdown(socket.SHUT_RD)
+                receiver.shutdown(socket.SHUT_RD)
 
-    async def _find(self, number: int, way: HandoffChannel) -> None:
-        """Ask a neighbour for the sessions that it has and that should live here."""
-        answer = await way.ask(_AWAY + str(self._worker).encode())
+    async def _find_displaced(self, number: int, channel: HandoffChannel) -> None:
+        """Query a peer for sessions that it hosts and that belong here."""
+        answer = await channel.query(_AWAY + str(self._worker).encode())
         with contextlib.suppress(msgspec.MsgspecError):
             found = msgspec.json.decode(answer, type=list[str])
-            self._away |= dict.fromkeys(found[:_MOST_AWAY], number)
+            self._displaced |= dict.fromkeys(found[:_MAX_DISPLACED], number)
 
-    def _answer(self, question: bytes) -> bytes | None:
-        """The answer to a rare question; None if it is none."""
-        if question.startswith(_HOSTED):
-            session_id = question[len(_HOSTED) :].decode(errors="replace")
+    def _answer(self, query: bytes) -> bytes | None:
+        """The answer to a query; None if it is invalid."""
+        if query.startswith(_HOSTED):
+            session_id = query[len(_HOSTED) :].decode(errors="replace")
             return YES if session_id in self._hosted() else NO
-        if question.startswith(_AWAY):
-            home = question[len(_AWAY) :].decode(errors="replace")
-            away = [
+        if query.startswith(_AWAY):
+            home = query[len(_AWAY) :].decode(errors="replace")
+            displaced = [
                 session_id
                 for session_id in self._hosted()
                 if str(preference(session_id, self._workers)[0]) == home
             ]
-            return msgspec.json.encode(away[:_MOST_AWAY])
+            return msgspec.json.encode(displaced[:_MAX_DISPLACED])
         return None
 
     def _listen(self) -> OSError | None:
-        """What keeps this worker from listening, if something does."""
+        """Bind and listen, unless this worker has left; the error if it failed."""
         if not self._left:
             try:
-                self._listener = _listening(self._own)
+                self._listener = _listening(self._address)
             except OSError as error:
                 return error
         return None
 
-    async def _accept(self, listener: socket.socket, take: Take, has_room: HasRoom) -> None:
-        short = False  # Of file descriptors or memory: said once, not ten times a second.
+    async def _accept(self, listener: socket.socket, receive: Receive, has_room: HasRoom) -> None:
+        exhausted = False  # no file descriptors or memory: log it once, not ten times a second
         async with trio.open_nursery() as nursery:
             while listener.fileno() != -1:
                 try:
                     await trio.lowlevel.wait_readable(listener)
-                    inlet, _ = listener.accept()
+                    receiver, _ = listener.accept()
                 except BlockingIOError:
                     continue
                 except trio.ClosedResourceError:
@@ -209,48 +220,50 @@ class HandoffPeers:
                 except OSError as error:
                     if error.errno == errno.EBADF:
                         return
-                    if not short:
-                        self._log.error("accept.failed", error=str(error))
-                    short = True
+                    if not exhausted:
+                        self._log.error("handoff.accept_failed", error=str(error))
+                    exhausted = True
                     await trio.sleep(_RETRY_S)
                     continue
-                short = False
-                inlet.setblocking(False)
-                if is_ours(inlet):
-                    # From now on, not when its task runs: `leave` must not miss one.
-                    self._inlets.add(inlet)
-                    nursery.start_soon(self._run_inlet, inlet, take, has_room)
+                exhausted = False
+                receiver.setblocking(False)
+                if is_same_user(receiver):
+                    # Add it before its task runs: `leave` must find it.
+                    self._receivers.add(receiver)
+                    nursery.start_soon(self._run_receiver, receiver, receive, has_room)
                 else:
-                    inlet.close()
+                    receiver.close()
 
-    async def _run_inlet(self, inlet: socket.socket, take: Take, has_room: HasRoom) -> None:
-        with inlet:
+    async def _run_receiver(
+        self, receiver: socket.socket, receive: Receive, has_room: HasRoom
+    ) -> None:
+        with receiver:
             try:
-                while await self._read(inlet, take, has_room):
+                while await self._read(receiver, receive, has_room):
                     await trio.lowlevel.checkpoint()
             finally:
-                self._inlets.discard(inlet)
+                self._receivers.discard(receiver)
 
-    async def _read(self, inlet: socket.socket, take: Take, has_room: HasRoom) -> bool:
-        """Take what is there; False at the end."""
-        await trio.lowlevel.wait_readable(inlet)
-        asked = False
+    async def _read(self, receiver: socket.socket, receive: Receive, has_room: HasRoom) -> bool:
+        """Process the messages that are queued; False at the end of the stream or after junk."""
+        await trio.lowlevel.wait_readable(receiver)
+        probed = False
         lost = 0
         try:
-            for _ in range(_BATCH):
-                data, ancillary, flags, _ = inlet.recvmsg(
-                    _MOST_BYTES, socket.CMSG_LEN(_DESCRIPTOR), socket.MSG_CMSG_CLOEXEC
+            for _ in range(_MESSAGE_BATCH):
+                data, ancillary, flags, _ = receiver.recvmsg(
+                    _MAX_RECEIVED_BYTES, socket.CMSG_LEN(_DESCRIPTOR), socket.MSG_CMSG_CLOEXEC
                 )
-                passed = _descriptors(ancillary)
-                if passed:
-                    take(_adopted(passed[0]), data)
+                descriptors = _descriptors(ancillary)
+                if descriptors:
+                    receive(_socket_of(descriptors[0]), data)
                 elif flags & socket.MSG_CTRUNC:
-                    # Out of file descriptors: the kernel has closed it.
+                    # No file descriptor was left: the kernel has closed the connection.
                     lost += 1
-                elif data == ASK:
-                    asked = True
+                elif data == PROBE:
+                    probed = True
                 elif (answer := self._answer(data)) is not None:
-                    inlet.send(answer)
+                    receiver.send(answer)
                 else:
                     return False
         except BlockingIOError:
@@ -259,10 +272,12 @@ class HandoffPeers:
             return False
         finally:
             if lost:
-                self._log.error("accept.failed", error=os.strerror(errno.EMFILE), connections=lost)
-        if asked:
+                self._log.error(
+                    "handoff.connections_lost", error=os.strerror(errno.EMFILE), connections=lost
+                )
+        if probed:
             try:
-                inlet.send(YES if has_room() and _can_receive(inlet) else NO)
+                receiver.send(YES if has_room() and _has_descriptors(receiver) else NO)
             except OSError:
                 return False
         return True
@@ -273,18 +288,18 @@ def _listening(address: bytes) -> socket.socket:
     try:
         listener.setblocking(False)
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        listener.listen(_ACCEPT_QUEUE)
     except BaseException:
         listener.close()
         raise
     return listener
 
 
-def _adopted(descriptor: int) -> socket.socket:
-    """The socket of this descriptor.
+def _socket_of(descriptor: int) -> socket.socket:
+    """The socket of a received descriptor.
 
     Raises:
-        OSError: it is none; it is closed.
+        OSError: it is no socket; the descriptor is closed.
     """
     try:
         sock = socket.socket(fileno=descriptor)
@@ -295,8 +310,8 @@ def _adopted(descriptor: int) -> socket.socket:
     return sock
 
 
-def _can_receive(sock: socket.socket) -> bool:
-    """Whether there are descriptors left for what is passed on: without, the kernel closes it."""
+def _has_descriptors(sock: socket.socket) -> bool:
+    """Whether a file descriptor is left; without one the kernel closes what is handed off."""
     try:
         os.close(os.dup(sock.fileno()))
     except OSError:
@@ -305,6 +320,7 @@ def _can_receive(sock: socket.socket) -> bool:
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The file descriptors in the ancillary data of a message."""
     found = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -1,14 +1,16 @@
-"""Which of several workers a session lives on, so that all of them agree without a word."""
+"""Rendezvous hashing: which worker a session belongs to, without any communication.
+
+Thaler and Ravishankar, *Using name-based mappings to increase hit rates*, 1998.
+"""
 
 from hashlib import blake2b
 
 
 def preference(session_id: str, workers: int) -> list[int]:
-    """The workers, from 1, in the order in which the session would have them.
+    """The numbers of the workers, from 1, in the order in which the session prefers them.
 
-    Whoever cannot have the first takes the next: when a worker is gone its sessions are spread
-    over the others, and every other session stays where it is. This is rendezvous hashing (Thaler
-    and Ravishankar, *Using name-based mappings to increase hit rates*, 1998).
+    If the first is unavailable, the session uses the next. When a worker stops, its sessions are
+    spread over the others, and every other session stays where it is.
     """
     name = session_id.encode()
     return sorted(range(1, workers + 1), key=lambda number: _weight(number, name))

@@ -1,1 +1,1 @@
-"""Bytes to messages and back: listener, connections, outboxes."""
+"""The network side: listener, WebSocket connections, send queues, drain."""

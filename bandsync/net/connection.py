@@ -1,102 +1,65 @@
-"""One WebSocket connection: frames to commands, commands to its room, answers to its outbox."""
+"""One WebSocket connection: the life of its socket, from the upgrade to the close."""
 
 import secrets
-import struct
 from collections.abc import Callable
 
 import trio
-from msgspec import UNSET, UnsetType
 from trio_websocket import WebSocketConnection, wrap_server_stream
 
+from bandsync.net.dispatch import Dispatch
 from bandsync.net.http_head import Head
+from bandsync.net.keepalive import Keepalive
 from bandsync.net.outbox import Outbox
 from bandsync.net.registry import ConnectionRegistry
-from bandsync.net.ws_handshake import Wire, end_parser
-from bandsync.rooms.room import Room
-from bandsync.rules.admission import JoinContext, admit
-from bandsync.rules.refusals import NOT_JOINED
-from bandsync.rules.tokens import ResumeToken, parse_resume_token
-from bandsync.wire.commands import (
-    ChatMessage,
-    ClientMessage,
-    ClockSync,
-    Heartbeat,
-    JoinSession,
-    LatencyProbe,
-    LeaveSession,
-    Refusal,
-    SyncReport,
-    Undecodable,
-    decode,
-    echoed,
-    kind_of,
-    out_of_range,
-)
-from bandsync.wire.frames import (
-    FrameReader,
-    Opcode,
-    ProtocolError,
-    ping_frame,
-    pong_frame,
-    text_frame,
-)
-from bandsync.wire.messages import (
-    Ack,
-    ClockSyncReply,
-    Error,
-    HeartbeatReply,
-    LatencyResponse,
-    LeaveReason,
-    Outgoing,
-    ServerDraining,
-    encode,
-)
-from bandsync.wire.rate_limits import AbuseCounter, RateLimits
+from bandsync.net.ws_handshake import HandshakeStream
+from bandsync.wire.close_codes import CloseCode
+from bandsync.wire.frames import FrameReader, Opcode, ProtocolError, pong_frame, text_frame
+from bandsync.wire.messages import LeaveReason, ServerDraining, encode
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
-MAX_BAD_MESSAGES = 10
-RESTARTS = "the server restarts: reconnect"
 
 _RECEIVE_BYTES = 16_384
-# After so many frames out of one read, others get their turn.
-_TURN = 16
-# RFC 6298 section 2: one wild round trip must not decide how long a band waits for a start.
-_SMOOTHING = 1 / 8
-
-_RATE_LIMITED = Refusal("rate_limited", "Slow down: too many messages of this type in a second.")
+# Yield to other connections after this many frames of one read.
+_FRAMES_PER_TURN = 16
 
 
 class Connection:
-    """A `bandsync.rooms.room.Peer` with a socket.
+    """A `bandsync.rooms.fanout.Peer` with a socket.
 
     Args:
-        connections: all of them, and what this one shares with the others.
+        registry: the server's connections, and what they share.
+        nursery: parent of all tasks of this connection.
         stream: the accepted stream, whose HTTP head has been read.
-        send_nowait: sends at once what the kernel takes; None when the stream cannot (TLS).
+        send_nowait: sends what the kernel takes at once; None when the stream cannot (TLS).
         head: the upgrade request.
+        path_session: the session that the URL names; empty if it names none.
+
+    Attributes:
+        connection_id: random, of this connection only.
+        member_id: the member that it is bound to; empty before a join.
+        wants_ticks: whether it receives ``scroll_tick``.
+        latency_ms: smoothed round trip of its pings; None before the first pong.
+        sync_error_ms: the client's own bound on its clock error; None before its first report.
+        outbox: its send queue.
+        push: `Outbox.push`, bound once, so that a delivery costs one call.
+        push_snapshot: `Outbox.push_snapshot`, bound likewise.
+        push_volatile: `Outbox.push_volatile`, bound likewise.
     """
 
     __slots__ = (
-        "_abuse",
         "_closing",
-        "_connections",
+        "_dispatch",
         "_early",
         "_frames",
-        "_heard",
-        "_hub",
+        "_handshake",
+        "_keepalive",
         "_leave_reason",
-        "_limits",
         "_nursery",
-        "_path_session",
-        "_pinged",
-        "_received_at",
-        "_room",
+        "_registry",
         "_stream",
-        "_token",
         "_unreadable",
         "_websocket",
-        "_wire",
         "connection_id",
         "latency_ms",
         "member_id",
@@ -110,142 +73,148 @@ class Connection:
 
     def __init__(
         self,
-        connections: ConnectionRegistry,
+        registry: ConnectionRegistry,
         nursery: trio.Nursery,
         stream: trio.abc.Stream,
         send_nowait: Callable[[bytes], int] | None,
         head: Head,
         path_session: str,
     ) -> None:
-        settings = connections.settings
         self.connection_id = secrets.token_hex(8)
         self.member_id = ""
         self.wants_ticks = True
         self.latency_ms: float | None = None
         self.sync_error_ms: float | None = None
         self.outbox = Outbox(
-            stream,
-            send_nowait,
-            policy=connections.policy,
-            nursery=nursery,
-            on_slow=self._slow,
-            on_broken=self._broken,
+            stream, send_nowait, policy=registry.policy, nursery=nursery, owner=self
         )
         self.push = self.outbox.push
         self.push_snapshot = self.outbox.push_snapshot
         self.push_volatile = self.outbox.push_volatile
-        self._connections = connections
-        self._hub = connections.hub
+        self._registry = registry
         self._nursery = nursery
         self._stream = stream
-        self._wire = Wire(head.normal, self.outbox, self._peer_closed)
+        self._handshake = HandshakeStream(head.handshake, self.outbox, self)
         self._websocket: WebSocketConnection | None = None
         self._early = head.rest
-        self._path_session = path_session
-        self._frames = FrameReader(settings.max_message_bytes)
-        self._limits = RateLimits(settings.rate_limit_factor)
-        self._abuse: AbuseCounter | None = None
-        self._room: Room | None = None
-        self._token: ResumeToken | None = None
-        self._heard = trio.current_time()
-        self._pinged = self._heard
-        self._received_at = 0.0
+        self._frames = FrameReader(registry.settings.max_message_bytes)
+        self._keepalive = Keepalive(registry.timeout_s, trio.current_time())
+        self._dispatch = Dispatch(registry, path_session)
         self._leave_reason: LeaveReason = "timeout"
         self._closing = False
         self._unreadable = False
 
     async def run(self) -> None:
-        """Shake hands and serve until the connection is gone; at once if there is no place."""
+        """Accept the WebSocket and serve it until the connection has ended.
+
+        Raises:
+            trio.TooSlowError: the opening handshake took longer than `HANDSHAKE_TIMEOUT_S`.
+        """
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                request = await wrap_server_stream(self._nursery, self._wire, 1)
+                request = await wrap_server_stream(self._nursery, self._handshake, 1)
                 self._websocket = await request.accept()
-            # Counted and looked at in one step: any number of handshakes may be under way.
-            full = len(self._connections.open) >= self._connections.settings.max_connections
-            self._connections.add(self)
-            if self._connections.draining:
-                self.close(1012, RESTARTS)
-            elif full:
-                self.close(1013, "the server is full, try again later")
+            if self._closing:
+                self._end()  # The socket broke during the handshake.
+            elif (rejection := self._registry.add(self)) is not None:
+                self.close(*rejection)
             else:
-                welcome = text_frame(encode(self._connections.welcome(self.connection_id)))
-                self.push(welcome + self._ping())
+                welcome = text_frame(encode(self._registry.welcome(self.connection_id)))
+                self.push(welcome + self._keepalive.ping(trio.current_time()))
             await self._read()
         finally:
-            self._connections.discard(self)
-            if self._room is not None:
-                self._hub.dropped(self._room, self, self._leave_reason)
-        self._nursery.cancel_scope.cancel()
+            self._registry.discard(self)
+            if (room := self._dispatch.room) is not None:
+                self._registry.hub.dropped(room, self, self._leave_reason)
+        self._end()
 
     def release(self) -> None:
-        """Hold on to nothing that holds on to this: memory is free at once.
+        """Break the reference cycles, once all tasks of the connection have ended.
 
-        Otherwise it would be when the garbage collector looks at old objects, minutes later. Call
-        it when all tasks of the connection have ended.
+        The connection is then freed by its reference count, and not minutes later by the cyclic
+        garbage collector.
         """
         self.outbox.release()
-        self._wire.release()
-        if self._websocket is not None:
-            end_parser(self._websocket)
+        self._handshake.release()
 
     def close(self, code: int, reason: str) -> None:
         """Close with a close frame, after `CLOSE_TIMEOUT_S` by force; never blocks."""
         if self._closing:
             return
         self._closing = True
-        self._hub.counters.closed[str(code)] += 1
-        self._connections.log.debug(
-            "connection.closing", connection_id=self.connection_id, code=code, reason=reason
+        self._registry.hub.counters.closed[str(int(code))] += 1
+        self._registry.log.debug(
+            "connection.closing", connection_id=self.connection_id, code=int(code), reason=reason
         )
         self._frames.discard()
-        self._nursery.start_soon(self._close, code, reason)
+        self._nursery.start_soon(self._close, int(code), reason)
 
-    def drain(self, reconnect_in_ms: int) -> None:
-        """Tell the client that the server is about to restart."""
-        self._send(ServerDraining(reconnect_in_ms))
+    def announce_drain(self, reconnect_in_ms: int) -> None:
+        """Send ``server_draining``."""
+        self.push(text_frame(encode(ServerDraining(reconnect_in_ms))))
 
     def ping(self) -> None:
-        """Ping the client, or close if it has been silent for too long, our last ping included."""
-        silence = trio.current_time() - self._heard
-        if silence > self._connections.timeout_s and self._heard < self._pinged:
-            self.close(4000, "connection timeout")
+        """Ping the client, or close the connection if the client has timed out."""
+        now = trio.current_time()
+        if self._keepalive.timed_out(now):
+            self.close(CloseCode.CONNECTION_TIMEOUT, "connection timeout")
         else:
-            self.push_volatile(self._ping())
+            self.push_volatile(self._keepalive.ping(now))
+
+    def on_slow_consumer(self) -> None:
+        """Close a client that reads too slowly: see `bandsync.net.outbox`."""
+        if not self._closing:
+            self._registry.hub.counters.slow_consumers += 1
+        self._leave_reason = "slow_consumer"
+        self._registry.log.info(
+            "connection.slow", connection_id=self.connection_id, member_id=self.member_id
+        )
+        self.close(CloseCode.TRY_AGAIN_LATER, "slow consumer: send queue limit exceeded")
+
+    def on_broken(self) -> None:
+        """End the connection: a send has failed."""
+        self._closing = True
+        if self._websocket is not None:
+            self._end()
+
+    def on_handshake_over(self) -> None:
+        """Flush the last frame of trio-websocket, then end all tasks."""
+        if self._handshake.ended:
+            self._nursery.cancel_scope.cancel()
+        else:
+            self._nursery.start_soon(self._flush_and_end)
 
     async def _close(self, code: int, reason: str) -> None:
+        """Run the closing handshake: `on_handshake_over` ends the connection, or the timeout."""
         if self._websocket is not None:
             self.outbox.stop()
-            with trio.move_on_after(CLOSE_TIMEOUT_S):
-                await self._websocket.aclose(code, reason)
-                await self.outbox.flush()
-        self._nursery.cancel_scope.cancel()
-
-    def _peer_closed(self) -> None:
-        """trio-websocket is done: let its last frame out, then end."""
-        self._nursery.start_soon(self._flush_and_end)
+            self._nursery.start_soon(self._websocket.aclose, code, reason)
+            await trio.sleep(CLOSE_TIMEOUT_S)
+        self._end()
 
     async def _flush_and_end(self) -> None:
         with trio.move_on_after(CLOSE_TIMEOUT_S):
             await self.outbox.flush()
-        self._nursery.cancel_scope.cancel()
+        self._end()
 
-    def _slow(self) -> None:
-        if not self._closing:
-            self._hub.counters.slow_consumers += 1
-        self._leave_reason = "slow_consumer"
-        self._connections.log.info(
-            "connection.slow", connection_id=self.connection_id, member_id=self.member_id
-        )
-        self.close(1013, "too slow: frames wait for you that others have had long ago")
+    def _end(self) -> None:
+        """End all tasks of the connection, trio-websocket's reader first; never blocks.
 
-    def _broken(self) -> None:
-        self._nursery.cancel_scope.cancel()
+        `HandshakeStream.end` says why the reader goes first. Its reply takes no I/O; the deadline
+        is there in case that another version of trio-websocket does not reply.
+        """
+        self._closing = True
+        if self._websocket is None or self._handshake.closed:
+            self._nursery.cancel_scope.cancel()
+        elif not self._handshake.ended:
+            self._nursery.cancel_scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
+            self._handshake.end()
 
     async def _read(self) -> None:
         """Read and serve until the stream ends."""
         early, self._early = self._early, b""
         if early:
-            await self._received(early)
+            await self._receive(early)
         del early
         while True:
             try:
@@ -254,177 +223,36 @@ class Connection:
                 return
             if not data:
                 return
-            await self._received(bytes(data))
-            # While the client is silent, nothing is kept of what it said.
+            await self._receive(bytes(data))
+            # Keep no reference to the last message while the client is silent.
             del data
 
-    async def _received(self, data: bytes) -> None:
-        self._heard = trio.current_time()
-        self._received_at = self._hub.now()
+    async def _receive(self, data: bytes) -> None:
+        """Serve the frames that ``data`` completes."""
+        received_at = self._keepalive.received_at = trio.current_time()
+        received_ms = self._registry.hub.now()
         if self._unreadable:
             return
         try:
             for number, frame in enumerate(self._frames.feed(data), 1):
                 if self.outbox.behind:
-                    # Who does not take what it asked for asks for no more.
+                    # Backpressure: serve no further requests of a client before it has drained
+                    # its send queue.
                     await self.outbox.caught_up()
-                elif number % _TURN == 0:
+                elif number % _FRAMES_PER_TURN == 0:
                     await trio.lowlevel.checkpoint()
-                if frame.opcode is Opcode.TEXT:
-                    await self._on_text(frame.payload)
+                if frame.opcode is Opcode.TEXT or frame.opcode is Opcode.BINARY:
+                    if not self._closing:
+                        # A binary message is an invalid one, like an empty text.
+                        text = frame.payload if frame.opcode is Opcode.TEXT else b""
+                        await self._dispatch.message(self, text, received_at, received_ms)
                 elif frame.opcode is Opcode.PONG:
-                    self.heard_pong(frame.payload)
+                    self.latency_ms = self._keepalive.pong(frame.payload)
                 elif frame.opcode is Opcode.PING:
                     self.push_volatile(pong_frame(frame.payload))
-                elif frame.opcode is Opcode.BINARY:
-                    await self._on_text(b"")
                 else:
                     self._frames.discard()
-                    self._wire.deliver(frame.payload)
+                    self._handshake.deliver(frame.payload)
         except ProtocolError as error:
-            self._unreadable = error.code == 1002
+            self._unreadable = error.code == CloseCode.PROTOCOL_ERROR
             self.close(error.code, error.reason)
-
-    def heard_pong(self, payload: bytes) -> None:
-        """Take the round trip of a pong into `latency_ms`; one that is not ours says nothing."""
-        if len(payload) != _PING.size:
-            return
-        (sent,) = _PING.unpack(payload)
-        round_trip = (self._heard - sent) * 1000
-        if not 0 <= round_trip <= self._connections.timeout_s * 1000:
-            return
-        if self.latency_ms is None:
-            self.latency_ms = round_trip
-        else:
-            self.latency_ms += (round_trip - self.latency_ms) * _SMOOTHING
-
-    async def _on_text(self, payload: bytes) -> None:
-        """Serve one message: exactly one ``ack`` or ``error`` answers it, if it asks for one."""
-        if self._closing:
-            return
-        self._hub.counters.received += 1
-        message = decode(payload)
-        if isinstance(message, Undecodable):
-            kind = message.kind
-            limited = kind is not None and not self._limits.allow(kind, self._heard)
-            self._refuse(_RATE_LIMITED if limited else message.refusal, message.request_id)
-            return
-        if not self._limits.allow(kind_of(message), self._heard):
-            self._refuse(_RATE_LIMITED, message.request_id)
-            return
-        try:
-            refusal = await self._serve(message)
-        except Exception:
-            error_id = secrets.token_hex(8)
-            self._connections.log.exception(
-                "command.failed",
-                error_id=error_id,
-                connection_id=self.connection_id,
-                kind=kind_of(message),
-            )
-            refusal = Refusal(
-                "internal",
-                "The server failed at this; report `context.errorId` to its operator.",
-                {"errorId": error_id},
-            )
-        if refusal is not None:
-            self._refuse(refusal, message.request_id)
-        self._connections.command_seconds(trio.current_time() - self._heard)
-
-    async def _serve(self, message: ClientMessage) -> Refusal | None:
-        match message:
-            case JoinSession():
-                return await self._join(message)
-            case LatencyProbe():
-                timestamp = echoed(message.timestamp)
-                self._answer(LatencyResponse(timestamp, self._hub.now()), message)
-                return None
-            case ClockSync():
-                # Encoded last, so that t2 is as close to the send as it can be.
-                t0 = echoed(message.t0)
-                reply = ClockSyncReply(t0, self._received_at, self._hub.now())
-                self._answer(reply, message)
-                return None
-            case Heartbeat():
-                self._answer(HeartbeatReply(self._hub.now()), message)
-                return None
-        refusal = out_of_range(message, self._received_at)
-        if refusal is not None:
-            return refusal
-        if self._room is None:
-            return NOT_JOINED
-        if isinstance(message, SyncReport):
-            self.sync_error_ms = message.error_ms
-        fresh_id = secrets.token_hex(8) if isinstance(message, ChatMessage) else ""
-        refusal = await self._room.command(self, message, fresh_id, message.request_id)
-        if refusal is None and isinstance(message, LeaveSession):
-            self._room = None
-            self.member_id = ""
-            self._token = None
-        return refusal
-
-    async def _join(self, message: JoinSession) -> Refusal | None:
-        old_room, old_member = self._room, self.member_id
-        doorway = JoinContext(
-            self._path_session,
-            "" if old_room is None else old_room.session_id,
-            self._token,
-            self._connections.settings.join_secret,
-        )
-        command = admit(
-            message,
-            doorway,
-            epoch_id=secrets.token_hex(8),
-            secret=secrets.token_urlsafe(24),
-            now=self._hub.now(),
-        )
-        if isinstance(command, Refusal):
-            return command
-        wanted_ticks, self.wants_ticks = self.wants_ticks, message.ticks
-        outcome = await self._hub.bind(self, command, secrets.token_hex(8), message.request_id)
-        if isinstance(outcome, Refusal):
-            self.wants_ticks = wanted_ticks
-            return outcome
-        self._room, you = outcome
-        self._token = parse_resume_token(you.resume_token)
-        if old_room is not None and old_room is not self._room:
-            await self._leave(old_room, old_member)
-        return None
-
-    async def _leave(self, room: Room, member_id: str) -> None:
-        """Leave the session that this connection was in before, whatever happens to it now."""
-        room.unregister(self, member_id)
-        left = False
-        try:
-            await room.leave(member_id, self.connection_id)
-            left = True
-        finally:
-            if not left:
-                self._hub.finish(room.leave, member_id, self.connection_id)
-
-    def _refuse(self, refusal: Refusal, request_id: str | UnsetType) -> None:
-        self._hub.counters.errors[refusal.code] += 1
-        context = UNSET if refusal.context is None else refusal.context
-        self._send(Error(refusal.code, refusal.message, request_id, context))
-        if refusal.code == "bad_message":
-            if self._abuse is None:
-                self._abuse = AbuseCounter(MAX_BAD_MESSAGES)
-            if self._abuse.too_many(self._heard):
-                self.close(1008, "too many messages that are none")
-
-    def _answer(self, reply: Outgoing, message: ClientMessage) -> None:
-        frames = text_frame(encode(reply))
-        if message.request_id is not UNSET:
-            frames += text_frame(encode(Ack(message.request_id)))
-        self.push(frames)
-
-    def _send(self, message: Outgoing) -> None:
-        self.push(text_frame(encode(message)))
-
-    def _ping(self) -> bytes:
-        self._pinged = trio.current_time()
-        return ping_frame(_PING.pack(self._pinged))
-
-
-# A ping carries the moment it was sent, so that whichever pong comes tells its round trip.
-_PING = struct.Struct("!d")

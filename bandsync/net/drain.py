@@ -1,43 +1,44 @@
-"""Shutting down without a stampede: every client is told, then let go, a few at a time."""
+"""Graceful shutdown of the connections: announce it, then close them at a limited rate."""
 
 import random
 
 import trio
 
-from bandsync.net.connection import RESTARTS, Connection
-from bandsync.net.registry import ConnectionRegistry
+from bandsync.net.registry import RESTART_REASON, ConnectionRegistry, OpenConnection
+from bandsync.wire.close_codes import CloseCode
 
-# The rate at which clients are let go, and so come back elsewhere, as far as the time allows.
+# Every closed client reconnects elsewhere at once. The rate prevents a thundering herd, as far as
+# the time limit allows.
 _CLOSES_PER_S = 200.0
 _STEP_S = 0.05
 
 
-async def drain(connections: ConnectionRegistry, timeout_s: float) -> None:
-    """Tell every client, close all connections with 1012, and wait until what they did is kept.
+async def drain(registry: ConnectionRegistry, timeout_s: float) -> None:
+    """Announce the drain, close every connection with 1012, and wait for pending commits.
 
     Args:
-        timeout_s: after this many seconds, whoever is left is left.
+        timeout_s: return after this many seconds, even if connections are left.
     """
-    connections.draining = True
-    waiting = list(connections.open)
-    window_s = min(timeout_s / 2, len(waiting) / _CLOSES_PER_S)
-    # Drawn, not counted: servers that drain together must not agree on a rhythm.
-    latest_ms = max(1000, round(1000 * window_s), 10 * len(waiting))
-    delays_ms = random.sample(range(latest_ms), len(waiting))
-    for connection, delay_ms in zip(waiting, delays_ms, strict=True):
-        connection.drain(delay_ms)
-    random.shuffle(waiting)
+    registry.draining = True
+    connections = list(registry.open)
+    window_s = min(timeout_s / 2, len(connections) / _CLOSES_PER_S)
+    # Random delays: servers that drain at the same time must not send their clients in step.
+    latest_ms = max(1000, round(1000 * window_s), 10 * len(connections))
+    delays_ms = random.sample(range(latest_ms), len(connections))
+    for connection, delay_ms in zip(connections, delays_ms, strict=True):
+        connection.announce_drain(delay_ms)
+    random.shuffle(connections)
     with trio.move_on_after(timeout_s):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_close_all, waiting, window_s)
-            await connections.all_gone()
+            nursery.start_soon(_close_all, connections, window_s)
+            await registry.wait_empty()
             nursery.cancel_scope.cancel()
-        await connections.hub.finished()
+        await registry.hub.finished()
 
 
-async def _close_all(waiting: list[Connection], window_s: float) -> None:
+async def _close_all(connections: list[OpenConnection], window_s: float) -> None:
     steps = max(1, round(window_s / _STEP_S))
     for step in range(steps):
-        for connection in waiting[step::steps]:
-            connection.close(1012, RESTARTS)
+        for connection in connections[step::steps]:
+            connection.close(CloseCode.SERVICE_RESTART, RESTART_REASON)
         await trio.sleep(_STEP_S)

@@ -1,4 +1,4 @@
-"""The HTTP head of a connection: bounded, timed, taken apart by h11."""
+"""HTTP heads: reading one within its limits, and the bytes of an answer. Parsed by h11."""
 
 from http import HTTPStatus
 
@@ -8,12 +8,16 @@ from msgspec import Struct
 
 from bandsync.wire.http_messages import MAX_HEAD_BYTES, HttpRequest, HttpResponse, problem
 
+# Headers that trio-websocket reads, besides ``Sec-WebSocket-…``.
+_UPGRADE_HEADERS = frozenset({"connection", "host", "upgrade"})
+
 
 class Head(Struct, frozen=True):
-    """A request, and the bytes it was read from.
+    """A request, and the bytes that it was read from.
 
     Attributes:
-        received: the head, and what came after it.
+        target: path and query, as they were sent.
+        received: the head, and the bytes that followed it.
         size: of the head, bytes.
     """
 
@@ -24,19 +28,29 @@ class Head(Struct, frozen=True):
 
     @property
     def rest(self) -> bytes:
-        """What came after the head."""
+        """The bytes that followed the head."""
         return self.received[self.size :]
 
     @property
-    def normal(self) -> bytes:
-        """The head, with one header of each name: not every parser joins them itself."""
+    def handshake(self) -> bytes:
+        """The head of an upgrade, written anew for trio-websocket.
+
+        trio-websocket accepts bytes only, and not those of every client: of two ``Connection``
+        headers it reads the last one. So each name occurs once here. Headers that do not belong to
+        the handshake (cookies, user agent) are left out: they would be kept as long as the
+        connection.
+        """
         lines = [f"{self.request.method} {self.target} HTTP/1.1"]
-        lines += [f"{name}: {text}" for name, text in self.request.headers.items()]
+        lines += [
+            f"{name}: {text}"
+            for name, text in self.request.headers.items()
+            if name in _UPGRADE_HEADERS or name.startswith("sec-websocket-")
+        ]
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 class BadHeadError(Exception):
-    """No request could be read; ``response`` says why."""
+    """The head is malformed or too large. ``response`` is the answer to send."""
 
     def __init__(self, response: HttpResponse) -> None:
         super().__init__(response.status)
@@ -44,7 +58,7 @@ class BadHeadError(Exception):
 
 
 async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Head | None:
-    """Read one request's head. Who calls sets the deadline.
+    """Read the head of one request. The caller sets the deadline.
 
     Args:
         http: a connection whose previous exchange, if any, is complete.
@@ -66,7 +80,7 @@ async def read_head(stream: trio.abc.ReceiveStream, http: h11.Connection) -> Hea
             break
         if event is not h11.NEED_DATA:
             return None
-        # Never more than one byte over the limit: what follows the head is somebody else's.
+        # Read at most one byte over the limit: bytes after the head belong to the WebSocket.
         if len(raw) > MAX_HEAD_BYTES:
             raise _bad_head(431)
         data = await stream.receive_some(MAX_HEAD_BYTES + 1 - len(raw))
@@ -97,7 +111,7 @@ def _bad_head(status: int) -> BadHeadError:
 def response_bytes(http: h11.Connection, response: HttpResponse, *, with_body: bool) -> bytes:
     """The bytes of an answer, for the state that ``http`` is in."""
     headers = list(response.headers)
-    if response.status != HTTPStatus.NOT_MODIFIED:  # What these say would be of the 200.
+    if response.status != HTTPStatus.NOT_MODIFIED:  # Here they would describe the 200.
         headers += [
             ("Content-Type", response.content_type),
             ("Content-Length", str(len(response.body))),
@@ -111,11 +125,11 @@ def response_bytes(http: h11.Connection, response: HttpResponse, *, with_body: b
 
 
 def next_exchange(http: h11.Connection) -> bool:
-    """After an answer: whether the connection can be used for another request."""
+    """Whether another request can follow on the connection, after an answer."""
     try:
         http.next_event()
         if http.our_state is not h11.DONE or http.their_state is not h11.DONE:
-            return False  # A body, which nobody reads, or ``Connection: close``.
+            return False  # A request body, which is never read, or ``Connection: close``.
         http.start_next_cycle()
     except h11.ProtocolError:
         return False

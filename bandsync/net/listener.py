@@ -1,4 +1,4 @@
-"""The accept loop, and what becomes of each connection: a WebSocket or an HTTP exchange."""
+"""The accept loop. Each connection becomes HTTP exchanges, a WebSocket, or a handoff."""
 
 import errno
 import socket
@@ -29,33 +29,35 @@ HEAD_TIMEOUT_S = 10.0
 RESPONSE_TIMEOUT_S = 10.0
 BACKLOG = 1024
 
-# Reading on after a refusal, so that it arrives: see `TcpStream.linger`.
+# How long and how much to read after a refusal, so that the answer arrives: `TcpStream.linger`.
 _LINGER_S = 2.0
 _LINGER_BYTES = 4 * 1024 * 1024
-# Sockets beyond MAX_CONNECTIONS: for health checks, and for telling others to come back later.
+# Sockets beyond MAX_CONNECTIONS, for health checks and for refusals.
 _HEADROOM = 128
-_BATCH = 64
+# Connections that are accepted before other tasks get their turn.
+_ACCEPT_BATCH = 64
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _RETRY_S = 0.1
-# Headers that the handshake reads as text.
+# Headers that trio-websocket decodes as text.
 _HANDSHAKE_HEADERS = ("connection", "host", "origin", "upgrade")
 
 HttpResponder = Callable[[HttpRequest], Awaitable[HttpResponse]]
-# What becomes of an accepted socket; and of one whose head names a session, or of any when there
-# is no place here.
-_Begin = Callable[[socket.socket], None]
-_PassOn = Callable[[socket.socket, Head], Awaitable[bool]]
+# Starts to serve an accepted socket.
+_StartServing = Callable[[socket.socket], None]
+# Hands an upgrade request off to another worker, if there is a better one; whether it did.
+_HandOff = Callable[[socket.socket, Head], Awaitable[bool]]
 
 
 async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
-    """Listening sockets for every address of ``host``, all on one port.
+    """Bound sockets for every address of ``host``, all on one port.
 
     Args:
-        shared: other processes may listen there too. These sockets listen as soon as an `Acceptor`
-            has them, not before: what waits for one of them is lost to the others.
+        shared: with SO_REUSEPORT, so that other processes may listen there too. Such a socket
+            listens only once an `Acceptor` has it: connections that the kernel queues at one
+            process are lost to the others.
 
     Raises:
-        OSError: the address is in use, is not ours, or has no meaning.
+        OSError: the address is in use, is not local, or cannot be resolved.
     """
     found = await trio.socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -67,7 +69,7 @@ async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[
             listeners.append(sock)
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # What is accepted inherits these.
+            # Accepted sockets inherit these options.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if family == socket.AF_INET6:
@@ -86,37 +88,38 @@ async def open_listeners(host: str, port: int, *, shared: bool = False) -> list[
 
 
 class Acceptor:
-    """Accepts connections and serves each in a task of its own.
+    """Accepts connections, and serves each in a task of its own.
 
     Args:
+        registry: the WebSocket connections.
         answer: answers plain HTTP requests.
         tls: serve TLS with this context; None for plain TCP.
-        neighbours: to whom connections may be passed on; None if there are none, or TLS, whose
-            state belongs to one process.
+        peers: the other workers, for handoffs. None without other workers, and with TLS, because
+            the state of a TLS connection belongs to one process.
     """
 
     def __init__(
         self,
-        connections: ConnectionRegistry,
+        registry: ConnectionRegistry,
         answer: HttpResponder,
         *,
         tls: ssl.SSLContext | None,
-        neighbours: HandoffPeers | None,
+        peers: HandoffPeers | None,
         log: FilteringBoundLogger,
     ) -> None:
-        settings = connections.settings
-        self._connections = connections
-        self._counters = connections.hub.counters
+        settings = registry.settings
+        self._registry = registry
+        self._counters = registry.hub.counters
         self._answer = answer
         self._tls = tls
-        self._neighbours = neighbours
+        self._peers = peers
         self._log = log
         self._origins = frozenset(
             origin.strip().rstrip("/").lower() for origin in settings.allowed_origins.split(",")
         )
         self._max_connections = settings.max_connections
-        self._sockets = 0
-        self._accepting: dict[socket.socket, trio.CancelScope] = {}
+        self._sockets = 0  # accepted and not closed, WebSockets or not
+        self._accepting: dict[socket.socket, trio.CancelScope] = {}  # by listener, until `leave`
 
     async def run(
         self,
@@ -125,58 +128,61 @@ class Acceptor:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept for ever; closes the listeners at the end.
+        """Accept for ever. Closes the listeners at the end.
 
         Args:
-            shared: listeners whose connections may be passed on.
-            own: listeners whose connections are for this process.
+            shared: listeners on the port of all workers; their connections may be handed off.
+            own: listeners on the port of this worker alone.
         """
         try:
             async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
-                begin = partial(self._begin, handlers)
-                begin_shared = begin
-                if self._neighbours is not None:
-                    begin_passed = partial(begin, pass_on=self._pass_back)
-                    await accepting.start(self._neighbours.run, begin_passed, self._has_room)
-                    begin_shared = partial(begin, pass_on=self._pass_on)
+                serve = partial(self._start_serving, handlers)
+                serve_shared = serve
+                if self._peers is not None:
+                    serve_received = partial(serve, hand_off=self._hand_back)
+                    await accepting.start(self._peers.run, serve_received, self._has_room)
+                    serve_shared = partial(serve, hand_off=self._hand_off)
                 for listener in [*shared, *own]:
                     listener.listen(BACKLOG)
                 for listener in shared:
-                    accepting.start_soon(self._keep_accepting, listener, begin_shared)
+                    accepting.start_soon(self._keep_accepting, listener, serve_shared)
                 for listener in own:
-                    accepting.start_soon(self._keep_accepting, listener, begin)
+                    accepting.start_soon(self._keep_accepting, listener, serve)
                 task_status.started()
         finally:
             for listener in [*shared, *own]:
                 listener.close()
 
     def leave(self, listener: socket.socket) -> None:
-        """Stop listening there: who comes now is for the other processes that share the port."""
+        """Stop to listen there: new connections go to the other workers of the port."""
         if (scope := self._accepting.pop(listener, None)) is not None:
             scope.cancel()
 
-    async def _keep_accepting(self, listener: socket.socket, begin: _Begin) -> None:
+    async def _keep_accepting(self, listener: socket.socket, start_serving: _StartServing) -> None:
         with listener:
             with trio.CancelScope() as scope:
                 self._accepting[listener] = scope
-                await self._accept(listener, begin)
-            # Whom the kernel has given to this process, no other can accept.
-            self._take(listener, begin)
+                await self._accept(listener, start_serving)
+            # With SO_REUSEPORT a queued connection belongs to this socket only, so drain the
+            # accept queue before closing it.
+            self._accept_queued(listener, start_serving)
 
-    async def _accept(self, listener: socket.socket, begin: _Begin) -> None:
-        short = False  # Of file descriptors or memory: said once, not ten times a second.
+    async def _accept(self, listener: socket.socket, start_serving: _StartServing) -> None:
+        exhausted = False  # no file descriptors or memory: log it once, not ten times a second
         while True:
             await trio.lowlevel.wait_readable(listener)
-            shortage = self._take(listener, begin)
-            if shortage is not None:
-                if not short:
-                    self._log.error("accept.failed", error=str(shortage))
+            error = self._accept_queued(listener, start_serving)
+            if error is not None:
+                if not exhausted:
+                    self._log.error("accept.failed", error=str(error))
                 await trio.sleep(_RETRY_S)
-            short = shortage is not None
+            exhausted = error is not None
 
-    def _take(self, listener: socket.socket, begin: _Begin) -> OSError | None:
-        """Accept who waits, but not too many at a time; what stopped it, if the machine did."""
-        for _ in range(_BATCH):
+    def _accept_queued(
+        self, listener: socket.socket, start_serving: _StartServing
+    ) -> OSError | None:
+        """Accept queued connections, a batch at most; the error if the machine is exhausted."""
+        for _ in range(_ACCEPT_BATCH):
             try:
                 sock, _ = listener.accept()
             except BlockingIOError:
@@ -186,19 +192,19 @@ class Acceptor:
                     return error
                 if error.errno in {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}:
                     raise
-                continue  # This one went away before it was accepted: accept(2).
-            begin(sock)
+                continue  # The client closed before the accept: accept(2).
+            start_serving(sock)
         return None
 
-    def _begin(
+    def _start_serving(
         self,
         handlers: trio.Nursery,
         sock: socket.socket,
         received: bytes = b"",
         *,
-        pass_on: _PassOn | None = None,
+        hand_off: _HandOff | None = None,
     ) -> None:
-        """Serve one connection soon, of which ``received`` has been read."""
+        """Start the task of one connection, from which ``received`` has been read already."""
         if self._sockets >= self._max_connections + _HEADROOM:
             self._counters.handshakes_refused["full"] += 1
             sock.close()
@@ -206,29 +212,31 @@ class Acceptor:
         sock.setblocking(False)
         self._sockets += 1
         self._counters.accepted += 1
-        handlers.start_soon(self._handle, sock, received, pass_on)
+        handlers.start_soon(self._handle, sock, received, hand_off)
 
     def _has_room(self) -> bool:
-        """Whether a connection that others would serve as well should rather come here."""
+        """Whether this worker accepts handoffs that another worker could serve as well."""
         return self._sockets < self._max_connections
 
-    async def _handle(self, sock: socket.socket, received: bytes, pass_on: _PassOn | None) -> None:
-        """Serve one connection; nothing but cancellation leaves here."""
+    async def _handle(
+        self, sock: socket.socket, received: bytes, hand_off: _HandOff | None
+    ) -> None:
+        """Serve one connection. No exception but a cancellation leaves this task."""
         tcp = TcpStream(sock)
         try:
             if self._tls is None:
-                head = await self._converse(
-                    tcp, tcp, received, None if pass_on is None else partial(pass_on, sock)
+                head = await self._serve_http(
+                    tcp, tcp, received, None if hand_off is None else partial(hand_off, sock)
                 )
                 if head is not None:
                     await self._upgrade(tcp, tcp.send_nowait, head)
             else:
                 stream = trio.SSLStream(tcp, self._tls, server_side=True, https_compatible=True)
-                head = await self._converse(stream, tcp)
+                head = await self._serve_http(stream, tcp)
                 if head is not None:
                     await self._upgrade(stream, None, head)
         except* (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed):
-            pass  # The peer is gone, in whatever state: nothing is left to be done for it.
+            pass  # The client has disconnected: nothing is left to do.
         except* trio.TooSlowError:
             self._counters.handshakes_refused["timeout"] += 1
         except* Exception:
@@ -238,17 +246,20 @@ class Acceptor:
             tcp.close()
             self._sockets -= 1
 
-    async def _converse(
+    async def _serve_http(
         self,
         stream: trio.abc.Stream,
         tcp: TcpStream,
         received: bytes = b"",
-        pass_on: Callable[[Head], Awaitable[bool]] | None = None,
+        hand_off: Callable[[Head], Awaitable[bool]] | None = None,
     ) -> Head | None:
-        """Answer HTTP requests until one is to become a WebSocket here; None if none is.
+        """Answer HTTP requests until an upgrade that this worker serves.
 
         Args:
-            pass_on: whether another worker has this connection now.
+            hand_off: hands the connection off to another worker; whether it did.
+
+        Returns:
+            The upgrade; None if the connection ends without one or was handed off.
         """
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
         if received:
@@ -260,20 +271,20 @@ class Acceptor:
                     head = await read_head(stream, http)
             except BadHeadError as bad:
                 self._counters.handshakes_refused[str(bad.response.status)] += 1
-                await self._respond(stream, http, bad.response)
+                await self._send_response(stream, http, bad.response)
                 break
             if deadline.cancelled_caught and head is None:
                 self._counters.handshakes_refused["timeout"] += 1
             if deadline.cancelled_caught or head is None:
-                # Also a client that keeps its connection for later: it can make another.
+                # This also closes an idle keep-alive connection: the client can open another.
                 return None
             request = head.request
             if is_upgrade(request):
                 refusal = self._upgrade_refusal(request)
-                if refusal is None and pass_on is not None and await pass_on(head):
+                if refusal is None and hand_off is not None and await hand_off(head):
                     return None
-                # Only now: who is not about to restart could have it.
-                if refusal is None and self._connections.draining:
+                # Refuse after the handoff: a worker that does not drain could have accepted it.
+                if refusal is None and self._registry.draining:
                     refusal = problem(
                         503, "draining", "This server is about to restart; try again."
                     )
@@ -282,22 +293,23 @@ class Acceptor:
                 self._counters.handshakes_refused[str(refusal.status)] += 1
                 response = refusal
             else:
-                response = await self._answered(request)
-            await self._respond(stream, http, response, with_body=request.method != "HEAD")
+                response = await self._response(request)
+            with_body = request.method != "HEAD"
+            await self._send_response(stream, http, response, with_body=with_body)
             if not next_exchange(http):
                 break
         with trio.move_on_after(_LINGER_S):
             await tcp.linger(_LINGER_BYTES)
         return None
 
-    async def _answered(self, request: HttpRequest) -> HttpResponse:
+    async def _response(self, request: HttpRequest) -> HttpResponse:
         try:
             return await self._answer(request)
         except Exception:
             self._log.exception("request.failed", path=request.path)
             return problem(500, "internal", "The server failed at this; its log says how.")
 
-    async def _respond(
+    async def _send_response(
         self,
         stream: trio.abc.Stream,
         http: h11.Connection,
@@ -308,23 +320,23 @@ class Acceptor:
         with trio.fail_after(RESPONSE_TIMEOUT_S):
             await stream.send_all(response_bytes(http, response, with_body=with_body))
 
-    async def _pass_on(self, sock: socket.socket, head: Head) -> bool:
-        """Whether another worker has this connection now."""
+    async def _hand_off(self, sock: socket.socket, head: Head) -> bool:
+        """Hand an accepted connection off to the worker of its session; whether it was."""
         session_id = _path_session(head)
-        # This one is counted already.
-        full = self._connections.draining or self._sockets > self._max_connections
-        if self._neighbours is None or not (session_id or full):
+        # `_sockets` includes this connection.
+        full = self._registry.draining or self._sockets > self._max_connections
+        if self._peers is None or not (session_id or full):
             return False
-        if not await self._neighbours.pass_on(session_id, sock, head.received, full=full):
+        if not await self._peers.hand_off(session_id, sock, head.received, full=full):
             return False
         self._counters.passed_on += 1
         return True
 
-    async def _pass_back(self, sock: socket.socket, head: Head) -> bool:
-        """The same for a connection that was passed on to here."""
-        if self._neighbours is None:
+    async def _hand_back(self, sock: socket.socket, head: Head) -> bool:
+        """Hand a received connection off to the worker that still has its session."""
+        if self._peers is None:
             return False
-        if not await self._neighbours.pass_back(_path_session(head), sock, head.received):
+        if not await self._peers.hand_back(_path_session(head), sock, head.received):
             return False
         self._counters.passed_on += 1
         return True
@@ -344,12 +356,11 @@ class Acceptor:
     async def _upgrade(
         self, stream: trio.abc.Stream, send_nowait: Callable[[bytes], int] | None, head: Head
     ) -> None:
-        path_session = _path_session(head)
         connection: Connection | None = None
         try:
             async with trio.open_nursery() as nursery:
                 connection = Connection(
-                    self._connections, nursery, stream, send_nowait, head, path_session
+                    self._registry, nursery, stream, send_nowait, head, _path_session(head)
                 )
                 await connection.run()
         finally:
@@ -358,4 +369,5 @@ class Acceptor:
 
 
 def _path_session(head: Head) -> str:
+    """The session that the URL names; empty if it names none."""
     return unquote(head.request.path[len("/ws/") :])

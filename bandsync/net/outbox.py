@@ -1,13 +1,17 @@
-"""The write side of one connection: never blocks who pushes, bounded in bytes.
+"""The send queue of one connection: a push never blocks, the queue is bounded in bytes.
 
-While the peer keeps up, a push is one send. When it does not, frames wait in a backlog that a
-writer task empties. Past `VOLATILE_LIMIT_BYTES` volatile frames are dropped, and `caught_up` makes
-who asks for more wait; past the limit the peer is too slow and is let go. A snapshot may be larger
-than the limit: the latest one does not count.
+While the peer keeps up, a push is one send. Otherwise frames wait in a backlog, which a writer
+task drains. There are two high-water marks:
+
+- Above `VOLATILE_LIMIT_BYTES`, volatile frames are dropped, and `caught_up` applies backpressure to
+  the peer's requests.
+- Above the limit (`OUTBOX_LIMIT_BYTES`), the peer is a slow consumer and is disconnected. The
+  latest snapshot does not count towards the limit, because it may be larger.
 """
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
@@ -18,10 +22,10 @@ _BATCH_BYTES = 16_384
 
 
 class OutboxPolicy:
-    """What all outboxes of a server have in common.
+    """Limits that all outboxes of a server share.
 
     Args:
-        limit_bytes: how much may wait for one peer.
+        limit_bytes: the most that may wait for one peer.
         write_timeout_s: how long a write may go without progress, seconds.
     """
 
@@ -34,16 +38,24 @@ class OutboxPolicy:
         self.counters = counters
 
 
+class OutboxOwner(Protocol):
+    """The connection that an outbox belongs to."""
+
+    def on_slow_consumer(self) -> None:
+        """Called once, when the limit is exceeded or a write makes no progress."""
+
+    def on_broken(self) -> None:
+        """Called once, when a send fails because the connection is gone."""
+
+
 class Outbox:
-    """Takes whole frames, in order; the only one who writes to its stream.
+    """Sends whole frames in order. Nothing else writes to its stream.
 
     Args:
         stream: where the frames go.
-        send_nowait: sends what the kernel takes at once and returns how much that was; None when
-            the stream cannot (TLS).
+        send_nowait: sends what the kernel takes at once and returns how many bytes that was; None
+            when the stream cannot (TLS).
         nursery: parent of the writer task, which exists only while there is a backlog.
-        on_slow: called once, when the peer is too slow to be served on.
-        on_broken: called once, when the connection turns out to be gone.
     """
 
     __slots__ = (
@@ -54,8 +66,7 @@ class Outbox:
         "_flushed",
         "_idle",
         "_nursery",
-        "_on_broken",
-        "_on_slow",
+        "_owner",
         "_policy",
         "_rest",
         "_send_nowait",
@@ -72,28 +83,24 @@ class Outbox:
         *,
         policy: OutboxPolicy,
         nursery: trio.Nursery,
-        on_slow: Callable[[], None],
-        on_broken: Callable[[], None],
+        owner: OutboxOwner,
     ) -> None:
         self._stream = stream
-        self._send_nowait = send_nowait or _take_nothing
+        self._send_nowait = send_nowait or _send_nothing
         self._policy = policy
         self._nursery = nursery
-        self._on_slow = on_slow
-        self._on_broken = on_broken
-        # Made when first needed: most peers keep up all their life.
-        self._backlog: deque[tuple[bytes, bool]] | None = None
-        self._flushed: trio.Event | None = None
-        self._caught_up: trio.Event | None = None
-        # How much of the backlog is the latest snapshot.
-        self._allowance = 0
-        # The end of a frame whose beginning the kernel has already.
-        self._rest = b""
-        self._size = 0
-        self._writing = False
-        self._stopped = False
-        self._dead = False
-        # None of the three: what nearly every push finds, and all that it looks at.
+        self._owner: OutboxOwner | None = owner
+        # Created when first needed: most peers never have a backlog.
+        self._backlog: deque[tuple[bytes, bool]] | None = None  # frames, and whether volatile
+        self._flushed: trio.Event | None = None  # set when the backlog is empty
+        self._caught_up: trio.Event | None = None  # set when `behind` becomes false
+        self._allowance = 0  # bytes of the latest snapshot, beyond the limit
+        self._rest = b""  # the end of a frame whose start the kernel has already
+        self._size = 0  # bytes that wait, `_rest` included
+        self._writing = False  # the writer task exists
+        self._stopped = False  # `stop` was called
+        self._dead = False  # nothing can be sent any more
+        # None of the three. Nearly every push finds this true and reads nothing else.
         self._idle = True
 
     def push(self, frames: bytes) -> None:
@@ -104,7 +111,7 @@ class Outbox:
             self._queue(frames, volatile=False)
 
     def push_volatile(self, frames: bytes) -> None:
-        """The same for frames that nobody misses when the peer is slow."""
+        """Send ``frames``, or drop them when the peer is slow."""
         if self._idle:
             self._send(frames)
         elif self._size > self._policy.volatile_limit_bytes:
@@ -113,31 +120,31 @@ class Outbox:
             self._queue(frames, volatile=True)
 
     def push_snapshot(self, frames: bytes) -> None:
-        """The same as `push` for a frame that may be larger than the limit."""
+        """Send or queue a snapshot, which may be larger than the limit."""
         self._allowance = len(frames)
         self.push(frames)
         if self._idle:
             self._allowance = 0
 
     def push_last(self, frames: bytes) -> None:
-        """The same as `push`, also after `stop`: for what trio-websocket sends."""
+        """Send or queue ``frames`` of trio-websocket, also after `stop`."""
         if self._writing:
             self._queue(frames, volatile=False)
         elif not self._dead:
             self._send(frames)
 
     def release(self) -> None:
-        """Tell nobody anything any more."""
-        self._on_slow = self._on_broken = _nobody
+        """Drop the reference to the owner: it is half of a reference cycle."""
+        self._owner = None
 
     def stop(self) -> None:
-        """Take no more frames but by `push_last`; volatile ones that wait are dropped."""
+        """Accept no more frames except by `push_last`, and drop volatile ones that wait."""
         self._stopped = True
         self._idle = False
         self._drop(volatile_only=True)
 
     async def flush(self) -> None:
-        """Wait until all that was pushed is with the kernel. Who calls sets the deadline."""
+        """Wait until the kernel has everything that was pushed. The caller sets the deadline."""
         if self._writing:
             if self._flushed is None:
                 self._flushed = trio.Event()
@@ -145,18 +152,18 @@ class Outbox:
 
     @property
     def behind(self) -> bool:
-        """Whether so much waits for the peer that it should not ask for more."""
+        """Whether the queue is above the mark at which requests of the peer must wait."""
         return self._writing and self._size > self._policy.volatile_limit_bytes
 
     async def caught_up(self) -> None:
-        """Wait until the peer is no longer `behind`; the write timeout ends that at the latest."""
+        """Wait until the peer is no longer `behind`; at most until the write timeout."""
         while self.behind:
             if self._caught_up is None:
                 self._caught_up = trio.Event()
             await self._caught_up.wait()
 
     def _send(self, frames: bytes) -> None:
-        """Send at once; what the kernel does not take is left to the writer task."""
+        """Send at once, and leave the rest to the writer task."""
         try:
             sent = self._send_nowait(frames)
         except BlockingIOError:
@@ -179,17 +186,18 @@ class Outbox:
             self._drop(volatile_only=True)
             if self._size + len(frames) > limit:
                 if not self._stopped:
-                    # What is being written is written to its end, so that the stream stays
-                    # whole and a close frame can follow.
+                    # The frame that has been started is still written to its end. The stream
+                    # stays intact, and a close frame can follow.
                     self._drop(volatile_only=False)
                     self.stop()
-                    self._on_slow()
+                    if self._owner is not None:
+                        self._owner.on_slow_consumer()
                 return
         self._backlog.append((frames, volatile))
         self._size += len(frames)
 
     def _drop(self, *, volatile_only: bool) -> None:
-        """Drop frames that wait, and count those that were volatile."""
+        """Drop frames that wait, and count the volatile ones."""
         kept: deque[tuple[bytes, bool]] = deque()
         for frames, volatile in self._backlog or ():
             if volatile_only and not volatile:
@@ -200,19 +208,20 @@ class Outbox:
         self._backlog = kept
 
     async def _write(self) -> None:
-        """Empty the backlog."""
+        """Drain the backlog."""
         try:
-            while chunk := self._take():
+            while chunk := self._next_chunk():
                 with trio.move_on_after(self._policy.write_timeout_s) as deadline:
                     await self._stream.send_all(chunk)
                 if deadline.cancelled_caught:
-                    # A part of a frame may be out: nothing can follow it.
+                    # A part of a frame may have been sent, so nothing can follow it.
                     self._dead = True
-                    self._on_slow()
+                    if self._owner is not None:
+                        self._owner.on_slow_consumer()
                     return
                 self._size -= len(chunk)
                 if self._size <= self._policy.volatile_limit_bytes:
-                    self._release()
+                    self._signal_caught_up()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._broken()
         finally:
@@ -220,13 +229,13 @@ class Outbox:
             self._idle = not self._stopped and not self._dead
             self._size = 0
             self._allowance = 0
-            self._release()
+            self._signal_caught_up()
             if self._flushed is not None:
                 self._flushed.set()
                 self._flushed = None
 
-    def _take(self) -> bytes:
-        """What to write next: a piece small enough that a slow peer shows progress."""
+    def _next_chunk(self) -> bytes:
+        """The next bytes to write: few enough that a slow peer shows progress."""
         if not self._rest:
             batch: list[bytes] = []
             size = 0
@@ -238,7 +247,7 @@ class Outbox:
         chunk, self._rest = self._rest[:_BATCH_BYTES], self._rest[_BATCH_BYTES:]
         return chunk
 
-    def _release(self) -> None:
+    def _signal_caught_up(self) -> None:
         if self._caught_up is not None:
             self._caught_up.set()
             self._caught_up = None
@@ -247,13 +256,10 @@ class Outbox:
         if not self._dead:
             self._dead = True
             self._idle = False
-            self._on_broken()
+            if self._owner is not None:
+                self._owner.on_broken()
 
 
-def _take_nothing(_: bytes) -> int:
-    """What a stream does that cannot send without waiting."""
+def _send_nothing(_: bytes) -> int:
+    """`send_nowait` of a stream that cannot send without waiting."""
     return 0
-
-
-def _nobody() -> None:
-    """Nobody wants to know."""

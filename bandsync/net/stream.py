@@ -1,19 +1,22 @@
-"""A TCP stream that can also be written to without waiting."""
+"""A TCP stream with a send that never waits."""
 
 import contextlib
 import socket
 
 import trio
 
-# What the kernel may hold back for one connection. More would only be older when it arrives.
+# Kernel send buffer of one connection. A larger one would only deliver older frames.
 SEND_BUFFER_BYTES = 65_536
 
 
 class TcpStream(trio.abc.Stream):
     """A connected, non-blocking socket as a Trio stream.
 
-    Trio's own `trio.SocketStream` has no send that gives up instead of waiting, which is what
-    lets one task serve a whole band.
+    `trio.SocketStream` has no send that returns instead of waiting. One task needs it to deliver
+    to a whole session.
+
+    Attributes:
+        send_nowait: ``send`` of the socket: returns how many bytes the kernel has taken.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -23,12 +26,12 @@ class TcpStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for bytes and return at most ``max_bytes`` of them; none at the end of the stream.
 
-        Always waits for the socket first: under load that is the checkpoint at which other
-        connections get their turn, and otherwise it saves a receive that finds nothing.
+        Waits for the socket before it reads. Under load that is the checkpoint that lets other
+        connections run; otherwise it saves a read that finds nothing.
 
         Raises:
             trio.BrokenResourceError: the connection was reset.
-            trio.ClosedResourceError: it was closed on this side.
+            trio.ClosedResourceError: the stream was closed on this side.
         """
         while True:
             self._check_open()
@@ -43,11 +46,11 @@ class TcpStream(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Wait until the kernel has taken all of ``data``.
 
-        When cancelled, a part of it has been sent.
+        After a cancellation, an unknown part of it has been sent.
 
         Raises:
             trio.BrokenResourceError: the connection is gone.
-            trio.ClosedResourceError: it was closed on this side.
+            trio.ClosedResourceError: the stream was closed on this side.
         """
         await trio.lowlevel.checkpoint()
         view = memoryview(data)
@@ -64,7 +67,7 @@ class TcpStream(trio.abc.Stream):
 
         Raises:
             trio.BrokenResourceError: the connection is gone.
-            trio.ClosedResourceError: it was closed on this side.
+            trio.ClosedResourceError: the stream was closed on this side.
         """
         self._check_open()
         try:
@@ -73,12 +76,12 @@ class TcpStream(trio.abc.Stream):
             raise _translated(self._socket, error) from None
 
     def _check_open(self) -> None:
-        # Trio would remember the descriptor of a closed socket, and call the next one busy.
+        # Trio would register descriptor -1, and report the next closed socket as busy.
         if self._socket.fileno() == -1:
             raise trio.ClosedResourceError("this stream is closed")
 
     async def aclose(self) -> None:
-        """Close at once: what the kernel has, it sends."""
+        """Close at once; the kernel still sends what it has."""
         self.close()
         await trio.lowlevel.checkpoint()
 
@@ -89,9 +92,9 @@ class TcpStream(trio.abc.Stream):
             self._socket.close()
 
     async def linger(self, max_bytes: int) -> None:
-        """End our side and read the peer's to its end, or ``max_bytes`` of it.
+        """Shut down our side, and read the peer's until its end or ``max_bytes``.
 
-        Closing with bytes unread would reset the connection and take back the answer.
+        A close with unread bytes resets the connection, and the peer may lose the answer.
         """
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)

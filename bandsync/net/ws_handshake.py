@@ -1,85 +1,96 @@
-"""The stream that trio-websocket sees: the two handshakes, opening and close."""
+"""The stream that trio-websocket runs the two handshakes on, opening and closing."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import trio
-from trio_websocket import WebSocketConnection
-from wsproto.connection import ConnectionState
 
 from bandsync.net.outbox import Outbox
 
-# As a client sends it, with a mask of zeros and no code.
+# A client's close frame: masked with zeros, without a close code.
 _CLOSE_FRAME = bytes((0x88, 0x80, 0, 0, 0, 0))
 
 
-class Wire(trio.abc.Stream):
-    """Stands between trio-websocket and a connection that is read elsewhere.
+class HandshakeOwner(Protocol):
+    """The connection that a `HandshakeStream` belongs to."""
+
+    def on_handshake_over(self) -> None:
+        """Called once, when trio-websocket has closed its stream."""
+
+
+class HandshakeStream(trio.abc.Stream):
+    """Stands between trio-websocket and a socket that the connection reads by itself.
+
+    trio-websocket receives the HTTP head and the peer's close frame, and nothing else. It sends
+    its two answers through the outbox, like every other frame.
 
     Args:
-        head: the bytes of the HTTP head, given back for trio-websocket to answer.
-        outbox: takes what trio-websocket sends: the answers of the two handshakes.
-        on_closed: called when trio-websocket is done with the connection.
+        head: the bytes of the HTTP head: `bandsync.net.http_head.Head.handshake`.
+
+    Attributes:
+        closed: whether trio-websocket has closed the stream.
+        ended: whether `end` was called.
     """
 
-    def __init__(self, head: bytes, outbox: Outbox, on_closed: Callable[[], None]) -> None:
+    def __init__(self, head: bytes, outbox: Outbox, owner: HandshakeOwner) -> None:
+        self.closed = False
+        self.ended = False
         self._incoming = head
         self._arrived: trio.Event | None = None
         self._outbox = outbox
-        self._on_closed = on_closed
-        self._closed = False
+        self._owner: HandshakeOwner | None = owner
 
-    def deliver(self, frame: bytes) -> None:
-        """Give trio-websocket a close frame."""
-        self._incoming += frame
+    def deliver(self, close_frame: bytes) -> None:
+        """Deliver the peer's close frame to trio-websocket."""
+        self._incoming += close_frame
         self._wake()
+
+    def end(self) -> None:
+        """Make trio-websocket finish and close the stream within a few passes of the scheduler.
+
+        wsproto's frame parser and its generator refer to each other. The generator returns after
+        a close frame only; without one, the cyclic garbage collector would have to free the two,
+        minutes later. So deliver a close frame, and discard the answer. Until the owner's
+        `on_handshake_over`, trio-websocket's reader task must not be cancelled.
+        """
+        self.ended = True
+        self.deliver(_CLOSE_FRAME)
+
+    def release(self) -> None:
+        """Drop the reference to the owner: it is half of a reference cycle."""
+        self._owner = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for the head or a close frame; no bytes once closed."""
-        while not self._incoming and not self._closed:
+        while not self._incoming and not self.closed:
             self._arrived = trio.Event()
             await self._arrived.wait()
         data, self._incoming = self._incoming, b""
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Hand ``data``, whole frames, to the outbox."""
+        """Push ``data``, whole frames, to the outbox; discard it after `end`."""
         await trio.lowlevel.checkpoint()
-        self._outbox.push_last(bytes(data))
+        if not self.ended:
+            self._outbox.push_last(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         """Return at once: the outbox never blocks."""
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
-        """End the connection, once."""
-        await trio.lowlevel.checkpoint()
-        if not self._closed:
-            self._closed = True
-            self._wake()
-            self._on_closed()
+        """Notify the owner, once.
 
-    def release(self) -> None:
-        """Tell nobody that it was closed."""
-        self._on_closed = _nobody
+        The owner may cancel the reader task in reply. No checkpoint follows, so that the reader
+        still lets its parser return: see `end`.
+        """
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        if not self.closed:
+            self.closed = True
+            self._wake()
+            if self._owner is not None:
+                self._owner.on_handshake_over()
 
     def _wake(self) -> None:
         if self._arrived is not None:
             self._arrived.set()
             self._arrived = None
-
-
-def end_parser(websocket: WebSocketConnection) -> None:
-    """Let the frame parser of a connection that is over come to its end.
-
-    While it waits for a close frame, wsproto's parser and its generator hold on to each other, and
-    only the garbage collector could free them: minutes later, if ever.
-    """
-    parser = websocket._wsproto  # noqa: SLF001  # nothing public leads there
-    if parser.state in {ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING}:
-        parser.receive_data(_CLOSE_FRAME)
-    for _ in parser.events():
-        pass
-
-
-def _nobody() -> None:
-    """Nobody wants to know."""

@@ -10,6 +10,7 @@ from bandsync.model.transport import beat_at, in_force, position_at
 from bandsync.rooms.context import RoomContext
 from bandsync.rooms.mirror import Applied, Outcome
 from bandsync.rules.reconcile import superseded
+from bandsync.wire.close_codes import CloseCode
 from bandsync.wire.frames import text_frame
 from bandsync.wire.messages import Ack, Outgoing, ScrollTick, Snapshot, encode
 from bandsync.wire.snapshots import room_stats, snapshot
@@ -45,7 +46,7 @@ class Peer(Protocol):
     def push_snapshot(self, frames: bytes) -> None:
         """Send frames with a snapshot, which may be large; never blocks."""
 
-    def close(self, code: int, reason: str) -> None:
+    def close(self, code: CloseCode, reason: str) -> None:
         """Close the connection soon; never blocks."""
 
 
@@ -89,7 +90,7 @@ class LocalPeers:
         for member_id in superseded(session, self.bound):
             peer = self.remove(member_id)
             if peer is not None:
-                peer.close(4001, REPLACED)
+                peer.close(CloseCode.SESSION_TAKEN, REPLACED)
 
     def latencies_ms(self) -> dict[str, float | None]:
         """Round trips by member id; None where unknown."""

@@ -7,6 +7,7 @@ from bandsync.rooms.fanout import REPLACED, Peer, ack_frame, message_frame
 from bandsync.rooms.mirror import Outcome
 from bandsync.rooms.replica import Locked, Replica
 from bandsync.rules.actions import Bind, Command, Drop, Expire
+from bandsync.wire.close_codes import CloseCode
 from bandsync.wire.commands import LeaveSession, Play, Refusal
 from bandsync.wire.messages import LeaveReason, Snapshot, You
 
@@ -130,7 +131,7 @@ class Room(Replica):
         self.local_peers.remove(own)
         self._broadcast(outcome)
         if replaced is not None and replaced is not peer:
-            replaced.close(4001, REPLACED)
+            replaced.close(CloseCode.SESSION_TAKEN, REPLACED)
         self.local_peers.add(outcome.decision.session.members[member_id], peer)
         peer.member_id = member_id
         peer.push_snapshot(message_frame(reply) + ack_frame(request_id, reply.version))

@@ -10,7 +10,7 @@ class CloseCode(IntEnum):
     BandSync's own.
 
     Attributes:
-        reconnect: whether a client connects again by itself, with its resume token.
+        reconnect: whether a client reconnects by itself, with its resume token.
     """
 
     reconnect: bool
@@ -22,12 +22,20 @@ class CloseCode(IntEnum):
         member.reconnect = reconnect
         return member
 
-    PROTOCOL_ERROR = 1002, True
-    INVALID_PAYLOAD = 1007, True
-    POLICY_VIOLATION = 1008, False
-    MESSAGE_TOO_BIG = 1009, True
-    INTERNAL_ERROR = 1011, True
-    SERVICE_RESTART = 1012, True
-    TRY_AGAIN_LATER = 1013, True
-    CONNECTION_TIMEOUT = 4000, True
-    SESSION_TAKEN = 4001, False
+    PROTOCOL_ERROR = 1002, True  # a frame violates RFC 6455
+    INVALID_PAYLOAD = 1007, True  # a text message is not UTF-8
+    POLICY_VIOLATION = 1008, False  # protocol abuse: too many invalid messages
+    MESSAGE_TOO_BIG = 1009, True  # over MAX_MESSAGE_BYTES; bandsync.js gives up before its join
+    INTERNAL_ERROR = 1011, True  # reserved: today an internal error ends one command only
+    SERVICE_RESTART = 1012, True  # the server drains; wait for `reconnectInMs` first
+    TRY_AGAIN_LATER = 1013, True  # server full, or slow consumer; reconnect with a longer backoff
+    CONNECTION_TIMEOUT = 4000, True  # silent for CONNECTION_TIMEOUT_MS
+    SESSION_TAKEN = 4001, False  # the same member resumed on another connection
+
+
+_FINAL = frozenset(code for code in CloseCode if not code.reconnect)
+
+
+def may_reconnect(code: int) -> bool:
+    """Whether a client reconnects after a close with ``code``: yes, if the code is unknown."""
+    return code not in _FINAL

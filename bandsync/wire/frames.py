@@ -1,8 +1,8 @@
 """WebSocket frames (RFC 6455), sans I/O: the server's side of the stream after the handshake.
 
-Everything but the close is taken apart here, because a message through wsproto and a memory channel
-costs several times what the rest of a command does, and so that pings can be answered without
-waiting; a close is left whole, for trio-websocket to shake hands on.
+A message that passes through wsproto and a memory channel costs several times as much as the rest
+of a command. So all frames are parsed here, except the close frame. It is passed on whole to
+trio-websocket, which runs the closing handshake.
 """
 
 import struct
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 from msgspec import Struct
+
+from bandsync.wire.close_codes import CloseCode
 
 MAX_CONTROL_PAYLOAD = 125
 
@@ -36,13 +38,14 @@ _CLEAR_TEXT = _FIN | Opcode.TEXT
 
 
 class ProtocolError(Exception):
-    """The peer broke RFC 6455, or a limit.
+    """The peer violated RFC 6455 or a limit.
 
     Attributes:
-        code: the close code that says how.
+        code: the close code for it.
+        reason: the close reason.
     """
 
-    def __init__(self, code: int, reason: str) -> None:
+    def __init__(self, code: CloseCode, reason: str) -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
@@ -52,7 +55,7 @@ class Received(Struct, frozen=True):
     """One message or control frame.
 
     Attributes:
-        payload: unmasked; of a close the whole frame as it came.
+        payload: unmasked; for a close, the whole frame as received.
     """
 
     opcode: Opcode
@@ -60,10 +63,10 @@ class Received(Struct, frozen=True):
 
 
 class FrameReader:
-    """Takes the bytes of a stream apart into messages and control frames.
+    """Parses the bytes of a stream into messages and control frames.
 
     Args:
-        max_message_bytes: the largest message, fragments together, that is accepted.
+        max_message_bytes: the largest message that is accepted, all fragments together.
     """
 
     __slots__ = ("_at", "_buffer", "_discarding", "_max", "_opcode", "_parts", "_size", "_skip")
@@ -79,16 +82,16 @@ class FrameReader:
         self._discarding = False
 
     def discard(self) -> None:
-        """From now on drop messages, of any size, unread: only control frames still count."""
+        """From now on skip messages of any size, and return control frames only."""
         self._discarding = True
         self._parts = None
 
     def feed(self, data: bytes) -> Iterator[Received]:
-        """What ``data`` completes, in order.
+        """The messages and control frames that ``data`` completes, in order.
 
         Raises:
-            ProtocolError: on the first thing that is wrong. With code 1002 the stream cannot be
-                read on; with another it can, after `discard`.
+            ProtocolError: on the first error. After code 1002 the stream cannot be parsed any
+                further; after another code it can, once `discard` was called.
         """
         self._buffer = self._buffer[self._at :] + data
         self._at = 0
@@ -98,7 +101,7 @@ class FrameReader:
                 self._at += skipped
                 self._skip -= skipped
                 continue
-            frame = self._take()
+            frame = self._next_frame()
             if frame is None:
                 return
             opcode, fin, raw, start = frame
@@ -110,12 +113,12 @@ class FrameReader:
                 message = self._message(opcode, fin, _unmasked(raw, start))
                 if message is not None:
                     yield message
-        # Thousands of silent clients would each hold on to the last that they said.
+        # Keep no bytes of the last message: thousands of clients are silent for long.
         self._buffer = b""
         self._at = 0
 
-    def _take(self) -> tuple[Opcode, bool, bytes, int] | None:
-        """The next frame of the buffer: opcode, fin, the frame, and where its payload starts."""
+    def _next_frame(self) -> tuple[Opcode, bool, bytes, int] | None:
+        """The next whole frame: opcode, fin, its bytes, and the offset of its payload."""
         buffer, at = self._buffer, self._at
         available = len(buffer) - at
         if available < 2:
@@ -140,7 +143,9 @@ class FrameReader:
                 self._skip = end
                 return opcode, True, b"", 0
             if self._size + length > self._max:
-                raise ProtocolError(1009, f"A message has at most {self._max} bytes.")
+                raise ProtocolError(
+                    CloseCode.MESSAGE_TOO_BIG, f"a message has more than {self._max} bytes"
+                )
         if available < end:
             return None
         self._at = at + end
@@ -150,15 +155,19 @@ class FrameReader:
         """The message that a data frame completes."""
         if opcode is Opcode.CONTINUATION:
             if self._parts is None:
-                raise ProtocolError(1002, "A continuation frame without a message to continue.")
+                raise ProtocolError(
+                    CloseCode.PROTOCOL_ERROR, "a continuation frame without a message to continue"
+                )
         elif self._parts is not None:
-            raise ProtocolError(1002, "A new message inside a fragmented one.")
+            raise ProtocolError(
+                CloseCode.PROTOCOL_ERROR, "a new message starts inside a fragmented one"
+            )
         elif fin:
             return _message(opcode, payload)
         else:
             self._opcode = opcode
             self._parts = []
-        if payload:  # However many fragments there are, those without a byte cost no memory.
+        if payload:  # Empty fragments must cost no memory, because their number is unlimited.
             self._parts.append(payload)
             self._size += len(payload)
         if not fin:
@@ -170,7 +179,7 @@ class FrameReader:
 
 
 def text_frame(payload: bytes) -> bytes:
-    """An unfragmented text frame, as a server sends it."""
+    """An unfragmented text frame of a server."""
     return _frame(_CLEAR_TEXT, payload)
 
 
@@ -195,14 +204,18 @@ def _frame(first: int, payload: bytes) -> bytes:
 
 def _checked_opcode(first: int, second: int) -> Opcode:
     if first & _RSV:
-        raise ProtocolError(1002, "No extension was negotiated that uses a reserved bit.")
+        raise ProtocolError(
+            CloseCode.PROTOCOL_ERROR, "a reserved bit is set, but no extension was negotiated"
+        )
     if not second & _MASKED:
-        raise ProtocolError(1002, "A client masks its frames.")
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame of a client is not masked")
     opcode = _OPCODES.get(first & _OPCODE)
     if opcode is None:
-        raise ProtocolError(1002, f"No such opcode: {first & _OPCODE:#x}.")
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"unknown opcode {first & _OPCODE:#x}")
     if opcode in _CONTROL and (not first & _FIN or second & 0x7F > MAX_CONTROL_PAYLOAD):
-        raise ProtocolError(1002, "A control frame is whole and has at most 125 bytes.")
+        raise ProtocolError(
+            CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or has more than 125 bytes"
+        )
     return opcode
 
 
@@ -211,12 +224,12 @@ def _message(opcode: Opcode, payload: bytes) -> Received:
         try:
             payload.decode()
         except UnicodeDecodeError:
-            raise ProtocolError(1007, "A text message is UTF-8.") from None
+            raise ProtocolError(CloseCode.INVALID_PAYLOAD, "a text message is not UTF-8") from None
     return Received(opcode, payload)
 
 
 def _unmasked(raw: bytes, start: int) -> bytes:
-    """The payload of a frame: XOR with the mask before it, as one big integer (section 5.3)."""
+    """The payload of a frame: XOR with its mask as one big integer (section 5.3)."""
     length = len(raw) - start
     if not length:
         return b""

@@ -1,24 +1,18 @@
 """Clients that are broken, slow or hostile, and what they cost the others: nothing."""
 
-import gc
 import os
 import random
 import socket
 import ssl
 import struct
-import tracemalloc
 from collections.abc import Iterator
 
 import httpx
 import pytest
 import trio
 import trustme
-from trio.testing import wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
-from bandsync.net.connection import Connection
-from bandsync.rooms.mirror import Mirror
-from bandsync.rooms.room import Room
 from tests.support.servers import PATIENCE_S, Musician, Server, band, musician, start_server
 
 UPGRADE = (
@@ -355,94 +349,3 @@ async def test_a_bug_is_told_with_an_id_and_ends_nothing(
         assert "a bug" in logged["exception"]
         await ann.ok("play")
         await bob.next("play")
-
-
-async def test_a_closed_connection_is_free_at_once(server: Server) -> None:
-    """Not when the garbage collector looks at old objects: phones come and go all evening."""
-
-    def alive() -> int:
-        return sum(isinstance(each, Connection) for each in gc.get_objects())
-
-    gc.collect()
-    gc.disable()
-    try:
-        before = alive()
-        async with musician(server) as ann, musician(server) as bob:
-            await ann.join()
-            await bob.join()
-            await ann.ok("leave_session")
-            assert alive() == before + 2
-        with trio.fail_after(PATIENCE_S):
-            while alive() > before:
-                await wait_all_tasks_blocked(0.01)
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("how", range(3))
-@pytest.mark.parametrize(
-    "last",
-    [
-        pytest.param(b"", id="without a word"),
-        pytest.param(Frame(Opcode.CLOSE, b"").serialize(mask=True), id="closed"),
-        pytest.param(b"\x81\x05hello", id="told to go"),
-    ],
-)
-async def test_nothing_of_a_connection_is_left_however_it_ends(
-    server: Server, last: bytes, how: int
-) -> None:
-    """Nor for the garbage collector, which comes late to what was there for minutes."""
-    packages = ("bandsync.net", "trio_websocket", "wsproto", "h11")
-
-    def alive() -> int:
-        return sum(str(type(each).__module__).startswith(packages) for each in gc.get_objects())
-
-    gc.collect()
-    gc.disable()
-    try:
-        before = alive()
-        for _ in range(3):
-            await throw(server, UPGRADE + b"\r\n" + last, how)
-        with trio.fail_after(PATIENCE_S):
-            while alive() > before:
-                await wait_all_tasks_blocked(0.01)
-    finally:
-        gc.enable()
-
-
-async def test_what_silent_clients_said_is_not_kept(server: Server) -> None:
-    """Small pieces all over the memory, one for each of them, keep it from being used again."""
-    tracemalloc.start()
-    try:
-        async with band(server, "Ann", "Bob", "Cyd") as players:
-            for player in players:
-                await player.ok("chat_message", text="x" * 1000)
-            await wait_all_tasks_blocked(0.01)
-            received = tracemalloc.Filter(inclusive=True, filename_pattern="*/net/stream.py")
-            kept = tracemalloc.take_snapshot().filter_traces([received]).traces
-            assert [trace for trace in kept if trace.size > 1000] == []
-    finally:
-        tracemalloc.stop()
-
-
-async def test_a_room_that_nobody_is_in_is_free_at_once(nursery: trio.Nursery) -> None:
-    """With the session that it shows, which may be in Redis and need not be here, too."""
-    server = await start_server(nursery, resume_grace_ms=0)
-
-    def alive() -> int:
-        return sum(type(each) in {Room, Mirror} for each in gc.get_objects())
-
-    gc.collect()
-    gc.disable()
-    try:
-        before = alive()
-        async with band(server, "Ann", "Bob") as (ann, bob):
-            await ann.ok("play")
-            assert alive() == before + 2
-            await bob.ok("leave_session")
-            await ann.ok("leave_session")
-        with trio.fail_after(PATIENCE_S):
-            while alive() > before:
-                await wait_all_tasks_blocked(0.01)
-    finally:
-        gc.enable()

@@ -73,9 +73,14 @@ class Box:
             send,
             policy=OutboxPolicy(limit, 10, self.counters),
             nursery=nursery,
-            on_slow=lambda: self.reports.append("slow"),
-            on_broken=lambda: self.reports.append("broken"),
+            owner=self,
         )
+
+    def on_slow_consumer(self) -> None:
+        self.reports.append("slow")
+
+    def on_broken(self) -> None:
+        self.reports.append("broken")
 
 
 def numbered(count: int) -> list[bytes]:

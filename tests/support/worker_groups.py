@@ -5,69 +5,33 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-import structlog
 import trio
 from msgspec.structs import replace
 
 from bandsync.settings import Settings
 from bandsync.workers.supervisor import RestartDelays, Supervising, supervise
-from tests.support.servers import PATIENCE_S, TEST_SETTINGS, Message
+from tests.support.log_capture import LogCapture
+from tests.support.servers import PATIENCE_S, TEST_SETTINGS
 from tests.test_serve import SCRIPT
 
 COMMAND = [sys.executable, str(SCRIPT), "--worker"]
 QUICK = RestartDelays(first=0.01, longest=0.05)
 
 
-class Diary:
-    """A log with entries that tests can wait for.
-
-    Attributes:
-        entries: all entries so far.
-    """
-
-    def __init__(self) -> None:
-        self.entries: list[Message] = []
-        self._news = trio.Event()
-        self.logger = structlog.wrap_logger(
-            None,
-            processors=[self._write],
-            wrapper_class=structlog.make_filtering_bound_logger("debug"),
-        )
-
-    def _write(self, logger: object, level: str, entry: Any) -> Any:
-        self.entries.append(dict(entry))
-        self._news.set()
-        self._news = trio.Event()
-        raise structlog.DropEvent
-
-    def all(self, event: str, **fields: object) -> list[Message]:
-        return [
-            entry
-            for entry in self.entries
-            if entry["event"] == event and fields.items() <= entry.items()
-        ]
-
-    async def until(self, event: str, number: int = 1, **fields: object) -> Message:
-        """The ``number``th entry of this kind."""
-        with trio.fail_after(PATIENCE_S):
-            while len(found := self.all(event, **fields)) < number:
-                await self._news.wait()
-        return found[number - 1]
-
-
 class WorkerGroup:
-    """Workers that run, under a supervisor in this process.
+    """Workers that run under a supervisor in this process.
 
     Attributes:
-        lines: announced lines.
+        settings: those of the group.
+        log: the supervisor's log.
+        lines: what the supervisor announced.
         done: set when the supervisor has returned.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.diary = Diary()
+        self.log = LogCapture()
         self.lines: list[str] = []
         self.done = trio.Event()
         self.supervising: Supervising
@@ -86,7 +50,7 @@ class WorkerGroup:
             try:
                 await supervise(
                     self.settings,
-                    self.diary.logger,
+                    self.log.logger,
                     command=command,
                     announce=self.lines.append,
                     restart_delays=restart_delays,
@@ -103,8 +67,8 @@ class WorkerGroup:
             await self.done.wait()
 
     def pid(self, server_id: str) -> int:
-        """The id of the process that currently has this name."""
-        return self.diary.all("worker.started", server_id=server_id)[-1]["pid"]
+        """The process that runs as this server now."""
+        return self.log.all("worker.started", server_id=server_id)[-1]["pid"]
 
 
 def group_settings(redis_url: str, **changes: object) -> Settings:

@@ -15,17 +15,18 @@ from trio.testing import memory_stream_pair
 from bandsync.app import serve
 from bandsync.workers.worker import CLOSE_SHARED_PORT, WorkerConfig, WorkerReport, work
 from scripts.testbed.redis_server import HOST, free_port
+from tests.support.log_capture import LogCapture
 from tests.support.servers import PATIENCE_S, TEST_SETTINGS, start_server
-from tests.support.worker_groups import Diary, ask_health, upgrade
+from tests.support.worker_groups import ask_health, upgrade
 
 
 async def test_pipe_closes_the_shared_port_and_begins_the_drain(nursery: trio.Nursery) -> None:
     ours, theirs = memory_stream_pair()
-    diary = Diary()
+    log_capture = LogCapture()
     done = trio.Event()
 
     async def run_worker() -> None:
-        await work(theirs, theirs, lambda settings: diary.logger)
+        await work(theirs, theirs, lambda settings: log_capture.logger)
         done.set()
 
     nursery.start_soon(run_worker)
@@ -47,7 +48,7 @@ async def test_pipe_closes_the_shared_port_and_begins_the_drain(nursery: trio.Nu
     await ours.send_eof()
     with trio.fail_after(PATIENCE_S):
         await done.wait()
-    assert diary.all("server.stopped", server_id="stage")
+    assert log_capture.all("server.stopped", server_id="stage")
 
 
 async def test_queued_connection_is_served_when_the_shared_port_closes(
@@ -63,14 +64,14 @@ async def test_queued_connection_is_served_when_the_shared_port_closes(
 
 
 async def test_first_signal_during_a_drain_does_not_cancel_it() -> None:
-    diary = Diary()
+    log_capture = LogCapture()
     async with trio.open_nursery() as nursery:
         serving = await nursery.start(
             partial(
                 serve,
                 TEST_SETTINGS,
-                diary.logger,
-                announce=diary.logger.info,
+                log_capture.logger,
+                announce=log_capture.logger.info,
                 signals=[signal.SIGUSR1],
             )
         )
@@ -79,9 +80,9 @@ async def test_first_signal_during_a_drain_does_not_cancel_it() -> None:
             silent.sendall(upgrade("/ws"))
             await trio.to_thread.run_sync(silent.recv, 4096)
             serving.stop()
-            await diary.until("server.draining")
+            await log_capture.until("server.draining")
             os.kill(os.getpid(), signal.SIGUSR1)
-            await diary.until("server.stopped")
+            await log_capture.until("server.stopped")
 
 
 async def test_worker_ends_when_its_pipe_ends_before_it_listens() -> None:
@@ -90,7 +91,7 @@ async def test_worker_ends_when_its_pipe_ends_before_it_listens() -> None:
         await ours.send_all(sent)
         await ours.aclose()
         with trio.fail_after(PATIENCE_S):
-            await work(theirs, theirs, lambda settings: Diary().logger)
+            await work(theirs, theirs, lambda settings: LogCapture().logger)
 
 
 async def test_worker_reports_why_it_cannot_start() -> None:
@@ -98,6 +99,6 @@ async def test_worker_reports_why_it_cannot_start() -> None:
     with socket.create_server((HOST, 0)) as taken:
         settings = replace(TEST_SETTINGS, port=taken.getsockname()[1])
         await ours.send_all(msgspec.json.encode(WorkerConfig(settings, 1)) + b"\n")
-        await work(theirs, theirs, lambda settings: Diary().logger)
+        await work(theirs, theirs, lambda settings: LogCapture().logger)
     report = msgspec.json.decode(await ours.receive_some(), type=WorkerReport)
     assert "in use" in (report.refused or "")

@@ -20,7 +20,7 @@ from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.support.servers import PATIENCE_S, Musician, play_along
 from tests.support.worker_groups import (
     COMMAND,
-    Diary,
+    LogCapture,
     WorkerGroup,
     ask_health,
     group_settings,
@@ -68,7 +68,7 @@ async def test_killed_worker_is_replaced_and_its_members_resume(
         os.kill(group.pid("stage-1"), signal.SIGKILL)
         await ann.closed()
         # The kernel closes the listening socket last: until then the dead worker gets connections.
-        ended = await group.diary.until("worker.exited", server_id="stage-1")
+        ended = await group.log.until("worker.exited", server_id="stage-1")
         assert "Killed" in ended["how"]
         again = await nursery.start(play_along, group)
         back = await again.join(resumeToken=ann.you["resumeToken"])
@@ -77,7 +77,7 @@ async def test_killed_worker_is_replaced_and_its_members_resume(
         assert back["you"]["role"] == "leader"
         assert back["isPlaying"]
 
-        await group.diary.until("worker.started", 2, server_id="stage-1")
+        await group.log.until("worker.started", 2, server_id="stage-1")
         cat = await player_on(group, nursery, "stage-1")
         await cat.join(displayName="Cat")
         await bob.next("user_joined")
@@ -94,11 +94,11 @@ async def test_stop_drains_all_workers(redis_server: RedisServer) -> None:
         for player in players:
             assert await player.closed() == 1012
             assert player.all("server_draining")
-        assert [entry["event"] for entry in group.diary.entries[-2:]] == [
+        assert [entry["event"] for entry in group.log.entries[-2:]] == [
             "workers.draining",
             "workers.stopped",
         ]
-        assert not group.diary.all("worker.exited")
+        assert not group.log.all("worker.exited")
 
 
 async def test_worker_that_does_not_drain_is_killed(
@@ -108,7 +108,7 @@ async def test_worker_that_does_not_drain_is_killed(
     async with working(redis_server.url(), drain_timeout_ms=100) as (group, _):
         os.kill(group.pid("stage-2"), signal.SIGSTOP)
         await group.stop()
-        (killed,) = group.diary.all("worker.killed")
+        (killed,) = group.log.all("worker.killed")
         assert killed["server_id"] == "stage-2"
 
 
@@ -118,12 +118,12 @@ async def test_worker_without_heartbeats_is_killed_and_replaced(
     monkeypatch.setattr(supervisor, "SILENCE_S", 3.0)
     async with working(redis_server.url()) as (group, nursery):
         os.kill(group.pid("stage-2"), signal.SIGSTOP)
-        killed = await group.diary.until("worker.killed")
+        killed = await group.log.until("worker.killed")
         assert killed["server_id"] == "stage-2"
         assert "no heartbeat" in killed["how"]
-        await group.diary.until("worker.started", 2, server_id="stage-2")
+        await group.log.until("worker.started", 2, server_id="stage-2")
         await player_on(group, nursery, "stage-2")
-        assert len(group.diary.all("worker.killed")) == 1
+        assert len(group.log.all("worker.killed")) == 1
 
 
 async def test_replacement_is_one_worker_at_a_time_and_refuses_no_client(
@@ -146,18 +146,18 @@ async def test_replacement_is_one_worker_at_a_time_and_refuses_no_client(
             assert ask_health(last)[0] == 200
             assert await ann.closed() == 1012
             statuses = set()
-            while not group.diary.all("workers.replaced"):
+            while not group.log.all("workers.replaced"):
                 async with httpx.AsyncClient() as client:
                     answer = await client.get(f"{group.supervising.url}/api/health")
                 statuses.add(answer.status_code)
         assert statuses == {200}
         order = [
             (entry["event"], entry["server_id"])
-            for entry in group.diary.entries
+            for entry in group.log.entries
             if entry["event"] == "worker.started"
         ]
         assert [name for _, name in order[2:]] == ["stage-1", "stage-2"]
-        assert len({entry["pid"] for entry in group.diary.all("worker.started")}) == 4
+        assert len({entry["pid"] for entry in group.log.all("worker.started")}) == 4
 
         again = await nursery.start(play_along, group)
         back = await again.join(resumeToken=ann.you["resumeToken"])
@@ -254,7 +254,7 @@ async def test_taken_own_port_refuses_the_start(redis_server: RedisServer) -> No
         with pytest.raises(StartError, match=f"WORKER_PORTS={port}: cannot listen"):
             await supervise(
                 group_settings(redis_server.url(), worker_ports=port - 1),
-                Diary().logger,
+                LogCapture().logger,
                 command=COMMAND,
             )
 
@@ -269,11 +269,11 @@ async def test_workers_serve_from_memory_without_redis_and_a_restarted_one_waits
         await ann.next("storage_status", storageType="memory")
         await ann.ok("update_message", message="we play on")
         os.kill(group.pid("stage-2"), signal.SIGKILL)
-        waiting = await group.diary.until("worker.exited", 2, server_id="stage-2")
+        waiting = await group.log.until("worker.exited", 2, server_id="stage-2")
         assert "WORKERS=2 share their sessions: Redis cannot be used" in waiting["reason"]
         await ann.ok("chat_message", text="still")
         redis_server.start()
-        await group.diary.until("worker.started", 2, server_id="stage-2")
+        await group.log.until("worker.started", 2, server_id="stage-2")
         bob = await player_on(group, nursery, "stage-2")
         await ann.next("storage_status", storageType="redis")
         assert (await bob.join(displayName="Bob"))["message"] == "we play on"
