@@ -545,6 +545,7 @@ async def test_a_server_that_stops_during_an_outage_loses_nothing_that_redis_can
         assert [chat["text"] for chat in snapshot["chat"]] == ["from memory"]
 
 
+@pytest.mark.slow
 async def test_a_loss_in_the_middle_of_a_migration_is_just_a_loss(
     stage: Stage, nursery: trio.Nursery
 ) -> None:

@@ -234,6 +234,7 @@ async def test_cut_off_again_and_again(split: Split) -> None:
     remembered(split, *texts)
 
 
+@pytest.mark.slow
 async def test_cut_off_for_longer_than_anybody_waits(split: Split) -> None:
     ann, bob, cid, dan = split.ann, split.bob, split.cid, split.dan
     await split.cut(split.left, reset)

@@ -242,6 +242,7 @@ FAULTS: dict[str, Callable[[Scene], Awaitable[None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_two_servers_follow_and_nothing_is_lost(scene: Scene, fault: str) -> None:
     with measured(scene.players) as longest:
@@ -263,6 +264,7 @@ async def test_two_servers_follow_and_nothing_is_lost(scene: Scene, fault: str) 
     assert longest[0] < failover_s + 1
 
 
+@pytest.mark.slow
 async def test_one_server_is_told_later_and_both_acknowledge_meanwhile(scene: Scene) -> None:
     with measured(scene.players) as longest:
         async with load(scene) as (talk, leader):

@@ -238,6 +238,7 @@ def listens(port: int) -> bool:
         return sock.connect_ex((HOST, port)) == 0
 
 
+@pytest.mark.slow
 async def test_a_session_is_on_one_server_and_the_rest_is_spread(
     balancer: Balancer, nursery: trio.Nursery
 ) -> None:
@@ -264,6 +265,7 @@ async def test_a_session_is_on_one_server_and_the_rest_is_spread(
             assert (await client.get(path)).status_code == http.HTTPStatus.NOT_FOUND
 
 
+@pytest.mark.slow
 async def test_pages_of_its_own_origin_may_connect_and_no_others(
     balancer: Balancer, nursery: trio.Nursery
 ) -> None:
@@ -274,6 +276,7 @@ async def test_pages_of_its_own_origin_may_connect_and_no_others(
     assert refused.value.response.status_code == http.HTTPStatus.FORBIDDEN
 
 
+@pytest.mark.slow
 async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
@@ -320,6 +323,7 @@ async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
     await bob.next("chat_message", text="as before")
 
 
+@pytest.mark.slow
 async def test_servers_are_replaced_in_turn_and_nobody_is_turned_away(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
@@ -352,6 +356,7 @@ async def test_servers_are_replaced_in_turn_and_nobody_is_turned_away(
             await taken(name)
 
 
+@pytest.mark.slow
 async def test_a_server_that_hangs_is_passed_over(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
@@ -366,6 +371,7 @@ async def test_a_server_that_hangs_is_passed_over(
     assert snapshot["you"]["resumed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balancer", [haproxy], indirect=True, ids=["haproxy"])
 async def test_clients_of_a_server_that_hangs_are_let_go(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
@@ -442,6 +448,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     assert (result.returncode, result.stdout) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_image_has_what_it_runs(tmp_path: Path) -> None:
     """What the Dockerfile copies is laid out as it says; its commands are run as they stand."""
     kept = {

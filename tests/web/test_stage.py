@@ -133,6 +133,7 @@ def test_the_leader_conducts(open_page: Pages, house: ServerProcess) -> None:
     shows(bob, "#state", "playing")
 
 
+@pytest.mark.slow
 def test_tapping_sets_the_tempo(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     bob = stage(open_page, house, "Bob")
@@ -171,6 +172,7 @@ def test_the_lead_is_asked_for_refused_and_handed_over(
     shows(bob, "#reason", "You lead: the band follows.")
 
 
+@pytest.mark.slow
 def test_the_lead_can_be_taken_where_it_is_open(open_page: Pages, start_process: Start) -> None:
     server = start_process(LEADERSHIP="open")
     ann = stage(open_page, server, "Ann")
@@ -180,6 +182,7 @@ def test_the_lead_can_be_taken_where_it_is_open(open_page: Pages, start_process:
     shows(ann, "#news", "Bob took the lead.")
 
 
+@pytest.mark.slow
 def test_a_lead_that_is_held_cannot_be_taken(open_page: Pages, house: ServerProcess) -> None:
     stage(open_page, house, "Ann")
     bob = stage(open_page, house, "Bob")
@@ -187,6 +190,7 @@ def test_a_lead_that_is_held_cannot_be_taken(open_page: Pages, house: ServerProc
     shows(bob, "#news", "Somebody leads: ask for the lead.")
 
 
+@pytest.mark.slow
 def test_the_lead_of_somebody_away_is_free(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     bob = stage(open_page, house, "Bob")
@@ -214,6 +218,7 @@ def test_chat_is_text_and_unread_is_shown(open_page: Pages, house: ServerProcess
     shows(ann, "#members li:nth-child(2) .name", "<b>Bob</b>")
 
 
+@pytest.mark.slow
 def test_members_are_shown_with_their_quality(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     stage(open_page, house, "Bob")
@@ -227,6 +232,7 @@ def test_members_are_shown_with_their_quality(open_page: Pages, house: ServerPro
     shows(ann, "#bandTitle", "Band (2)")
 
 
+@pytest.mark.slow
 def test_a_lost_network_is_resumed_by_itself(
     open_page: Pages, house: ServerProcess, network_to: Callable[[int], Network]
 ) -> None:
@@ -255,6 +261,7 @@ def assert_in_step(beats: list[dict[str, Any]]) -> None:
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
+@pytest.mark.slow
 def test_redis_dies_and_no_beat_is_missed(
     open_page: Pages, redis_house: ServerProcess, redis_server: RedisServer
 ) -> None:
@@ -283,6 +290,7 @@ def test_redis_dies_and_no_beat_is_missed(
     shows(bob, "#headline", "Still here")
 
 
+@pytest.mark.slow
 def test_the_server_is_restarted(open_page: Pages, redis_house: ServerProcess) -> None:
     ann = stage(open_page, redis_house, "Ann", tolerate=LOST_CONNECTIONS)
     bob = stage(open_page, redis_house, "Bob", tolerate=LOST_CONNECTIONS)
@@ -319,6 +327,7 @@ def test_a_reload_comes_back_as_the_same_member(open_page: Pages, house: ServerP
     assert ann.get_by_label("Your name").input_value() == "Ann"
 
 
+@pytest.mark.slow
 def test_two_tabs_do_not_fight_over_one_seat(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     seat = ann.evaluate("() => sessionStorage.getItem('bandsync.seat')")
@@ -343,6 +352,7 @@ def test_the_invitation_can_be_scanned(open_page: Pages, house: ServerProcess) -
     assert ann.locator("#invitation").is_hidden()
 
 
+@pytest.mark.slow
 def test_a_pass_is_asked_for_and_taken_from_a_link(open_page: Pages, start_process: Start) -> None:
     secret = "0123456789abcdef0123456789abcdef"
     server = start_process(JOIN_SECRET=secret)
@@ -365,6 +375,7 @@ def test_a_pass_is_asked_for_and_taken_from_a_link(open_page: Pages, start_proce
     shows(bob, "#status", "connected")
 
 
+@pytest.mark.slow
 def test_trims_and_colours_stay_on_the_device(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     ann.get_by_label("Shift the light").fill("-40")
@@ -393,7 +404,7 @@ def test_the_page_is_small_and_asks_nobody_else(open_page: Pages, house: ServerP
     assert all(url.startswith((house.url, "data:")) for url in urls)
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+@pytest.mark.parametrize("width", [320, *(pytest.param(w, marks=pytest.mark.slow) for w in (390, 768, 1280))])
 def test_nothing_is_wider_than_the_screen(
     open_page: Pages, house: ServerProcess, width: int
 ) -> None:
@@ -409,7 +420,12 @@ def test_nothing_is_wider_than_the_screen(
     assert page.evaluate(overflow) <= 0
 
 
-TURNED = [(568, 320), (667, 375), (844, 390), (932, 430)]
+TURNED = [
+    (568, 320),
+    pytest.param(667, 375, marks=pytest.mark.slow),
+    pytest.param(844, 390, marks=pytest.mark.slow),
+    pytest.param(932, 430, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("width", "height"), TURNED)
@@ -432,6 +448,7 @@ def test_a_phone_on_its_side(
     assert light["y"] + light["height"] <= height
 
 
+@pytest.mark.slow
 def test_scrolling_with_a_thumb_on_the_scrubber_moves_no_song(
     open_page: Pages, house: ServerProcess
 ) -> None:
@@ -462,6 +479,7 @@ def test_scrolling_with_a_thumb_on_the_scrubber_moves_no_song(
     until(ann, "() => document.getElementById('scrubber').value === '0'")
 
 
+@pytest.mark.slow
 def test_nothing_moves_under_a_finger(
     open_page: Pages, redis_house: ServerProcess, redis_server: RedisServer
 ) -> None:
@@ -480,6 +498,7 @@ def test_nothing_moves_under_a_finger(
     shows(bob, "#news", "Ann keeps the lead for now.")
 
 
+@pytest.mark.slow
 def test_a_band_on_two_servers_is_told_what_an_outage_means(
     open_page: Pages, redis_server: RedisServer, start_process: Start
 ) -> None:
@@ -498,6 +517,7 @@ def test_a_band_on_two_servers_is_told_what_an_outage_means(
     shows(cid, "#banner", re.compile("^The server lost its storage"))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_waited_for_or_not(open_page: Pages, house: ServerProcess) -> None:
     # There is nobody to give the worker that keeps the page, either.
     page = open_page(f"{house.url}/#song", tolerate=LOST_CONNECTIONS, service_workers="block")
@@ -512,6 +532,7 @@ def test_a_server_that_is_away_is_waited_for_or_not(open_page: Pages, house: Ser
     shows(page, "#status", "connected")
 
 
+@pytest.mark.slow
 def test_a_pass_that_expired_costs_nobody_the_place(
     open_page: Pages, start_process: Start, network_to: Callable[[int], Network]
 ) -> None:
@@ -533,6 +554,7 @@ def test_a_pass_that_expired_costs_nobody_the_place(
     shows(ann, "#reason", "You lead: the band follows.")
 
 
+@pytest.mark.slow
 def test_a_draft_is_not_wiped_by_others(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     bob = stage(open_page, house, "Bob")
@@ -544,6 +566,7 @@ def test_a_draft_is_not_wiped_by_others(open_page: Pages, house: ServerProcess) 
     assert ann.get_by_label("Message to the band").input_value() == "Bridge, then"
 
 
+@pytest.mark.slow
 def test_fast_fingers_lose_no_step(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     bob = stage(open_page, house, "Bob")
@@ -551,6 +574,7 @@ def test_fast_fingers_lose_no_step(open_page: Pages, house: ServerProcess) -> No
     shows(bob, "#tempo", "125")
 
 
+@pytest.mark.slow
 def test_bar_of_the_tempo_that_comes(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     ann.get_by_label("Count-in").select_option("0")
@@ -565,6 +589,7 @@ def test_bar_of_the_tempo_that_comes(open_page: Pages, house: ServerProcess) -> 
     shows(ann, "#barNumber", "Bar 9")
 
 
+@pytest.mark.slow
 def test_a_stray_link_takes_nobody_off_the_stage(open_page: Pages, house: ServerProcess) -> None:
     ann = stage(open_page, house, "Ann")
     ann.evaluate("() => { location.hash = '#other&pass=secret'; }")
@@ -576,6 +601,7 @@ def test_a_stray_link_takes_nobody_off_the_stage(open_page: Pages, house: Server
     shows(ann, "#reason", "You lead: the band follows.")
 
 
+@pytest.mark.slow
 def test_a_name_turns_no_sentence_around(open_page: Pages, house: ServerProcess) -> None:
     stage(open_page, house, "\u202eevil")
     bob = stage(open_page, house, "Bob")
