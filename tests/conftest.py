@@ -12,11 +12,13 @@ import trustme
 from hypothesis import settings
 
 from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.network import Network
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_server import INSTALL, RedisError, RedisServer, find_redis_server
 from scripts.testbed.server_process import ServerProcess
 from tests.support.fake_redis import fake_redis_server
+from tests.support.outages import ProxiedRedis
 from tests.support.servers import Server, start_server
 
 if TYPE_CHECKING:
@@ -111,6 +113,12 @@ def redis_server(redis_binary: None) -> Iterator[RedisServer]:
     """A Redis for one test, which may do with it what it likes."""
     with RedisServer() as started:
         yield started
+
+
+@pytest.fixture
+async def proxied_redis(redis_server: RedisServer, nursery: trio.Nursery) -> ProxiedRedis:
+    proxy = await nursery.start(FaultProxy(redis_server.port).run)
+    return ProxiedRedis(redis_server, proxy)
 
 
 @pytest.fixture(scope="session")

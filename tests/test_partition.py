@@ -7,9 +7,9 @@ import trio
 
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer
+from tests.support.outages import heard, in_order, mode, until
 from tests.support.servers import Message, Musician, Server, play_along, start_server
 from tests.test_cluster import QUICK, agree, current
-from tests.test_failover import heard, in_order, mode, until
 
 Cut = Callable[[FaultProxy], None]
 

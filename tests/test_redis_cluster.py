@@ -11,9 +11,7 @@ from redis.crc import key_slot
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_server import RedisServer, bundled_redis_server, find_redis_server
 from tests.redis_link.test_sentinel import measured
-from tests.support.servers import Musician, Server, play_along, start_server
-from tests.test_cluster import agree
-from tests.test_failover import (
+from tests.support.outages import (
     QUICK,
     Chatter,
     blocking,
@@ -25,6 +23,8 @@ from tests.test_failover import (
     stored_chat,
     until,
 )
+from tests.support.servers import Musician, Server, play_along, start_server
+from tests.test_cluster import agree
 
 SONGS = [f"song-{number}" for number in range(6)]
 

@@ -19,9 +19,9 @@ from scripts.testbed.redis_sentinels import MASTER, Watched
 from scripts.testbed.redis_server import HOST, RedisServer
 from scripts.testbed.server_process import ServerProcess
 from tests.redis_link.test_sentinel import measured
+from tests.support.outages import Chatter, blocking, head, heard, in_order, stored_chat, until
 from tests.support.servers import TEST_SETTINGS, Musician, play_along
 from tests.test_cluster import agree
-from tests.test_failover import Chatter, blocking, head, heard, in_order, stored_chat, until
 
 SETTINGS = {
     "REDIS_ENABLED": "true",

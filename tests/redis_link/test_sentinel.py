@@ -14,8 +14,7 @@ from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
-from tests.support.servers import PATIENCE_S, Musician, band, start_server
-from tests.test_failover import (
+from tests.support.outages import (
     QUICK,
     Chatter,
     blocking,
@@ -28,6 +27,7 @@ from tests.test_failover import (
     stored_chat,
     until,
 )
+from tests.support.servers import PATIENCE_S, Musician, band, start_server
 
 
 @pytest.fixture

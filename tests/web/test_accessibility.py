@@ -4,7 +4,7 @@ import pytest
 
 from scripts.testbed.browsers import LOST_CONNECTIONS, Pages
 from tests.support.accessibility import violations
-from tests.web.test_stage import PHONE, Start, enter, shows
+from tests.support.stage_pages import PHONE, Start, enter, shows
 
 SCHEMES = ["dark", pytest.param("light", marks=pytest.mark.slow)]
 

@@ -11,7 +11,7 @@ from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
 from scripts.testbed.redis_server import RedisServer, free_port
 from scripts.testbed.server_process import ServerProcess
 from tests.support.accessibility import violations
-from tests.web.test_stage import shows, stage
+from tests.support.stage_pages import open_stage, shows
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Route
@@ -363,10 +363,10 @@ def test_bands_that_are_cut_apart(
         )
         for name in ("left", "right")
     )
-    ann = stage(open_page, left, "Ann")
+    ann = open_stage(open_page, left, "Ann")
     screen = open_page(f"{left.url}/ops")
     says(screen, WELL)
-    stage(open_page, right, "Bob")
+    open_stage(open_page, right, "Bob")
     shows(ann, "#bandTitle", re.compile("2"))
     until(screen, "() => document.querySelector('.chart .current').textContent.startsWith('1')")
     screen.wait_for_timeout(1500)  # A sample comes every second.

@@ -11,8 +11,8 @@ import pytest
 
 from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
 from scripts.testbed.server_process import ServerProcess
+from tests.support.stage_pages import open_stage, shows
 from tests.support.web_files import WEB_FILES
-from tests.web.test_stage import shows, stage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -181,7 +181,7 @@ def test_the_page_opens_without_a_network(
     open_page: Pages, start_process: Callable[..., ServerProcess]
 ) -> None:
     server = start_process()
-    ann = stage(open_page, server, "Ann", tolerate=LOST_CONNECTIONS)
+    ann = open_stage(open_page, server, "Ann", tolerate=LOST_CONNECTIONS)
     ann.evaluate("() => navigator.serviceWorker.ready")
     server.kill()
     ann.reload()
@@ -288,9 +288,7 @@ def test_a_network_that_is_lost_half_way(open_page: Pages, house: House) -> None
     assert versions(page) == [["1", "1"]]
 
 
-@pytest.mark.parametrize(
-    "file", ["/stage.js", pytest.param("/words.js", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("file", ["/stage.js", pytest.param("/words.js", marks=pytest.mark.slow)])
 def test_an_upgrade_half_way_through_is_not_kept(open_page: Pages, house: House, file: str) -> None:
     page = kept_page(open_page, house)
     # A file of the version before has changed already, so that there is something to keep.

@@ -9,7 +9,7 @@ import pytest
 
 from scripts.testbed.browsers import Pages
 from scripts.testbed.server_process import ServerProcess
-from tests.web.test_stage import Start, enter, shows, until
+from tests.support.stage_pages import Start, enter, shows, until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
