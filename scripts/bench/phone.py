@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from bandsync.model.transport import Transport, in_force, position_at
-from scripts.bench.epoll_ws import EpollConnection, EpollLoop, ServerAddress
+from scripts.bench.epoll_ws import EpollConnection, EpollLoop, TargetAddress
 from scripts.bench.fleet import masked
 from scripts.bench.oracle import MOVES, SessionOracle, read_move
 from scripts.bench.processes import now_s, wall_ms
@@ -77,7 +77,7 @@ class BandContext(Protocol):
     def path(self) -> str:
         """The path of a handshake."""
 
-    def choose_server(self, member: "LoadMember") -> ServerAddress:
+    def choose_server(self, member: "LoadMember") -> TargetAddress:
         """The server for a member's next connection."""
 
     def clock_ahead_ms(self) -> float:
@@ -231,13 +231,13 @@ class LoadMember:
             greeting["resumeToken"] = self._token
         self._send(greeting)
 
-    def ended(self, how: str) -> None:
+    def ended(self, reason: str) -> None:
         """Handle the end of a connection, or the failure to open one."""
         self.connection = None
         self._reset()
         if self.away:
             return
-        self.band.score.closes[how] += 1
+        self.band.score.closes[reason] += 1
         # The grace may already be over: the server may have detected the end long ago.
         self._resume_required_until = 0.0
         wait_s, self._wait_s = self._wait_s, None
