@@ -141,7 +141,7 @@ async def _serve(
             nursery,
             stores=manager,
             clock=clock,
-            here=ServerContext(server_id, boot_id, settings.max_members, settings.leadership),
+            server_context=ServerContext(server_id, boot_id, settings.max_members, settings.leadership),
             counters=counters,
             log=log,
             grace_s=settings.resume_grace_ms / 1000,
@@ -179,7 +179,7 @@ async def _serve(
         loop_lag_seconds = _both(metrics.loop_lag_seconds.observe, recorder.lag)
         nursery.start_soon(connections.run_pings, loop_lag_seconds)
         nursery.start_soon(recorder.run, state)
-        nursery.start_soon(hub.run_comparisons)
+        nursery.start_soon(hub.anti_entropy.run)
         nursery.start_soon(FailureDetector(hub).run)
         nursery.start_soon(_run_expiry, manager.memory, hub, settings, log)
         if signals:

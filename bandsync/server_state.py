@@ -46,12 +46,12 @@ class ServerState:
     @property
     def server_id(self) -> str:
         """Its name."""
-        return self._hub.here.server_id
+        return self._hub.server_context.server_id
 
     @property
     def boot_id(self) -> str:
         """Its life: another after every start."""
-        return self._hub.here.boot_id
+        return self._hub.server_context.boot_id
 
     @property
     def draining(self) -> bool:

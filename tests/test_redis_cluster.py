@@ -132,7 +132,7 @@ def calm(players: Sequence[Musician]) -> bool:
 @pytest.fixture
 def no_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is heard is heard over the channels, or as a gap in them: nothing else would find it."""
-    monkeypatch.setattr("bandsync.rooms.hub.COMPARE_PERIOD_S", 3600.0)
+    monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 3600.0)
 
 
 def nodes_of(cluster: RedisCluster) -> set[int]:

@@ -92,7 +92,7 @@ class ConnectionRegistry:
         )
         return Welcome(
             PROTOCOL_VERSION,
-            self.hub.here.server_id,
+            self.hub.server_context.server_id,
             connection_id,
             self.hub.now(),
             self.hub.stores.storage_type,

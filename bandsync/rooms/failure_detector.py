@@ -1,4 +1,8 @@
-"""The sweeper: members of servers that are gone are not left behind (design.md section 5)."""
+"""Failure detector: disconnects the members of servers that have failed.
+
+Every server refreshes a presence entry in Redis, which lists the sessions that it hosts
+(design.md section 5).
+"""
 
 import trio
 
@@ -8,41 +12,48 @@ from bandsync.rooms.room import Room
 from bandsync.storage.base import Lost, Presence, Unreadable
 from bandsync.storage.era import Era
 
-GLANCE_PERIOD_S = 2.0
-# One glance sweeps nobody: a flush of Redis deletes every entry, and each server puts its own
-# back within three seconds.
+CHECK_PERIOD_S = 2.0
+# Require 10 s of continuous absence: FLUSHALL removes every heartbeat key at once, and servers
+# rewrite theirs within 3 s.
 ABSENCE_S = 10.0
 
 
 class FailureDetector:
-    """Disconnects members whose server has not been seen to host their session for long."""
+    """Disconnects members whose server has not been seen to host their session for long.
+
+    Args:
+        hub: the rooms whose sessions are watched.
+    """
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        # Since when, on Trio's clock, a boot id has not been seen with a session.
+        # By session id and boot id: since when, on Trio's clock, no entry of that process has
+        # listed the session.
         self._absent: dict[tuple[str, str], float] = {}
         self._era: Era | None = None
 
     async def run(self) -> None:
-        """Look again and again, for ever."""
+        """Check, for ever."""
         while True:
-            await trio.sleep(GLANCE_PERIOD_S)
+            await trio.sleep(CHECK_PERIOD_S)
             era = self._hub.stores.era
             if era is not self._era:
-                # What was not seen while Redis was out of sight says nothing.
+                # An absence is not continuous if Redis was out of reach in between.
                 self._absent.clear()
                 self._era = era
             if era is not None:
-                await self._glance(era)
+                await self._check(era)
 
-    async def _glance(self, era: Era) -> None:
-        here = self._hub.here.boot_id
-        foreign: list[tuple[Room, Member]] = []
+    async def _check(self, era: Era) -> None:
+        boot_id = self._hub.server_context.boot_id
+        remote: list[tuple[Room, Member]] = []
         for room in self._hub.rooms.values():
             session = room.mirror.session
             if session is not None and room.mirror.era is era:
-                foreign += [(room, member) for member in present(session) if member.boot_id != here]
-        servers = sorted({member.server_id for _, member in foreign})
+                remote += [
+                    (room, member) for member in present(session) if member.boot_id != boot_id
+                ]
+        servers = sorted({member.server_id for _, member in remote})
         entries = await era.storage.find_servers(servers)
         if isinstance(entries, Lost):
             return
@@ -52,13 +63,13 @@ class FailureDetector:
                 hosted[entry.boot_id] = frozenset(entry.sessions)
         now = trio.current_time()
         absent: dict[tuple[str, str], float] = {}
-        for room, member in foreign:
+        for room, member in remote:
             if isinstance(entries.get(member.server_id), Unreadable):
-                # Of a newer version, perhaps: no reason to throw its members out.
+                # A newer version may have written it: that is a sign of life.
                 continue
             if room.session_id not in hosted.get(member.boot_id, ()):
                 key = (room.session_id, member.boot_id)
                 since = absent[key] = self._absent.get(key, now)
                 if now - since >= ABSENCE_S:
-                    await room.sweep(member)
+                    await room.drop_lost(member)
         self._absent = absent

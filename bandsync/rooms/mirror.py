@@ -1,20 +1,16 @@
-"""A mirror: the session as this server holds it, and how it stays true to what is stored."""
-
-from __future__ import annotations
+"""Mirror: a session as this server holds it in memory, kept consistent with the stored state."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
-import trio
-from msgspec import Struct
+from msgspec import Raw, Struct
+from msgspec.structs import replace
 
-from bandsync.model.session import Session, Tip, tip
-from bandsync.rooms.context import Audience, RoomContext
+from bandsync.model.session import Member, Session, Tip, present, tip
+from bandsync.rooms.context import RoomContext
 from bandsync.rules.actions import Actor, Command, Decision
 from bandsync.rules.decide import decide
 from bandsync.rules.reconcile import Adopt, Write, reconcile
 from bandsync.storage.base import (
-    CONFLICT,
     MAX_ATTEMPTS,
     Committed,
     Conflict,
@@ -26,250 +22,294 @@ from bandsync.storage.channel_messages import CommittedChange
 from bandsync.storage.era import Era
 from bandsync.storage.records import UnreadableError, patch_session
 from bandsync.wire.commands import Refusal
-from bandsync.wire.frames import text_frame
-from bandsync.wire.messages import RoleChanged, encode
+from bandsync.wire.messages import encode
 
-# Told in the log once each, as far as this goes.
+# Each unreadable session is logged once; this bounds the memory of what was logged.
 _MAX_UNREADABLE = 10_000
-# How often the relay is asked for what was faster, and how long after the first time again.
-_LOOKS = 5
-_LOOK_S = 0.001
 
 
 class Outcome(Struct, frozen=True):
-    """A committed decision, and the frames of its events."""
+    """A decision that was committed.
+
+    Attributes:
+        events: the encoded events; none if the decision changed nothing.
+    """
 
     decision: Decision
-    frames: bytes = b""
+    events: Sequence[bytes] = ()
+
+
+class Resynced(Struct, frozen=True):
+    """Effect: mirror and stored state agree.
+
+    Attributes:
+        shown: the state to send as a snapshot; None if the mirror was up to date already.
+        events: the encoded events that follow the snapshot.
+    """
+
+    shown: Session | None = None
+    events: Sequence[bytes] = ()
+
+
+class Applied(Struct, frozen=True):
+    """Effect: a change that another server committed is in the mirror.
+
+    Attributes:
+        before: the mirror before the change.
+        session: the mirror now.
+        snapshot: the state to send before the events; None if the events follow ``before``.
+        events: the encoded events of the change.
+    """
+
+    before: Session
+    session: Session
+    snapshot: Session | None
+    events: Sequence[Raw]
+
+    @property
+    def members_changed(self) -> bool:
+        """Whether any member record changed."""
+        return self.before.members is not self.session.members
+
+    @property
+    def membership_changed(self) -> bool:
+        """Whether a member came or left; one that left is still there, as a tombstone."""
+        return _present_ids(self.before) != _present_ids(self.session)
+
+
+class Gap(Struct, frozen=True):
+    """Effect: a relay message is missing or malformed, so the session must be read again."""
+
+
+GAP = Gap()
 
 
 class Mirror:
-    """One session, as this server holds it. Whoever calls a coroutine of it holds its room's lock.
+    """One session as this server holds it in memory.
+
+    Commands are decided on the mirror. A commit replaces the stored state only if that is still
+    the state of the mirror (compare-and-set); after a conflict the two are reconciled. While Redis
+    is lost the mirror goes on in memory, so nothing has to be exported from a dead Redis.
+
+    The mirror sends nothing. It returns effects, and its room carries them out at once, with no
+    ``await`` in between: otherwise a connection could miss a state or see versions go backwards.
+
+    Callers of a coroutine hold the room's lock. ``own`` is defined in `bandsync.rules.reconcile`.
 
     Attributes:
-        opened: whether it has been read.
-        session: None before the first member joined.
-        uncertain: a commit was interrupted: it may have been carried out.
+        opened: whether the session has been read.
+        session: the state; None before the first member joined.
+        uncertain: a commit was interrupted and may have been carried out: catch up before the next.
+        interrupted: the same, and no catch-up has been scheduled for it yet.
     """
 
     __slots__ = (
-        "_audience",
+        "_context",
         "_era",
-        "_house",
+        "interrupted",
         "opened",
         "session",
         "session_id",
         "uncertain",
     )
 
-    def __init__(self, session_id: str, house: RoomContext, audience: Audience) -> None:
+    def __init__(self, session_id: str, context: RoomContext) -> None:
         self.session_id = session_id
         self.session: Session | None = None
         self.uncertain = False
-        self._house = house
-        self._audience = audience
-        self._era: Era | None = None
+        self.interrupted = False
         self.opened = False
+        self._context = context
+        self._era: Era | None = None
 
     @property
     def era(self) -> Era | None:
-        """The era of Redis in which the session is stored; None in memory."""
+        """The era of Redis use in which the session is stored; None while it is in memory."""
         era = self._era
         return None if era is None or era.over else era
 
     @property
     def tip(self) -> Tip | None:
-        """What identifies the state that is mirrored; None if there is none."""
+        """The identity of the mirrored state; None if there is none."""
         return None if self.session is None else tip(self.session)
 
-    async def open(self) -> None:
-        """Read the session, once."""
-        if self.opened:
-            return
-        stores = self._house.stores
-        self.session = stores.memory.find(self.session_id)
-        if self.session is not None:
-            self._audience.changed(self.session)
-        if stores.era is not None:
-            await self.move(stores.era)
-        self.opened = True
+    async def open(self, own: Mapping[str, Member]) -> Resynced | None:
+        """Read the session for the first time.
 
-    def hear(self, change: CommittedChange) -> Literal["news", "known", "gap"]:
-        """Take over what another server committed, if it follows on what is known here."""
+        Returns:
+            None if the session is in memory.
+        """
+        stores = self._context.stores
+        self.session = stores.memory.find(self.session_id)
+        resynced = None if stores.era is None else await self.move(stores.era, own)
+        self.opened = True
+        return resynced
+
+    async def move(self, era: Era, own: Mapping[str, Member]) -> Resynced | None:
+        """Move the session to Redis.
+
+        Returns:
+            None if it stays in memory.
+        """
+        if era.over:
+            return None
+        if era.relay is not None:
+            # Subscribe before reading: a change in between would be missed otherwise.
+            await era.relay.subscribe(self.session_id)
+        resynced = await self._read(era, own)
+        if resynced is not None:
+            self._era = era
+            self._context.stores.memory.discard(self.session_id)
+            self._context.unreadable.pop(self.session_id, None)
+        return resynced
+
+    async def catch_up(self, own: Mapping[str, Member]) -> Resynced | None:
+        """Read what others committed, and whether an interrupted commit was carried out.
+
+        Returns:
+            None if that was not possible, or if the session is in memory.
+        """
+        era = self.era
+        resynced = None if era is None else await self._read(era, own)
+        if resynced is not None or self.era is None:
+            # In memory nothing can be read. A later merge brings a commit that was carried out.
+            self.uncertain = False
+        return resynced
+
+    def apply(self, change: CommittedChange) -> Applied | Gap | None:
+        """Apply a change of another server if it follows the mirrored state.
+
+        Returns:
+            None if the mirror has the change already.
+        """
         session, known = self.session, self.tip
         if session is None or known is None or self.era is None:
-            return "gap"
+            return GAP
         if change.event_id == known.event_id:
-            return "known"
+            return None
         if change.prev != known:
-            same = change.prev is not None and change.prev.epoch == known.epoch
-            return "known" if same and change.version <= known.version else "gap"
-        if len(change.frames) > change.version - known.version:
-            return "gap"
+            same_epoch = change.prev is not None and change.prev.epoch == known.epoch
+            return None if same_epoch and change.version <= known.version else GAP
+        before_events = change.version - len(change.frames)
+        if before_events < known.version:
+            return GAP
         try:
-            self._take(patch_session(session, change))
+            changed = patch_session(session, change)
         except UnreadableError:
-            return "gap"
-        return "news"
+            return GAP
+        self._replace(changed)
+        # After a merge there are more versions than events, so the clients need the whole state.
+        merged = before_events != known.version
+        snapshot = replace(changed, version=before_events) if merged else None
+        return Applied(session, changed, snapshot, change.frames)
 
-    async def move(self, era: Era) -> bool:
-        """Bring the session to Redis; False if it stays in memory."""
-        if era.over:
-            return False
-        if era.relay is not None:
-            # Before it is read, so that nothing falls in between.
-            await era.relay.subscribe(self.session_id)
-        if not await self._read(era):
-            return False
-        self._era = era
-        self._house.stores.memory.discard(self.session_id)
-        self._house.unreadable.pop(self.session_id, None)
-        return True
-
-    async def catch_up(self) -> None:
-        """Take over what others wrote, and what became of a commit that was interrupted."""
-        era = self.era
-        if era is None or await self._read(era) or self.era is None:
-            # In memory there is nothing to learn; a merge will bring what was carried out.
-            self.uncertain = False
-
-    async def change(
+    def decide(
         self,
         command: Command,
         connection_id: str,
         member_id: str = "",
         fresh_id: str = "",
         latencies_ms: Mapping[str, float] | None = None,
-    ) -> Outcome | Refusal:
-        """Decide and commit. What was committed is the mirror afterwards."""
-        house = self._house
-        if self.uncertain:
-            await self.catch_up()
-        patient = True
-        for _ in range(MAX_ATTEMPTS):
-            era = self.era
-            here = house.isolated if era is None else house.connected
-            actor = Actor(here, connection_id, member_id, fresh_id, latencies_ms or {})
-            decision = decide(self.session, command, actor, house.now())
-            if isinstance(decision, Refusal):
-                return decision
-            if not decision.events:
-                return Outcome(decision)
-            events = [encode(event) for event in decision.events]
-            result = await self._commit(era, self.session, decision.session, events)
-            match result:
-                case Committed(session=session):
-                    self._take(session)
-                    return Outcome(decision, b"".join([text_frame(event) for event in events]))
-                case Conflict(stored=stored):
-                    house.counters.conflicts += 1
-                    if era is None:
-                        continue
-                    # Waiting in vain each time, we would lose every race to who need not wait.
-                    patient = patient and await self._heard(era, stored)
-                    if not patient:
-                        await self._reconcile(era, stored)
-                case unusable:
-                    # Decided again, on the mirror, in memory.
-                    self._leave(unusable)
-        return CONFLICT
+    ) -> Decision | Refusal:
+        """Apply the rules to the mirrored state, without changing it."""
+        context = self._context
+        server = context.isolated if self.era is None else context.connected
+        actor = Actor(server, connection_id, member_id, fresh_id, latencies_ms or {})
+        return decide(self.session, command, actor, context.now())
 
-    async def _commit(
+    async def commit(
         self, era: Era | None, base: Session | None, change: Session, events: Sequence[bytes]
     ) -> Committed | Conflict | Unusable:
-        house = self._house
-        storage: Storage = house.stores.memory
+        """Store ``change`` in place of ``base``; on success it is the mirrored state.
+
+        Args:
+            era: the era of Redis use to store it in; None stores it in memory.
+            base: the state that is believed to be stored.
+            events: the encoded events of the change.
+
+        Returns:
+            See `bandsync.storage.base.Storage.commit`. After `Unusable` the session is in memory.
+        """
+        context = self._context
+        storage: Storage = context.stores.memory
         if era is not None:
             storage = era.storage
         elif base is not None:
-            # Nobody else writes to the memory of this process.
-            house.stores.memory.keep(base)
-        started = house.timer()
+            # No other process writes to this memory, so there can be no conflict.
+            context.stores.memory.keep(base)
+        started = context.timer()
         self.uncertain = True
         try:
             result = await storage.commit(base, change, events)
             self.uncertain = False
         finally:
-            if self.uncertain:
-                house.finish(self._audience.catch_up)
-        house.commit_seconds(house.timer() - started)
+            self.interrupted = self.uncertain
+        context.commit_seconds(context.timer() - started)
+        match result:
+            case Committed(session=session):
+                self._replace(session)
+            case Conflict():
+                context.counters.conflicts += 1
+            case unusable:
+                self._fall_back(unusable)
         return result
 
-    async def _read(self, era: Era) -> bool:
-        """Read what is stored and reconcile; False if Redis cannot be used for this session."""
+    async def reconcile(
+        self, era: Era, stored: Session | None, own: Mapping[str, Member]
+    ) -> Resynced | None:
+        """Merge mirror and stored state, and write the result back if it adds anything.
+
+        Returns:
+            None if Redis cannot be used for this session, or after too many conflicts.
+        """
+        context = self._context
+        for _ in range(MAX_ATTEMPTS):
+            known = self.tip
+            match reconcile(self.session, stored, own, context.connected, context.now()):
+                case None:
+                    return Resynced()
+                case Adopt(session=session, shown=shown, events=merged):
+                    self._replace(session)
+                    if known == tip(session):
+                        return Resynced()
+                    return Resynced(shown or session, [encode(event) for event in merged])
+                case Write(session=session, shown=shown, events=merged):
+                    events = [encode(event) for event in merged]
+                    result = await self.commit(era, stored, session, events)
+            match result:
+                case Committed():
+                    context.counters.reconciled += 1
+                    return Resynced(shown, events)
+                case Conflict(stored=stored):
+                    pass
+                case _:
+                    return None
+        return None
+
+    async def _read(self, era: Era, own: Mapping[str, Member]) -> Resynced | None:
+        """Read the stored state and reconcile; see `reconcile`."""
         stored = await era.storage.get_session(self.session_id)
         if isinstance(stored, Unusable):
-            self._leave(stored)
-            return False
-        return await self._reconcile(era, stored)
+            self._fall_back(stored)
+            return None
+        return await self.reconcile(era, stored, own)
 
-    async def _heard(self, era: Era, stored: Session | None) -> bool:
-        """Whether the relay brings what was faster: then nobody must be shown the whole.
-
-        It was published before our commit was refused, so it is here or about to be. A stored state
-        that is not ahead of us is none that was faster: it has been set back, and nothing will
-        come.
-        """
-        refused = self.session
-        if era.relay is None or stored is None:
-            return False
-        for look in range(_LOOKS):
-            self._audience.listen()
-            session = self.session
-            if session is None or session.epoch != stored.epoch:
-                return False
-            if session.version >= stored.version:
-                return session is not refused
-            await trio.sleep(_LOOK_S * 2**look)
-        return False
-
-    async def _reconcile(self, era: Era, stored: Session | None) -> bool:
-        """Bring mirror and stored state together; False if that did not work out this time."""
-        house = self._house
-        for _ in range(MAX_ATTEMPTS):
-            plan = reconcile(
-                self.session, stored, self._audience.own(), house.connected, house.now()
-            )
-            match plan:
-                case None:
-                    return True
-                case Adopt(session=session, shown=shown, events=events):
-                    self._jump(session, shown or session, events)
-                    return True
-                case Write(session=session, shown=shown, events=events):
-                    frames = [encode(event) for event in events]
-                    result = await self._commit(era, stored, session, frames)
-            match result:
-                case Committed(session=session):
-                    house.counters.reconciled += 1
-                    self._jump(session, shown, events)
-                    return True
-                case Conflict(stored=stored):
-                    house.counters.conflicts += 1
-                case unusable:
-                    self._leave(unusable)
-                    return False
-        return False
-
-    def _take(self, session: Session) -> None:
+    def _replace(self, session: Session) -> None:
+        """Make ``session`` the mirrored state."""
         self.session = session
-        self._audience.changed(session)
 
-    def _jump(self, session: Session, shown: Session, events: Sequence[RoleChanged]) -> None:
-        """Take a state that did not come from our mirror, and show it if it is news."""
-        known = self.tip
-        self._take(session)
-        if known != tip(session):
-            self._audience.jumped(shown, events)
-
-    def _leave(self, why: Unusable) -> None:
-        """Go on in memory, and leave what is stored as it is."""
+    def _fall_back(self, why: Unusable) -> None:
+        """Go on in memory; the stored state is left as it is."""
         self._era = None
-        house = self._house
-        known = house.unreadable
+        context = self._context
+        known = context.unreadable
         if isinstance(why, Unreadable) and known.get(self.session_id) != why.detail:
             if len(known) >= _MAX_UNREADABLE:
                 known.clear()
             known[self.session_id] = why.detail
-            house.counters.unreadable += 1
-            house.log.error("session.unreadable", session_id=self.session_id, reason=why.detail)
+            context.counters.unreadable += 1
+            context.log.error("session.unreadable", session_id=self.session_id, reason=why.detail)
+
+
+def _present_ids(session: Session) -> set[str]:
+    return {member.member_id for member in present(session)}

@@ -1,4 +1,8 @@
-"""What is said on a session's channel: protocol.md section 8."""
+"""Messages on a session's Redis channel, as JSON: protocol.md section 8.
+
+Servers of several versions share the channels during a rolling upgrade. Field names, their order
+and the way in which the kinds are told apart must therefore stay as they are.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,17 +11,20 @@ from msgspec import Raw, Struct
 
 from bandsync.model.session import Tip
 
-# What decoding raises for what is no JSON, not ours, or nested as only an enemy nests.
+# Decoding raises these for text that is not JSON, not of the expected type, or nested too deeply.
 JUNK = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class CommittedChange(Struct, frozen=True, rename="camel"):
-    """What the channel of a session is told of one commit.
+    """One commit, for the other servers that host the session.
 
     Attributes:
-        prev: the tip it was made from; None if there was no session.
-        delta: the fields of the hash that changed, as JSON; null for those deleted.
-        frames: the events of the change, for members on other servers.
+        prev: the tip that the change was made from; None if there was no session.
+        version: the version of the session after the change.
+        event_id: names the state after the change.
+        server_id: the server that made it.
+        delta: the changed fields of the hash, as JSON; null for deleted fields.
+        frames: the events of the change, as JSON, for members on other servers.
     """
 
     prev: Tip | None
@@ -29,7 +36,7 @@ class CommittedChange(Struct, frozen=True, rename="camel"):
 
 
 class DirectMessage(Struct, frozen=True):
-    """A message for one member, wherever it is: no change, and not kept.
+    """An ephemeral message for one member (at most once, not stored).
 
     Attributes:
         to: member id.
@@ -41,13 +48,32 @@ class DirectMessage(Struct, frozen=True):
 
 
 class ConnectionStats(Struct, frozen=True):
-    """How well the members of one server are connected, for the others: not kept either.
+    """Connection quality of one server's members (at most once, not stored).
 
     Attributes:
-        stats: by member id, round trip and bound on the clock error in milliseconds, where known.
+        stats: by member id, the round trip and the bound on the clock error, in milliseconds;
+            None where unknown.
     """
 
     stats: dict[str, tuple[float | None, float | None]]
+
+
+ChannelMessage = CommittedChange | DirectMessage | ConnectionStats
+
+
+def read_channel_message(payload: bytes) -> ChannelMessage | None:
+    """Decode one message; None if it is malformed.
+
+    The first field tells the kinds apart, because every writer puts it first.
+    """
+    try:
+        if payload.startswith(_DIRECT_MESSAGE):
+            return _direct_messages.decode(payload)
+        if payload.startswith(_CONNECTION_STATS):
+            return _connection_stats.decode(payload)
+        return _changes.decode(payload)
+    except JUNK:
+        return None
 
 
 def write_change(
@@ -58,7 +84,7 @@ def write_change(
     gone: Sequence[str],
     events: Sequence[bytes],
 ) -> bytes:
-    """The message for a commit that set ``fields`` and deleted those that are ``gone``."""
+    """Encode a `CommittedChange` that set ``fields`` and deleted the fields in ``gone``."""
     delta = {name: Raw(value) for name, value in fields.items()}
     delta.update(dict.fromkeys(gone, _NULL))
     if old is None or old.epoch != new.epoch:
@@ -67,51 +93,23 @@ def write_change(
     return _encode(CommittedChange(old, new.version, new.event_id, server_id, delta, frames))
 
 
-def write_whisper(to: str, frame: bytes) -> bytes:
-    """The message for one member."""
+def write_direct_message(to: str, frame: bytes) -> bytes:
+    """Encode a `DirectMessage`."""
     return _encode(DirectMessage(to, Raw(frame)))
 
 
-def write_report(
+def write_connection_stats(
     latencies_ms: Mapping[str, float | None], sync_errors_ms: Mapping[str, float | None]
 ) -> bytes:
-    """The message that tells of our members."""
-    known = {id_: (ms, sync_errors_ms.get(id_)) for id_, ms in latencies_ms.items()}
-    return _encode(ConnectionStats(known))
-
-
-def read_report(payload: bytes) -> ConnectionStats | None:
-    """The report in a message; None if it is something else."""
-    if not payload.startswith(_REPORT):
-        return None
-    try:
-        return _reports.decode(payload)
-    except JUNK:
-        return None
-
-
-def read_change(payload: bytes) -> CommittedChange | None:
-    """The change in a message; None if there is none that can be read."""
-    try:
-        return _changes.decode(payload)
-    except JUNK:
-        return None
-
-
-def read_whisper(payload: bytes) -> DirectMessage | None:
-    """The whisper in a message; None if it is something else."""
-    if not payload.startswith(_WHISPER):
-        return None
-    try:
-        return _whispers.decode(payload)
-    except JUNK:
-        return None
+    """Encode the `ConnectionStats` of the members in ``latencies_ms``."""
+    stats = {id_: (ms, sync_errors_ms.get(id_)) for id_, ms in latencies_ms.items()}
+    return _encode(ConnectionStats(stats))
 
 
 _encode = msgspec.json.Encoder().encode
 _changes = msgspec.json.Decoder(CommittedChange)
-_whispers = msgspec.json.Decoder(DirectMessage)
+_direct_messages = msgspec.json.Decoder(DirectMessage)
+_connection_stats = msgspec.json.Decoder(ConnectionStats)
+_DIRECT_MESSAGE = b'{"to":'
+_CONNECTION_STATS = b'{"stats":'
 _NULL = Raw(b"null")
-_reports = msgspec.json.Decoder(ConnectionStats)
-_REPORT = b'{"stats":'
-_WHISPER = b'{"to":'

@@ -68,13 +68,13 @@ def trace(kind: type[MemoryStorage | RedisStorage], storage: str, file: int) -> 
 
 def trace_mirrors(file: int) -> None:
     """Write down what mirrors take over, too: it tells what a server knew, and when."""
-    take = Mirror._take  # noqa: SLF001  # looked at, not changed
+    replace = Mirror._replace  # noqa: SLF001  # looked at, not changed
 
     def traced(self: Mirror, session: Session) -> None:
         os.write(file, entry("mirror", self.session, session))
-        take(self, session)
+        replace(self, session)
 
-    Mirror._take = traced  # type: ignore[method-assign]  # noqa: SLF001
+    Mirror._replace = traced  # type: ignore[method-assign]  # noqa: SLF001
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ async def test_the_entry_says_who_and_where_and_lists_what_is_hosted(
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything about presence is a twentieth as long, in this process."""
     monkeypatch.setattr("bandsync.rooms.failure_detector.ABSENCE_S", ABSENCE_S)
-    monkeypatch.setattr("bandsync.rooms.failure_detector.GLANCE_PERIOD_S", ABSENCE_S / 5)
+    monkeypatch.setattr("bandsync.rooms.failure_detector.CHECK_PERIOD_S", ABSENCE_S / 5)
     monkeypatch.setattr("bandsync.storage.health.PRESENCE_PERIOD_S", 0.15)
     monkeypatch.setattr("bandsync.storage.health.PRESENCE_EXPIRY_MS", 500)
 

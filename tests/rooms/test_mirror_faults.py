@@ -147,7 +147,7 @@ class Stage:
             nursery,
             stores=self.stores,
             clock=ServerClock(NOW, trio.current_time()),
-            here=HERE,
+            server_context=HERE,
             counters=Counters(),
             log=structlog.wrap_logger(self.log, processors=[structlog.processors.format_exc_info]),
             grace_s=GRACE_S,
@@ -591,7 +591,7 @@ async def test_members_found_without_a_connection_get_their_grace(
         stage.hub._nursery,  # noqa: SLF001 (the rooms are forgotten, the process is the same)
         stores=stage.stores,
         clock=ServerClock(NOW, trio.current_time()),
-        here=HERE,
+        server_context=HERE,
         counters=Counters(),
         log=structlog.wrap_logger(stage.log),
         grace_s=GRACE_S,
@@ -851,7 +851,7 @@ async def test_what_was_heard_and_cannot_be_taken_does_not_keep_the_room_locked(
             await stage.say(room, ann, "first")
 
     with monkeypatch.context() as patched:
-        patched.setattr("bandsync.rooms.room.read_change", stumble)
+        patched.setattr("bandsync.rooms.relay_inbox.read_channel_message", stumble)
         nursery.start_soon(say)
         await wait_all_tasks_blocked()
         stage.hub.hear("song", b"{}")

@@ -8,13 +8,13 @@ from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bandsync.model.session import Session, find, leader_of, tip
-from bandsync.rooms.room import MAX_HEARD
+from bandsync.rooms.relay_inbox import MAX_BUFFERED
 from bandsync.rules.actions import Actor, Command, Decision, Drop
 from bandsync.rules.decide import decide
 from bandsync.rules.reconcile import Write, reconcile
 from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import Committed
-from bandsync.storage.channel_messages import write_change, write_whisper
+from bandsync.storage.channel_messages import write_change, write_direct_message
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.records import changed_fields
 from bandsync.wire.commands import ChatMessage, LeaveSession, SetRole, UpdateMessage
@@ -197,7 +197,7 @@ async def test_what_came_before_our_commit_is_not_heard_after_it(
 
 
 @pytest.mark.parametrize(
-    ("count", "reads"), [(MAX_HEARD, 0), (MAX_HEARD + 1, 1), (3 * MAX_HEARD, 1)]
+    ("count", "reads"), [(MAX_BUFFERED, 0), (MAX_BUFFERED + 1, 1), (3 * MAX_BUFFERED, 1)]
 )
 async def test_a_room_that_is_far_behind_reads_once_instead(
     stage: Band, nursery: trio.Nursery, autojump_clock: MockClock, count: int, reads: int
@@ -268,11 +268,11 @@ async def test_a_whisper_reaches_whom_it_is_for(
     def asked() -> tuple[int, int]:
         return len(stage.ann.heard("leader_requested")), len(stage.bob.heard("leader_requested"))
 
-    whisper = write_whisper("member Ann", b'{"type":"leader_requested"}')
+    whisper = write_direct_message("member Ann", b'{"type":"leader_requested"}')
     stage.hear(whisper)
     assert asked() == (1, 0)
-    stage.hear(write_whisper("member Cid", b'{"type":"leader_requested"}'))
-    stage.hear(write_whisper("", b'{"type":"leader_requested"}'))
+    stage.hear(write_direct_message("member Cid", b'{"type":"leader_requested"}'))
+    stage.hear(write_direct_message("", b'{"type":"leader_requested"}'))
     stage.hub.hear("another song", whisper)
     # It waits its turn like anything else.
     stage.remote.gate = trio.Event()

@@ -111,7 +111,7 @@ class Stage:
             nursery,
             stores=FixedStores(self.storage),
             clock=ServerClock(NOW, trio.current_time()),
-            here=HERE,
+            server_context=HERE,
             counters=Counters(),
             log=structlog.wrap_logger(structlog.testing.CapturingLogger()),
             grace_s=10,

@@ -73,7 +73,7 @@ class House:
             nursery,
             stores=self.stores,
             clock=ServerClock(NOW, trio.current_time()),
-            here=HERE,
+            server_context=HERE,
             counters=Counters(),
             log=structlog.wrap_logger(structlog.testing.CapturingLogger()),
             grace_s=settings.resume_grace_ms / 1000,

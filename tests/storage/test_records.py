@@ -15,10 +15,9 @@ from bandsync.rules.actions import Command, Drop
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.channel_messages import (
     CommittedChange,
-    read_change,
-    read_whisper,
+    read_channel_message,
     write_change,
-    write_whisper,
+    write_direct_message,
 )
 from bandsync.storage.records import (
     FORMAT,
@@ -64,8 +63,8 @@ def stored(session: Session, base: Session | None = None, under: Fields | None =
 def told(before: Session, after: Session) -> CommittedChange:
     """What the relay brings to other servers."""
     fields, gone = changed_fields(before, after)
-    change = read_change(write_change(tip(before), tip(after), "hall", fields, gone, ()))
-    assert change is not None
+    change = read_channel_message(write_change(tip(before), tip(after), "hall", fields, gone, ()))
+    assert isinstance(change, CommittedChange)
     return change
 
 
@@ -296,15 +295,15 @@ MESSAGE = b'{"prev":null,"version":1,"eventId":"x","serverId":"hall","delta":{%s
     ids=["delta", "frames", "elsewhere"],
 )
 def test_a_message_that_is_nested_deeply_is_none(parts: tuple[bytes, ...]) -> None:
-    assert read_change(MESSAGE % (b"", b"", b"")) is not None
-    assert read_change(MESSAGE % parts) is None
+    assert read_channel_message(MESSAGE % (b"", b"", b"")) is not None
+    assert read_channel_message(MESSAGE % parts) is None
 
 
 def test_a_whisper_that_is_nested_deeply_is_none() -> None:
-    whisper = write_whisper("member", b'{"type":"leader_denied"}')
-    assert read_whisper(whisper) is not None
-    assert read_whisper(whisper[:-1] + b',"colour":' + DEEP + b"}") is None
-    assert read_whisper(write_whisper("member", DEEP)) is None
+    whisper = write_direct_message("member", b'{"type":"leader_denied"}')
+    assert read_channel_message(whisper) is not None
+    assert read_channel_message(whisper[:-1] + b',"colour":' + DEEP + b"}") is None
+    assert read_channel_message(write_direct_message("member", DEEP)) is None
 
 
 def test_a_presence_that_is_nested_deeply_is_unreadable() -> None:
