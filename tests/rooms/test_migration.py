@@ -107,8 +107,9 @@ async def test_members_found_without_a_connection_get_their_grace(
         stage.hub.dropped(room, ann, "timeout")
         await stage.hub.finished()
     left = stage.stored()
+    # A new hub in the same process has no rooms.
     again = Hub(
-        stage.hub._nursery,  # noqa: SLF001 (the rooms are forgotten, the process is the same)
+        stage.nursery,
         stores=stage.stores,
         clock=ServerClock(NOW, trio.current_time()),
         server_context=HERE,
@@ -117,7 +118,7 @@ async def test_members_found_without_a_connection_get_their_grace(
         grace_s=GRACE_S,
         tick_s=0,
     )
-    again._nursery.start_soon(again.run_graces)  # noqa: SLF001
+    stage.nursery.start_soon(again.run_graces)
     stage.hub = again
     assert left.members["member Ann"].connected is connected
     bob, _ = await stage.join("Bob")

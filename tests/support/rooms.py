@@ -175,6 +175,7 @@ class Stage:
     """A hub on a `Remote`, and another server that is played by hand."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
         self.remote = Remote()
         self.stores = Eras()
         self.log = CapturingLogger()
