@@ -100,14 +100,24 @@ class Mirror:
         opened: whether the session has been read.
         session: the state; None before the first member joined.
         uncertain: a commit was interrupted and may have been carried out: catch up before the next.
+        interrupted: the same, and no catch-up has been scheduled for it yet.
     """
 
-    __slots__ = ("_context", "_era", "opened", "session", "session_id", "uncertain")
+    __slots__ = (
+        "_context",
+        "_era",
+        "interrupted",
+        "opened",
+        "session",
+        "session_id",
+        "uncertain",
+    )
 
     def __init__(self, session_id: str, context: RoomContext) -> None:
         self.session_id = session_id
         self.session: Session | None = None
         self.uncertain = False
+        self.interrupted = False
         self.opened = False
         self._context = context
         self._era: Era | None = None
@@ -229,8 +239,11 @@ class Mirror:
             context.stores.memory.keep(base)
         started = context.timer()
         self.uncertain = True
-        result = await storage.commit(base, change, events)
-        self.uncertain = False
+        try:
+            result = await storage.commit(base, change, events)
+            self.uncertain = False
+        finally:
+            self.interrupted = self.uncertain
         context.commit_seconds(context.timer() - started)
         match result:
             case Committed(session=session):

@@ -125,7 +125,8 @@ class Replica(ABC):
 
     def handle_interruption(self) -> None:
         """Catch up later if a commit was interrupted: it may have been carried out."""
-        if self.mirror.uncertain:
+        if self.mirror.interrupted:
+            self.mirror.interrupted = False
             self._schedule_catch_up()
 
     def tick(self) -> None:
@@ -327,11 +328,10 @@ class Locked:
         except trio.WouldBlock:
             await lock.acquire()
 
-    async def __aexit__(self, error: type[BaseException] | None, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         replica = self._replica
         try:
-            if error is not None:
-                replica.handle_interruption()
+            replica.handle_interruption()
             replica.handle_buffered()
         finally:
             replica.lock.release()

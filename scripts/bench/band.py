@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from scripts.bench.epoll_ws import EpollLoop, ServerAddress
+from scripts.bench.epoll_ws import EpollLoop, TargetAddress
 from scripts.bench.oracle import CHAT_RING, SessionOracle
 from scripts.bench.phone import LoadMember
 from scripts.bench.processes import wall_ms
@@ -58,7 +58,7 @@ class LoadBand:
         name: str,
         number: int,
         members: int,
-        servers: Sequence[ServerAddress],
+        servers: Sequence[TargetAddress],
         *,
         chance: random.Random,
         pace: float = 1.0,
@@ -105,7 +105,7 @@ class LoadBand:
             (_PAUSE_S, self._pause_reading),
             (_REPLACE_S, self._replace_member),
             (_HAND_OVER_S, self._hand_over_lead),
-            (_REQUEST_LEAD_S, self._ask_for_lead),
+            (_REQUEST_LEAD_S, self._request_lead),
             (_CHECK_S, self._check_version),
             (_LONG_PAUSE_S, self._pause_reading_for_long),
         ):
@@ -164,7 +164,7 @@ class LoadBand:
         """The path of a handshake."""
         return f"/ws/{self.name}"
 
-    def choose_server(self, member: LoadMember) -> ServerAddress:
+    def choose_server(self, member: LoadMember) -> TargetAddress:
         """The server for a member's next connection."""
         if member.member_id:
             return self.chance.choice(self._servers)
@@ -236,7 +236,7 @@ class LoadBand:
     def _pause_reading_for_long(self) -> None:
         member = self._pause_slow_member(_LONG_PAUSE_LENGTH_S)
         if member is not None:
-            self.score.counts["hibernations"] += 1
+            self.score.counts["longPauses"] += 1
             self._send_requests(member)
             self.loop.after(_SECOND_BURST_S, lambda: self._send_requests(member))
 
@@ -260,7 +260,7 @@ class LoadBand:
         if leader is not None and other is not None and other is not leader:
             leader.request("set_role", role="leader", memberId=other.member_id)
 
-    def _ask_for_lead(self) -> None:
+    def _request_lead(self) -> None:
         member = self._random_member()
         if member is not None and not member.is_leader:
             member.request("request_leader")

@@ -44,7 +44,7 @@ _VARIETY = 16
 
 
 class Slice(NamedTuple):
-    """What one contender did in some time."""
+    """The commits of one contender in some time."""
 
     commits: int
     seconds: float

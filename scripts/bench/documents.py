@@ -1,4 +1,4 @@
-"""The JSON documents of a load: what its driver reports, and the rows that are kept of it."""
+"""The JSON documents of a load: the reports of its driver, and the rows kept of them."""
 
 from typing import NotRequired, TypedDict, cast
 
@@ -50,7 +50,7 @@ class LoadPlan(msgspec.Struct):
 
 
 class SecondReport(TypedDict):
-    """What the driver measured since its previous report.
+    """The driver's measurements since its previous report.
 
     Attributes:
         t: seconds since the start.

@@ -20,7 +20,7 @@ import msgspec
 
 from scripts.bench.band import LoadBand
 from scripts.bench.documents import DriverEnd, DriverLine, DriverRow, LoadPlan, PhaseReport
-from scripts.bench.epoll_ws import TICK, EpollLoop, ServerAddress
+from scripts.bench.epoll_ws import TICK, EpollLoop, TargetAddress
 from scripts.bench.processes import BenchError, now_s, raise_file_limit
 from scripts.bench.score import LoadScore, SecondRecorder, core_wait_s, deliveries
 
@@ -41,7 +41,7 @@ class LoadDriver:
 
     def __init__(self, plan: LoadPlan, loop: EpollLoop) -> None:
         servers = [
-            ServerAddress(family, (host, port), named)
+            TargetAddress(family, (host, port), named)
             for family, host, port, named in plan.addresses
         ]
         self._plan = plan

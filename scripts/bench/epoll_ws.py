@@ -33,7 +33,7 @@ _PING = 0x89
 _PONG = 0x8A
 
 
-class ServerAddress(NamedTuple):
+class TargetAddress(NamedTuple):
     """The address of a server.
 
     Attributes:
@@ -88,7 +88,7 @@ class EpollConnection:
     def __init__(
         self,
         loop: "EpollLoop",
-        address: ServerAddress,
+        address: TargetAddress,
         target: str,
         owner: ConnectionOwner,
         *,

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from bandsync.model.transport import Transport, in_force, position_at
-from scripts.bench.epoll_ws import EpollConnection, EpollLoop, ServerAddress
+from scripts.bench.epoll_ws import EpollConnection, EpollLoop, TargetAddress
 from scripts.bench.fleet import masked
 from scripts.bench.oracle import MOVES, SessionOracle, read_move
 from scripts.bench.processes import now_s, wall_ms
@@ -77,7 +77,7 @@ class BandContext(Protocol):
     def path(self) -> str:
         """The path of a handshake."""
 
-    def choose_server(self, member: "LoadMember") -> ServerAddress:
+    def choose_server(self, member: "LoadMember") -> TargetAddress:
         """The server for a member's next connection."""
 
     def clock_ahead_ms(self) -> float:
@@ -231,13 +231,13 @@ class LoadMember:
             greeting["resumeToken"] = self._token
         self._send(greeting)
 
-    def ended(self, how: str) -> None:
+    def ended(self, reason: str) -> None:
         """Handle the end of a connection, or the failure to open one."""
         self.connection = None
         self._reset()
         if self.away:
             return
-        self.band.score.closes[how] += 1
+        self.band.score.closes[reason] += 1
         # The grace may already be over: the server may have detected the end long ago.
         self._resume_required_until = 0.0
         wait_s, self._wait_s = self._wait_s, None
@@ -283,7 +283,8 @@ class LoadMember:
     def _note_age(self, name: str, server_time: float) -> None:
         self.band.score.add_latency(name, wall_ms() + self.band.clock_ahead_ms() - server_time)
 
-    def _on_ack(self, answer: JsonMessage) -> None:
+    def on_ack(self, answer: JsonMessage) -> None:
+        """Match an acknowledgement to its command and record the round trip."""
         pending = self._pending.pop(answer["requestId"], None)
         score = self.band.score
         if pending is None:
@@ -299,7 +300,8 @@ class LoadMember:
             score.add_latency("command", (now_s() - pending.since) * 1000)
         self.band.oracle.acked(self, answer.get("version"), command)
 
-    def _on_error(self, answer: JsonMessage) -> None:
+    def on_error(self, answer: JsonMessage) -> None:
+        """Count a refusal."""
         score = self.band.score
         score.errors[answer["code"]] += 1
         pending = self._pending.pop(answer.get("requestId", ""), None)
@@ -310,7 +312,8 @@ class LoadMember:
             self.cut_connection()
             self._reconnect_after(self._retry_s())
 
-    def _on_snapshot(self, snapshot: JsonMessage) -> None:
+    def on_snapshot(self, snapshot: JsonMessage) -> None:
+        """Check the state, and finish the join that it answers."""
         version, epoch = snapshot["version"], snapshot["epoch"]
         you = snapshot.get("you")
         if you is None:
@@ -350,11 +353,12 @@ class LoadMember:
         if self.away:
             self.leave()
 
-    def _on_leader_requested(self, request: JsonMessage) -> None:
+    def on_leader_requested(self, request: JsonMessage) -> None:
+        """Answer a request for the lead."""
         if request["type"] == "leader_requested":
             self.band.leader_requested(self, request["memberId"])
 
-    def _on_clock_sync(self, exchange: JsonMessage) -> None:
+    def on_clock_sync(self, exchange: JsonMessage) -> None:
         """Handle a clock exchange: t0 and now are wall times here, t1 and t2 session times."""
         now = wall_ms()
         round_trip_ms = (now - exchange["t0"]) - (exchange["t2"] - exchange["t1"])
@@ -365,7 +369,8 @@ class LoadMember:
             self.request("sync_report", errorMs=max(0.0, min(self._round_trips) / 2))
             self._round_trips.clear()
 
-    def _on_draining(self, notice: JsonMessage) -> None:
+    def on_draining(self, notice: JsonMessage) -> None:
+        """Note when the server wants the reconnect."""
         self._wait_s = notice["reconnectInMs"] / 1000
 
     # Implementation.
@@ -411,10 +416,10 @@ class LoadMember:
 
 # Rare messages, which are decoded completely.
 _HANDLERS: dict[bytes, Callable[[LoadMember, JsonMessage], None]] = {
-    b'ack"': LoadMember._on_ack,  # noqa: SLF001  # a table of this class
-    b"erro": LoadMember._on_error,  # noqa: SLF001  # a table of this class
-    b"snap": LoadMember._on_snapshot,  # noqa: SLF001  # a table of this class
-    b"lead": LoadMember._on_leader_requested,  # noqa: SLF001  # a table of this class
-    b"cloc": LoadMember._on_clock_sync,  # noqa: SLF001  # a table of this class
-    b"serv": LoadMember._on_draining,  # noqa: SLF001  # a table of this class
+    b'ack"': LoadMember.on_ack,
+    b"erro": LoadMember.on_error,
+    b"snap": LoadMember.on_snapshot,
+    b"lead": LoadMember.on_leader_requested,
+    b"cloc": LoadMember.on_clock_sync,
+    b"serv": LoadMember.on_draining,
 }

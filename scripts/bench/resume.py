@@ -63,7 +63,7 @@ class ResumingMember:
 
 
 class ResumingMembers:
-    """All members. Those who lose their connection resume on the other server."""
+    """All members. Without a connection, a member resumes on the other server."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -145,7 +145,7 @@ def resume(
             for member in leaders
             if member not in snapshot or snapshot[member]["you"]["role"] == "leader"
         ]
-        # Whatever the members received, leaders must still be able to lead.
+        # Leaders must still be able to lead.
         acked = fleet.kinds[ACK]
         for member in leaders:
             member.client.send(masked({"type": "seek", "positionMs": 0, "requestId": "c0"}))

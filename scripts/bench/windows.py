@@ -27,7 +27,7 @@ class Measurable(Protocol):
 
 
 class MeasuredWindow(NamedTuple):
-    """What was measured in some time. Windows can be added.
+    """The measurements of some time. Windows can be added.
 
     Attributes:
         seconds: its duration.

@@ -2,9 +2,9 @@
 
 Starts a redis-server, a fault proxy before it and a BandSync server. Bands play on two different
 WebSocket clients while faults come in an order drawn from the seed. Then the server is restarted
-and all members resume. Prints a table with one line per fault. The exit code is 1 if an
-acknowledged change or a connection was lost, a version was out of order or a state differs; with
---strict also if a command waited too long or the music jumped.
+and all members resume. Prints a table with one line per fault. The exit code is 1 after a lost
+acknowledged change or connection, a version out of order or a different state. With --strict, it
+is also 1 if a command waited too long or the music jumped.
 
 With --servers, several servers share the bands. Members move between servers. Faults also hit the
 servers and their links to Redis. Prints the faults of each seed and a verdict.

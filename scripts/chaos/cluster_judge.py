@@ -274,7 +274,7 @@ def _name_of(record: RoamingRecord) -> str:
 
 
 def _reply_error(record: RoamingRecord, command: CommandRecord, end: float) -> str | None:
-    """What is wrong with the reply to a command; None if nothing."""
+    """The error of a reply to a command; None if it is right."""
     if command.answer is None or command.answered - command.sent > PATIENCE_S:
         until = command.sent + PATIENCE_S
         ended = min(record.left, record.closed[0] if record.closed else end)
@@ -295,7 +295,7 @@ def _reply_error(record: RoamingRecord, command: CommandRecord, end: float) -> s
 
 
 def _close_error(record: RoamingRecord, end: float) -> str | None:
-    """What is wrong with how a connection ended; None if nothing."""
+    """The error of the end of a connection; None if it is right."""
     if record.closed is None:
         if record.left == float("inf") and record.superseded < end:
             return "is still open, although its member resumed elsewhere"

@@ -1,4 +1,4 @@
-"""What a run with several servers records of its connections and servers. No I/O."""
+"""The records of a run with several servers: its connections and servers. No I/O."""
 
 import signal
 from dataclasses import dataclass, field

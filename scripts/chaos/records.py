@@ -1,4 +1,4 @@
-"""What the clients of a chaos run record of their connections. No I/O.
+"""The records that clients of a chaos run keep of their connections. No I/O.
 
 Times are seconds on the clock of the clients' process, unless a name says `_ms`.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from bandsync.wire.frames import text_frame
 from scripts.bench.band import LoadBand
-from scripts.bench.epoll_ws import EpollLoop, ServerAddress
+from scripts.bench.epoll_ws import EpollLoop, TargetAddress
 from scripts.bench.phone import LoadMember
 from scripts.bench.score import LoadScore
 
@@ -36,7 +36,7 @@ class BandWithoutServer:
     def __init__(self) -> None:
         self.score = LoadScore()
         self.loop = EpollLoop()
-        address = ServerAddress(2, ("127.0.0.1", 1), "nowhere")
+        address = TargetAddress(2, ("127.0.0.1", 1), "nowhere")
         chance = random.Random(1)
         self.session = LoadBand(self.loop, self.score, "b", 0, 2, [address], chance=chance)
         for number, member in enumerate(self.session.members):

@@ -29,7 +29,11 @@ from bandsync.settings import OPTIONS, Settings, parse
 from scripts.testbed.redis_server import HOST, RedisServer, find_redis_server, free_port, reaper_of
 from tests.support.servers import PATIENCE_S, Message, Musician, musician
 from tests.test_serve import SCRIPT, environment
-from tests.workers.test_supervisor import MANY, UPGRADE
+from tests.support.worker_groups import upgrade
+
+UPGRADE = upgrade("/ws")
+# Enough connections that both servers get some, whichever way they are spread.
+MANY = 64
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "scripts" / "deploy"

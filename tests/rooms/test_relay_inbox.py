@@ -7,80 +7,25 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bandsync.model.session import Session, find, leader_of, tip
+from bandsync.model.session import Session, find, leader_of
 from bandsync.rooms.relay_inbox import MAX_BUFFERED
-from bandsync.rules.actions import Actor, Command, Decision, Drop
+from bandsync.rules.actions import Actor, Decision, Drop
 from bandsync.rules.decide import decide
 from bandsync.rules.reconcile import Write, reconcile
 from bandsync.rules.tokens import ResumeToken
-from bandsync.storage.base import Committed
-from bandsync.storage.channel_messages import write_change, write_direct_message
+from bandsync.storage.channel_messages import write_direct_message
 from bandsync.storage.memory import MemoryStorage
-from bandsync.storage.records import changed_fields
 from bandsync.wire.commands import ChatMessage, LeaveSession, SetRole, UpdateMessage
-from bandsync.wire.messages import Outgoing, encode
-from tests.rooms.test_mirror_faults import GRACE_S, OTHER, Stage, in_order, texts
-from tests.rooms.test_room import Listener
-
-
-class Band(Stage):
-    """Ann and Bob are here, Cid is on the server ``hall``, which is played by hand.
-
-    Attributes:
-        ann, bob: connections of this server.
-    """
-
-    async def meet(self) -> None:
-        self.ann, self.room = await self.join("Ann")
-        self.bob, _ = await self.join("Bob")
-        self.hear(await self.hall(self.bind("Cid"), "Cid", "far away"))
-        self.remote.reads.clear()
-
-    async def hall(self, command: Command, name: str = "Cid", connection: str = "") -> bytes:
-        """The other server commits a command; what it says of it."""
-        base = self.stored()
-        member = base.members.get(f"member {name}")
-        connection = connection or ("" if member is None else member.connection_id)
-        fresh_id = f"{name} {next(self._ids)}" if member else f"member {name}"
-        actor = Actor(OTHER, connection, f"member {name}", fresh_id)
-        decision = decide(base, command, actor, self.hub.now())
-        assert isinstance(decision, Decision), decision
-        return await self.put(base, decision.session, decision.events)
-
-    async def put(self, base: Session, session: Session, events: tuple[Outgoing, ...]) -> bytes:
-        """The other server commits a state; what it says of it."""
-        result = await MemoryStorage.commit(self.remote, base, session, ())
-        assert isinstance(result, Committed)
-        return said(base, result.session, *map(encode, events))
-
-    async def chats(self, count: int) -> list[bytes]:
-        """So many messages of Cid, numbered from 0."""
-        return [await self.hall(ChatMessage(text=str(number))) for number in range(count)]
-
-    def hear(self, *payloads: bytes) -> None:
-        for payload in payloads:
-            self.hub.hear("song", payload)
-
-    @property
-    def reads(self) -> int:
-        """How often the session was read since the band met."""
-        return self.remote.reads["song"]
-
-
-def said(base: Session, session: Session, *events: bytes) -> bytes:
-    fields, gone = changed_fields(base, session)
-    return write_change(tip(base), tip(session), "hall", fields, gone, events)
-
-
-def chat(peer: Listener) -> list[object]:
-    return [message["text"] for message in peer.heard("chat_message")]
-
-
-def shown(peer: Listener) -> list[object]:
-    """The texts in the latest snapshot."""
-    ring = peer.heard("snapshot")[-1]["chat"]
-    assert isinstance(ring, list)
-    return [message["text"] for message in ring]
+from tests.support.rooms import (
+    GRACE_S,
+    OTHER,
+    Band,
+    chat,
+    in_order,
+    said,
+    shown,
+    texts,
+)
 
 
 @pytest.fixture

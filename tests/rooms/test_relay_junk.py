@@ -10,8 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from bandsync.model.session import Member, Tip
 from bandsync.rooms.room import Room
 from bandsync.storage.channel_messages import CommittedChange
-from tests.rooms.test_mirror_faults import in_order
-from tests.rooms.test_relay_inbox import Band, chat
+from tests.support.rooms import Band, chat, in_order
 from tests.support.states import NOW
 
 

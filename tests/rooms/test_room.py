@@ -1,8 +1,7 @@
 """Rooms on storages that are slow, shared with others, or lose what they had."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import msgspec
 import pytest
 import structlog
 import trio
@@ -21,6 +20,7 @@ from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
 from bandsync.wire.commands import ChatMessage, Play, Refusal, UpdateMessage
+from tests.support.rooms import Listener, cancel_when_all_wait
 from tests.support.states import HERE, NOW
 from tests.support.stores import FixedStores
 
@@ -56,50 +56,6 @@ class SharedStorage(MemoryStorage):
         # As with a real network: written, and the answer still on its way.
         await self.gate.wait()
         return result
-
-
-class Listener:
-    """A peer that keeps what it is sent."""
-
-    def __init__(self, connection_id: str) -> None:
-        self.connection_id = connection_id
-        self.member_id = ""
-        self.wants_ticks = True
-        self.latency_ms: float | None = None
-        self.sync_error_ms: float | None = None
-        self.closed: int | None = None
-        self._data = b""
-
-    @property
-    def push(self) -> Callable[[bytes], None]:
-        return self._take
-
-    @property
-    def push_volatile(self) -> Callable[[bytes], None]:
-        return self._take
-
-    def push_snapshot(self, frames: bytes) -> None:
-        self._take(frames)
-
-    def _take(self, frames: bytes) -> None:
-        self._data += frames
-
-    def close(self, code: int, reason: str) -> None:
-        assert reason
-        self.closed = code
-
-    def heard(self, *types: str) -> list[dict[str, object]]:
-        """The messages of these types."""
-        found = []
-        data = self._data
-        while data:
-            start = 2 if data[1] < 126 else 4
-            size = data[1] if start == 2 else int.from_bytes(data[2:4], "big")
-            message = msgspec.json.decode(data[start : start + size])
-            if message["type"] in types:
-                found.append(message)
-            data = data[start + size :]
-        return found
 
 
 class Stage:
@@ -191,11 +147,6 @@ async def test_nobody_hears_of_a_change_before_it_is_committed(
     # Serial, in the order in which they came.
     assert [message["text"] for message in bob.heard("chat_message")] == ["0", "1", "2"]
     assert [message["version"] for message in ann.heard("ack")] == [3, 4, 5]
-
-
-async def cancel_when_all_wait(scope: trio.CancelScope) -> None:
-    await wait_all_tasks_blocked()
-    scope.cancel()
 
 
 async def test_a_connection_that_dies_while_its_join_is_committed_leaves_no_ghost(

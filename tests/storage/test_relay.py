@@ -21,9 +21,7 @@ from bandsync.storage.base import Lost
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
 from bandsync.wire.commands import LeaveSession
-from tests.rooms.test_mirror_faults import Stage
-from tests.rooms.test_relay_inbox import Band
-from tests.rooms.test_room import Listener, cancel_when_all_wait
+from tests.support.rooms import Band, Listener, Stage, cancel_when_all_wait
 
 RETRY_CAP_S = 2.0
 

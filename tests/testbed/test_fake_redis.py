@@ -1,4 +1,4 @@
-"""fakeredis' server can do what we ask of a Redis."""
+"""The fakeredis server supports the commands that BandSync uses."""
 
 import socket
 
@@ -6,7 +6,7 @@ import pytest
 import redis
 
 
-def test_scripts_pubsub_and_errors(fake_redis: str) -> None:
+def test_fakeredis_runs_scripts_pubsub_and_errors(fake_redis: str) -> None:
     with redis.Redis.from_url(fake_redis, decode_responses=True) as client, client.pubsub() as sub:
         sub.subscribe("channel")
         assert sub.get_message(timeout=20)["data"] == 1
@@ -19,8 +19,8 @@ def test_scripts_pubsub_and_errors(fake_redis: str) -> None:
         assert client.scan() == (0, ["key"])
 
 
-def test_it_ends_with_connections_open(fake_redis: str) -> None:
+def test_fakeredis_stops_with_open_connections(fake_redis: str) -> None:
     port = int(fake_redis.rpartition(":")[2].partition("/")[0])
-    # Left to the garbage collector of a later test, it would be a warning there.
+    # Left to the garbage collector, the connection would be a warning in a later test.
     with socket.create_connection(("127.0.0.1", port)) as half:
         half.sendall(b"*1\r\n$4\r\nPI")

@@ -1,4 +1,4 @@
-"""The fault proxy does what it says."""
+"""The fault proxy injects each of its faults."""
 
 import errno
 from collections.abc import AsyncIterator, Callable
@@ -10,15 +10,15 @@ import trio
 from scripts.testbed.fault_proxy import FaultProxy
 
 PATIENCE_S = 20.0
-# How long nothing must come before we believe that nothing comes.
+# Silence of this length proves that nothing is forwarded.
 SILENCE_S = 0.05
 
 
 class Upstream:
-    """Echoes what it gets; ``seen`` has it all."""
+    """Echoes data, and keeps everything in ``received``."""
 
     def __init__(self) -> None:
-        self.seen = b""
+        self.received = b""
         self.streams: list[trio.SocketStream] = []
         self.ends: list[str] = []
 
@@ -26,7 +26,7 @@ class Upstream:
         self.streams.append(stream)
         try:
             async for data in stream:
-                self.seen += data
+                self.received += data
                 await stream.send_all(data)
             self.ends.append("eof")
         except trio.BrokenResourceError as error:
@@ -62,7 +62,7 @@ async def exchange(stream: trio.SocketStream, data: bytes) -> None:
     assert received == data
 
 
-async def silent(stream: trio.SocketStream) -> bool:
+async def is_silent(stream: trio.SocketStream) -> bool:
     with trio.move_on_after(SILENCE_S):
         await stream.receive_some()
         return False
@@ -74,7 +74,9 @@ async def until(wanted: Callable[[], bool]) -> None:
         await trio.sleep(0.001)
 
 
-async def test_without_faults_it_forwards_and_closes(proxy: FaultProxy, upstream: Upstream) -> None:
+async def test_proxy_without_faults_forwards_and_closes(
+    proxy: FaultProxy, upstream: Upstream
+) -> None:
     async with await connect(proxy) as one, await connect(proxy) as two:
         await exchange(one, b"one" * 100_000)
         await exchange(two, b"two")
@@ -86,7 +88,7 @@ async def test_without_faults_it_forwards_and_closes(proxy: FaultProxy, upstream
     await until(lambda: not proxy.open)
 
 
-async def test_delay(proxy: FaultProxy) -> None:
+async def test_delay_applies_in_both_directions(proxy: FaultProxy) -> None:
     async with await connect(proxy) as stream:
         await exchange(stream, b"before")
         proxy.delay_s = 0.1
@@ -98,7 +100,7 @@ async def test_delay(proxy: FaultProxy) -> None:
         await exchange(stream, b"after")
 
 
-async def test_a_black_hole_keeps_old_and_new_connections_and_forwards_later(
+async def test_black_hole_keeps_connections_and_forwards_after_heal(
     proxy: FaultProxy, upstream: Upstream
 ) -> None:
     async with await connect(proxy) as old:
@@ -107,40 +109,38 @@ async def test_a_black_hole_keeps_old_and_new_connections_and_forwards_later(
         async with await connect(proxy) as new:
             await old.send_all(b"old")
             await new.send_all(b"new")
-            assert await silent(old)
-            assert await silent(new)
-            assert upstream.seen == b"before"
+            assert await is_silent(old)
+            assert await is_silent(new)
+            assert upstream.received == b"before"
             proxy.heal()
             assert await old.receive_some() == b"old"
             assert await new.receive_some() == b"new"
 
 
-async def test_a_black_hole_in_one_direction(proxy: FaultProxy, upstream: Upstream) -> None:
+async def test_black_hole_can_affect_one_direction(proxy: FaultProxy, upstream: Upstream) -> None:
     async with await connect(proxy) as stream:
         proxy.black_hole("down")
-        await stream.send_all(b"heard")
-        await until(lambda: upstream.seen == b"heard")
-        assert await silent(stream)
+        await stream.send_all(b"forwarded")
+        await until(lambda: upstream.received == b"forwarded")
+        assert await is_silent(stream)
         proxy.black_hole("up")
-        assert await stream.receive_some() == b"heard"
-        await stream.send_all(b"unheard")
-        assert await silent(stream)
-        assert upstream.seen == b"heard"
+        assert await stream.receive_some() == b"forwarded"
+        await stream.send_all(b"held back")
+        assert await is_silent(stream)
+        assert upstream.received == b"forwarded"
 
 
-async def test_a_black_hole_hides_the_death_of_upstream(
-    proxy: FaultProxy, upstream: Upstream
-) -> None:
+async def test_black_hole_hides_the_end_of_upstream(proxy: FaultProxy, upstream: Upstream) -> None:
     async with await connect(proxy) as stream:
         await exchange(stream, b"before")
         proxy.black_hole()
         await upstream.streams[0].send_eof()
-        assert await silent(stream)
+        assert await is_silent(stream)
         proxy.heal()
         assert await stream.receive_some() == b""
 
 
-async def test_reset(proxy: FaultProxy, upstream: Upstream) -> None:
+async def test_reset_reaches_both_ends(proxy: FaultProxy, upstream: Upstream) -> None:
     async with await connect(proxy) as stream:
         await exchange(stream, b"before")
         proxy.reset()
@@ -153,19 +153,19 @@ async def test_reset(proxy: FaultProxy, upstream: Upstream) -> None:
             await exchange(after, b"after")
 
 
-async def test_half_close(proxy: FaultProxy, upstream: Upstream) -> None:
+async def test_half_close_still_forwards_upstream(proxy: FaultProxy, upstream: Upstream) -> None:
     async with await connect(proxy) as stream:
         await exchange(stream, b"before")
         proxy.half_close()
         assert await stream.receive_some() == b""
         await stream.send_all(b" after")
-        await until(lambda: upstream.seen == b"before after")
+        await until(lambda: upstream.received == b"before after")
         await stream.send_eof()
         await until(lambda: bool(upstream.ends))
         assert upstream.ends == ["eof"]
 
 
-async def test_refuse(proxy: FaultProxy) -> None:
+async def test_refusal_keeps_open_connections(proxy: FaultProxy) -> None:
     port = proxy.port
     async with await connect(proxy) as stream:
         await exchange(stream, b"before")
@@ -179,9 +179,9 @@ async def test_refuse(proxy: FaultProxy) -> None:
             await exchange(after, b"after")
 
 
-async def test_an_upstream_that_refuses(nursery: trio.Nursery) -> None:
+async def test_refusing_upstream_resets_the_client(nursery: trio.Nursery) -> None:
     with trio.fail_after(PATIENCE_S):
-        # Nobody listens on port 1.
+        # No socket listens on port 1.
         proxy = await nursery.start(FaultProxy(1).run)
         async with await connect(proxy) as stream:
             with pytest.raises(trio.BrokenResourceError):

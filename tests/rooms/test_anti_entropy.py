@@ -1,0 +1,123 @@
+"""Stored states that differ from the mirror: conflicts and tip comparison. On virtual time."""
+
+import pytest
+import trio
+from msgspec.structs import replace
+from trio.testing import MockClock
+
+from bandsync.model.session import find, leader_of
+from bandsync.rules.tokens import ResumeToken
+from bandsync.wire.commands import (
+    ChatMessage,
+    Refusal,
+)
+from tests.support.rooms import GRACE_S, Stage, in_order, texts
+
+
+@pytest.fixture
+async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Stage:
+    return Stage(nursery)
+
+
+async def test_a_change_that_lost_to_another_server_comes_after_a_snapshot(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    bob, _ = await stage.join("Bob")
+    await stage.elsewhere(stage.bind("Cid"), "Cid", "far away")
+    await stage.elsewhere(ChatMessage(text="first"), "Cid", fresh_id="theirs")
+    await stage.say(room, ann, "second")
+    assert texts(stage.stored()) == ["first", "second"]
+    for peer in (ann, bob):
+        kinds = [message["type"] for message in peer.heard("snapshot", "chat_message")]
+        assert kinds[-2:] == ["snapshot", "chat_message"]
+        (heard,) = peer.heard("chat_message")
+        assert heard["text"] == "second"
+        in_order(peer)
+    # Nothing was there to be written back.
+    assert stage.hub.counters.reconciled == 0
+    assert stage.hub.counters.conflicts == 1
+
+
+async def test_a_takeover_seen_only_in_the_storage_closes_the_connection(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    bob, _ = await stage.join("Bob")
+    token = ResumeToken("member Ann", 1, "secret of Ann")
+    await stage.elsewhere(replace(stage.bind("Ann"), resume=(token,)), "Ann", "far away", "unused")
+    await stage.hub.compare(stage.era)
+    assert (ann.closed, bob.closed) == (4001, None)
+    assert room.peers == {"member Bob": bob}
+    # What the old connection still wants, and its end, are nobody's.
+    refused = await room.command(ann, ChatMessage(text="hi"), "m", "r")
+    assert isinstance(refused, Refusal)
+    assert refused.code == "not_joined"
+    stage.hub.dropped(room, ann, "timeout")
+    await trio.sleep(GRACE_S + 1)
+    member = find(stage.stored(), "member Ann")
+    assert member is not None
+    assert (member.connected, member.server_id) == (True, "hall")
+    assert leader_of(stage.stored()) == member
+    assert bob.heard("user_left", "member_connection") == []
+
+
+async def test_a_room_whose_last_member_was_taken_over_is_closed(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, _ = await stage.join("Ann")
+    token = ResumeToken("member Ann", 1, "secret of Ann")
+    await stage.elsewhere(replace(stage.bind("Ann"), resume=(token,)), "Ann", "far away", "unused")
+    await stage.hub.compare(stage.era)
+    assert ann.closed == 4001
+    assert stage.hub.rooms == {}
+    assert stage.stores.memory.ids() == []
+
+
+async def test_a_session_that_vanished_is_put_back_by_the_comparison(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    await stage.say(room, ann, "hi")
+    before = stage.stored()
+    stage.remote.discard("song")
+    await stage.hub.compare(stage.era)
+    after = stage.stored()
+    assert after.epoch == before.epoch
+    assert after.version >= before.version
+    assert after.members.keys() == before.members.keys()
+    assert texts(after) == ["hi"]
+    assert room.mirror.session == after
+    in_order(ann)
+    # And then all is as it should be.
+    written = stage.remote.commits
+    for _ in range(3):
+        await stage.hub.compare(stage.era)
+    assert stage.remote.commits == written
+    assert len(ann.heard("snapshot")) == 2
+
+
+async def test_an_older_state_is_brought_up_to_date_by_the_comparison(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    old = stage.stored()
+    for text in ("one", "two"):
+        await stage.say(room, ann, text)
+    newest = stage.stored()
+    stage.remote.keep(old)
+    await stage.hub.compare(stage.era)
+    assert texts(stage.stored()) == ["one", "two"]
+    assert stage.stored().version > newest.version
+    in_order(ann)
+
+
+async def test_a_healthy_session_is_not_written_by_comparisons(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    ann, room = await stage.join("Ann")
+    await stage.say(room, ann, "hi")
+    written, read = stage.remote.commits, stage.remote.reads["song"]
+    for _ in range(3):
+        await stage.hub.compare(stage.era)
+    assert (stage.remote.commits, stage.remote.reads["song"]) == (written, read)

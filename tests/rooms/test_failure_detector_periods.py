@@ -1,0 +1,202 @@
+"""Absence periods of the failure detector and the graces after them. On virtual time."""
+
+from collections.abc import Callable
+
+import pytest
+import trio
+from msgspec.structs import replace
+from trio.testing import MockClock
+
+from bandsync.model.session import find, tip
+from bandsync.rooms.failure_detector import FailureDetector
+from bandsync.rules.actions import Drop
+from bandsync.rules.tokens import ResumeToken
+from bandsync.storage.base import (
+    Presence,
+)
+from bandsync.storage.channel_messages import write_change
+from bandsync.storage.records import changed_fields
+from bandsync.wire.messages import MemberConnection, encode
+from tests.support.rooms import GRACE_S, OTHER, Listener, Stage, in_order
+from tests.support.states import NOW
+
+
+class Watched(Stage):
+    """Ann is here, Cid is on the server ``hall``."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        super().__init__(nursery)
+        nursery.start_soon(FailureDetector(self.hub).run)
+
+    async def meet(self) -> Listener:
+        ann, _ = await self.join("Ann")
+        await self.elsewhere(self.bind("Cid"), "Cid", "far away")
+        self.show()
+        await self.hub.compare(self.era)
+        return ann
+
+    def show(self, boot_id: str = OTHER.boot_id, *session_ids: str) -> None:
+        """The server ``hall`` is alive, as this process, with these sessions."""
+        sessions = list(session_ids or ("song",))
+        self.remote.servers["hall"] = Presence(boot_id, NOW, "http://hall", sessions, 1)
+
+    def hide(self) -> None:
+        """Its entry is gone."""
+        self.remote.servers.clear()
+
+    async def swept(self, name: str) -> bytes:
+        """The server ``hall`` takes this member for lost; what it says of it."""
+        base = self.stored()
+        member = base.members[f"member {name}"]
+        after = await self.elsewhere(Drop(), name, member.connection_id)
+        fields, gone = changed_fields(base, after)
+        event = MemberConnection("song", after.version, self.hub.now(), member.member_id, False)
+        return write_change(tip(base), tip(after), "hall", fields, gone, [encode(event)])
+
+    @property
+    def cid(self) -> bool | None:
+        """Whether Cid is connected; None if it is gone."""
+        member = find(self.stored(), "member Cid")
+        return None if member is None else member.connected
+
+
+@pytest.fixture
+async def watched(nursery: trio.Nursery, autojump_clock: MockClock) -> Watched:
+    return Watched(nursery)
+
+
+async def test_members_of_a_server_that_is_gone_get_a_grace_and_leave(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    ann = await watched.meet()
+    await trio.sleep(60)
+    assert watched.cid is True
+    watched.hide()
+    await trio.sleep(9.5)
+    assert watched.cid is True
+    await trio.sleep(4.6)
+    assert watched.cid is False
+    (drop,) = ann.heard("member_connection")
+    assert (drop["memberId"], drop["connected"]) == ("member Cid", False)
+    assert ann.heard("user_left") == []
+    await trio.sleep(GRACE_S)
+    assert watched.cid is None
+    (left,) = ann.heard("user_left")
+    assert (left["memberId"], left["reason"]) == ("member Cid", "server_lost")
+    in_order(ann)
+    # The sweeper's own server and its members are none of its business.
+    assert ann.closed is None
+    assert find(watched.stored(), "member Ann") is not None
+
+
+@pytest.mark.parametrize(
+    "show",
+    [lambda stage: stage.show("boot-3"), lambda stage: stage.show(OTHER.boot_id, "another song")],
+    ids=["another process", "another session"],
+)
+async def test_an_entry_that_says_something_else_is_no_sign_of_life(
+    watched: Watched, show: Callable[[Watched], None], autojump_clock: MockClock
+) -> None:
+    await watched.meet()
+    show(watched)
+    await trio.sleep(15)
+    assert watched.cid is False
+
+
+async def test_an_absence_that_was_interrupted_starts_anew(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    ann = await watched.meet()
+    for _ in range(5):
+        watched.hide()
+        await trio.sleep(8)
+        watched.show()
+        await trio.sleep(3)
+    assert watched.cid is True
+    assert ann.heard("member_connection") == []
+
+
+async def test_what_is_not_seen_without_redis_says_nothing(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    await watched.meet()
+    watched.hide()
+    await trio.sleep(8)
+    watched.lose()
+    await trio.sleep(60)
+    await watched.recover()
+    await trio.sleep(8)
+    assert watched.cid is True
+    await trio.sleep(6)
+    assert watched.cid is False
+
+
+async def test_a_member_that_was_swept_and_asserted_again_has_a_whole_grace_when_it_drops(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    ann = await watched.meet()
+    room = watched.hub.rooms["song"]
+    for _ in range(2):
+        # The other server did not see ours for a while, and says so.
+        watched.hub.hear("song", await watched.swept("Ann"))
+        await watched.hub.finished()
+        assert watched.stored().members["member Ann"].connected
+        await trio.sleep(GRACE_S * 0.4)
+    watched.hub.dropped(room, ann, "timeout")
+    await trio.sleep(GRACE_S - 0.1)
+    assert find(watched.stored(), "member Ann") is not None
+    await trio.sleep(0.2)
+    assert find(watched.stored(), "member Ann") is None
+
+
+async def test_members_of_a_server_that_lives_get_its_grace_not_ours(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    ann = await watched.meet()
+    session = watched.stored()
+    gone = replace(session.members["member Cid"], connected=False, time=NOW + 1000)
+    changed = replace(
+        session,
+        version=session.version + 1,
+        event_id="theirs",
+        members={**session.members, "member Cid": gone},
+    )
+    watched.remote.keep(changed)
+    await watched.hub.compare(watched.era)
+    await trio.sleep(5 * GRACE_S)
+    assert watched.cid is False
+    assert ann.heard("user_left") == []
+    # Its server dies during the grace.
+    watched.hide()
+    await trio.sleep(15 + GRACE_S)
+    assert watched.cid is None
+    assert ann.heard("user_left")[-1]["reason"] == "server_lost"
+
+
+async def test_who_comes_back_within_the_grace_stays(
+    watched: Watched, autojump_clock: MockClock
+) -> None:
+    ann = await watched.meet()
+    watched.hide()
+    await trio.sleep(15)
+    assert watched.cid is False
+    token = ResumeToken("member Cid", 1, "secret of Cid")
+    resumed = replace(watched.bind("Cid"), resume=(token,))
+    await watched.elsewhere(resumed, "Cid", "farther away", "unused")
+    watched.show()
+    await watched.hub.compare(watched.era)
+    await trio.sleep(5 * GRACE_S)
+    assert watched.cid is True
+    assert ann.heard("user_left") == []
+
+
+async def test_a_swept_member_may_resume_here(watched: Watched, autojump_clock: MockClock) -> None:
+    ann = await watched.meet()
+    watched.hide()
+    await trio.sleep(15)
+    cid, room = await watched.join("Cid", resume=1)
+    await trio.sleep(5 * GRACE_S)
+    assert watched.cid is True
+    assert room.peers.keys() == {"member Ann", "member Cid"}
+    assert ann.heard("user_left") == []
+    assert cid.closed is None
