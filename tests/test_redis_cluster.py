@@ -140,7 +140,7 @@ def nodes_of(cluster: RedisCluster) -> set[int]:
 
 
 @pytest.mark.usefixtures("no_comparisons")
-async def test_servers_hear_each_other_whichever_node_has_the_session(
+async def test_changes_are_relayed_from_every_node(
     shared_cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
     hall, yard = [await start(nursery, shared_cluster, name) for name in ("hall", "yard")]
@@ -175,7 +175,7 @@ def subscribers(cluster: RedisCluster, song: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_changes_are_heard_while_a_slot_is_handed_over(
+async def test_changes_are_relayed_while_a_slot_migrates(
     cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
     hall, yard = [await start(nursery, cluster, name) for name in ("hall", "yard")]
@@ -277,7 +277,7 @@ async def test_the_real_tool_reshards_under_load(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_a_handover_to_the_replica_is_not_noticed(
+async def test_planned_failover_to_replicas_loses_nothing(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:
     hall, yard = [await start(nursery, guarded, name) for name in ("hall", "yard")]
@@ -296,7 +296,7 @@ async def test_a_handover_to_the_replica_is_not_noticed(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_nodes_are_replaced_one_by_one_without_notice(
+async def test_rolling_replacement_of_nodes_loses_nothing(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:
     # As whoever installs a new version does it: hand over, and end the old one.
@@ -318,7 +318,7 @@ async def test_nodes_are_replaced_one_by_one_without_notice(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_a_replica_that_takes_over_with_less_is_not_noticed_either(
+async def test_takeover_by_a_stale_replica_loses_nothing(
     redis_binary: None, nursery: trio.Nursery
 ) -> None:
     # The connections to the old master last: nothing but the next command finds out.

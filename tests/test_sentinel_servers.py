@@ -265,7 +265,7 @@ async def test_two_servers_follow_and_nothing_is_lost(scene: Scene, fault: str) 
 
 
 @pytest.mark.slow
-async def test_one_server_is_told_later_and_both_acknowledge_meanwhile(scene: Scene) -> None:
+async def test_late_notification_of_one_server_loses_nothing(scene: Scene) -> None:
     with measured(scene.players) as longest:
         async with load(scene) as (talk, leader):
             for proxy in scene.proxies:

@@ -199,7 +199,7 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_session_is_on_one_server_and_the_rest_is_spread(
+async def test_balancer_keeps_a_session_on_one_server(
     balancer: Balancer, nursery: trio.Nursery
 ) -> None:
     places = set()
@@ -237,7 +237,7 @@ async def test_pages_of_its_own_origin_may_connect_and_no_others(
 
 
 @pytest.mark.slow
-async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
+async def test_balancer_skips_draining_and_dead_servers(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
     ann = await balancer.come(nursery, "/ws/song")
@@ -317,7 +317,7 @@ async def test_servers_are_replaced_in_turn_and_nobody_is_turned_away(
 
 
 @pytest.mark.slow
-async def test_a_server_that_hangs_is_passed_over(
+async def test_balancer_skips_a_server_that_hangs(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
     """Before clients give up: who goes away is no reason for a balancer to ask another server."""
@@ -350,7 +350,7 @@ async def test_clients_of_a_server_that_hangs_are_let_go(
     await ann.closed()
 
 
-def test_how_long_nginx_waits_for_a_server() -> None:
+def test_nginx_timeout_is_between_ping_and_client_timeout() -> None:
     """Longer than servers are silent, shorter than the clients wait that come with BandSync."""
     sessions = re.findall(r"location /ws \{.*?\}", NGINX_CONF.read_text(), re.DOTALL)[0]
     (wait,) = re.findall(r"proxy_read_timeout (\w+);", sessions)

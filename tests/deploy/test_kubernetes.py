@@ -47,7 +47,7 @@ def kinds(path: Path) -> list[str]:
     return [document["kind"] for document in yaml_documents(path)]
 
 
-def test_kubectl_makes_of_it_what_is_read_here(tmp_path: Path) -> None:
+def test_kubectl_renders_the_manifests_read_here(tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl")
     folder = tmp_path / "kubernetes"

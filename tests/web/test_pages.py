@@ -28,7 +28,7 @@ def header(answer: HttpResponse, name: str) -> str | None:
     return dict(answer.headers).get(name)
 
 
-def test_the_stage_is_the_root() -> None:
+def test_root_serves_the_stage() -> None:
     assert found("/").body == WEB_FILES["index.html"].read_bytes()
     assert found("/").content_type == "text/html; charset=utf-8"
 
@@ -51,7 +51,7 @@ def test_every_file_has_a_type_and_a_strict_policy() -> None:
         assert header(found(f"/{name}"), "X-Content-Type-Options") == "nosniff"
 
 
-def test_compressed_for_those_who_can() -> None:
+def test_files_are_compressed_when_accepted() -> None:
     plain = found("/stage.js")
     zipped = found("/stage.js", accept_encoding="br, gzip")
     assert header(plain, "Content-Encoding") is None
@@ -65,7 +65,7 @@ def test_compressed_for_those_who_can() -> None:
     assert header(found("/icon-192.png", accept_encoding="gzip"), "Content-Encoding") is None
 
 
-async def test_what_a_browser_has_is_not_sent_again(server: Server) -> None:
+async def test_unchanged_file_is_304(server: Server) -> None:
     async with httpx.AsyncClient(base_url=server.serving.url) as client:
         first = await client.get("/stage.css")
         tag = first.headers["etag"]

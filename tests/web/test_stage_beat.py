@@ -63,7 +63,7 @@ def test_a_count_in_runs_up_to_the_start(page: "Page") -> None:
     assert [each["positionMs"] for each in shown] == [4000, 4000, 4000, 4000, 4500]
 
 
-def test_a_beat_is_not_shown_twice_for_a_hair(page: "Page") -> None:
+def test_beat_is_shown_once_when_the_clock_slews_back(page: "Page") -> None:
     shown = page.evaluate(
         """async (cases) => {
           const { beatNumber } = await import("/beat.js");
@@ -181,7 +181,7 @@ def test_the_clicks_around_a_change_of_tempo(page: "Page") -> None:
     assert [each["beat"] for each in pieces] == [0, 1, 2, 3, 4]
 
 
-def test_a_count_in_is_clicked_and_nothing_before_it(page: "Page") -> None:
+def test_count_in_clicks_from_its_first_beat(page: "Page") -> None:
     song = transport(segment(isPlaying=True, anchorTime=1_002_400))
     found = upcoming(page, song, 1_000_000, 1_003_000, count_in_from=1_000_400)
     assert [each["beat"] for each in found] == [-4, -3, -2, -1, 0, 1]
@@ -282,7 +282,7 @@ def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, tri
 
 
 @pytest.mark.slow
-def test_a_count_in_is_heard_whole(open_page: Pages, start_process: Start) -> None:
+def test_count_in_sounds_every_beat(open_page: Pages, start_process: Start) -> None:
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("1")
     page.get_by_role("button", name="Play").click()
@@ -293,7 +293,7 @@ def test_a_count_in_is_heard_whole(open_page: Pages, start_process: Start) -> No
 
 
 @pytest.mark.slow
-def test_going_back_is_clicked_at_once(open_page: Pages, start_process: Start) -> None:
+def test_seek_back_clicks_at_once(open_page: Pages, start_process: Start) -> None:
     """The first bar again, whose beats have just sounded."""
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("0")
@@ -316,7 +316,7 @@ def test_going_back_is_clicked_at_once(open_page: Pages, start_process: Start) -
 
 
 @pytest.mark.slow
-def test_a_change_of_tempo_cuts_no_click(open_page: Pages, start_process: Start) -> None:
+def test_tempo_change_cuts_no_sounding_click(open_page: Pages, start_process: Start) -> None:
     """What sounds, or has sounded, is let alone; only what is to come is planned anew."""
     page = clicking(open_page, start_process(), 120)
     page.get_by_label("Count-in").select_option("0")
@@ -330,7 +330,7 @@ def test_a_change_of_tempo_cuts_no_click(open_page: Pages, start_process: Start)
 
 
 @pytest.mark.slow
-def test_a_click_that_was_silenced_comes_back(open_page: Pages, start_process: Start) -> None:
+def test_suspended_audio_resumes_at_the_next_touch(open_page: Pages, start_process: Start) -> None:
     """As by a phone call: the button says so, and the next touch anywhere brings it back."""
     page = open_page()
     page.add_init_script(
