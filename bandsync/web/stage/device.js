@@ -54,11 +54,11 @@ export function showTheme(theme) {
 export class WakeLock {
   #wanted = false;
   #lock = null;
-  #tell;
+  #notify;
 
-  /** @param {(text: string) => void} tell told what the screen will do. */
-  constructor(tell) {
-    this.#tell = tell;
+  /** @param {(text: string) => void} notify receives a sentence about the screen. */
+  constructor(notify) {
+    this.#notify = notify;
     document.addEventListener("visibilitychange", () => this.#update());
   }
 
@@ -76,7 +76,7 @@ export class WakeLock {
     }
     if (document.visibilityState !== "visible") return; // Browsers release the lock of hidden pages.
     if (!("wakeLock" in navigator)) {
-      this.#tell(
+      this.#notify(
         isSecureContext
           ? "This browser cannot keep the screen on: set the device not to sleep."
           : "The screen can only be kept on over https: set the device not to sleep.",
@@ -85,9 +85,9 @@ export class WakeLock {
     }
     try {
       this.#lock = await navigator.wakeLock.request("screen");
-      this.#tell("The screen stays on while you are in the session.");
+      this.#notify("The screen stays on while you are in the session.");
     } catch {
-      this.#tell("The device does not let the page keep the screen on; a low battery is a reason.");
+      this.#notify("The device does not let the page keep the screen on; a low battery is a reason.");
     }
   }
 }
