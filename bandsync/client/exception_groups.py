@@ -2,7 +2,8 @@
 
 import trio
 
-from bandsync.client.exceptions import ClientError, ConnectionLost, NotConnected, first_of
+from bandsync.client.exceptions import ClientError, ConnectionLost, NotConnected
+from bandsync.model.exception_leaves import first_leaf
 
 
 def meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -> BaseException:
@@ -10,7 +11,7 @@ def meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -
     interrupt = group.subgroup(KeyboardInterrupt)
     if interrupt is not None:
         # It may strike a task of ours, deep in groups that nobody looks into for it.
-        return first_of(interrupt)
+        return first_leaf(interrupt)
     others = [each for each in group.exceptions if not isinstance(each, trio.Cancelled)]
     if len(others) > 1:
         return group

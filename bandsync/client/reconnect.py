@@ -9,11 +9,12 @@ from msgspec import Struct
 
 from bandsync.client.conversation import Conversation, Tap
 from bandsync.client.events import Status
-from bandsync.client.exceptions import Ended, JoinRefused, Superseded, Unreachable, first_of
+from bandsync.client.exceptions import Ended, JoinRefused, Superseded, Unreachable
 from bandsync.client.membership import Membership
 from bandsync.client.retry_delay import delay_s
 from bandsync.client.server_address import ServerAddress
 from bandsync.client.websocket import ClientWebSocket, LineEnd, converse
+from bandsync.model.exception_leaves import first_leaf
 
 # A refusal that passes; every other one would be repeated for ever.
 _PASSING = frozenset({"rate_limited", "conflict", "internal"})
@@ -213,5 +214,6 @@ def _is_unwelcome(end: LineEnd) -> bool:
 
 def _root(error: BaseException) -> BaseException:
     """What is behind it: Trio tries every address of a name, and reports a group."""
-    error = first_of(error)
+    if isinstance(error, BaseExceptionGroup):
+        error = first_leaf(error)
     return error if error.__cause__ is None else _root(error.__cause__)

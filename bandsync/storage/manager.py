@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
+from bandsync.model.exception_leaves import leaves
 from bandsync.model.session import Session
 from bandsync.redis_link.backoff import Backoff
 from bandsync.redis_link.errors import LossReason, loss_reason
@@ -269,7 +270,7 @@ class StorageManager:
                     await era.relay.tried.wait()
                 await self._bring_back(era, host, tell)
         except* RedisError as group:
-            loss = _loss(_leaves(group))
+            loss = _loss(list(leaves(group)))
         finally:
             self._link = None
             if era is not None:
@@ -437,13 +438,3 @@ def _loss(errors: list[RedisError]) -> Loss:
             return Loss(reason, str(error))
     # An error reply that says nothing of the sort: this Redis lacks, or forbids, what we need.
     return Loss("unsupported", str(errors[0]))
-
-
-def _leaves(group: BaseExceptionGroup[RedisError]) -> list[RedisError]:
-    found: list[RedisError] = []
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            found += _leaves(error)
-        else:
-            found.append(error)
-    return found

@@ -7,6 +7,7 @@ from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.redis_link.backoff import Backoff
 from bandsync.redis_link.errors import loss_reason
 from bandsync.redis_link.interfaces import Listener
@@ -105,7 +106,7 @@ class Relay:
                 listened = True
                 await self._catch_up()
         except* RedisError as group:
-            lost = _first(group)
+            lost = first_leaf(group)
         finally:
             self._subscriber = None
             self.tried.set()
@@ -132,8 +133,3 @@ class Relay:
 
     def _channel(self, session_id: str) -> bytes:
         return self._keys.events(session_id).encode()
-
-
-def _first(group: BaseExceptionGroup[RedisError]) -> RedisError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

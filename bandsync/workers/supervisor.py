@@ -21,9 +21,10 @@ from msgspec.structs import replace
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.app import StartError, listen, server_name, url_of
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.redis_link.backoff import Backoff
 from bandsync.settings import Settings
-from bandsync.workers.worker import LEAVE, Orders, WorkerReport, first_of, read_line
+from bandsync.workers.worker import LEAVE, Orders, WorkerReport, read_line
 
 # What a start may take besides its waiting for Redis, and a drain besides DRAIN_TIMEOUT_MS.
 START_MARGIN_S = 30.0
@@ -106,7 +107,7 @@ async def supervise(
         for listener in guard:
             listener.close()
     if refused is not None:
-        raise first_of(refused)
+        raise first_leaf(refused)
 
 
 class _Supervisor:

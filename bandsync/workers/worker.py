@@ -13,6 +13,7 @@ from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.app import Serving, StartError, serve
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.settings import Settings
 
 LEAVE = b"leave\n"
@@ -101,7 +102,7 @@ async def work(
         refused = group
     if refused is not None:
         await _tell(
-            outlet, msgspec.json.encode(WorkerReport(refused=str(first_of(refused)))) + b"\n"
+            outlet, msgspec.json.encode(WorkerReport(refused=str(first_leaf(refused)))) + b"\n"
         )
 
 
@@ -122,12 +123,3 @@ async def read_line(stream: trio.abc.ReceiveStream) -> bytes | None:
             return None
         line += data
     return line
-
-
-def first_of(group: BaseExceptionGroup[StartError]) -> StartError:
-    """One of the errors of a group, however deep."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, StartError)
-    return error

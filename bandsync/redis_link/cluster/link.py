@@ -23,6 +23,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.redis_link.cluster.nodes import Node, NodeLink, Seeds
 from bandsync.redis_link.cluster.slots import (
     Endpoint,
@@ -374,7 +375,7 @@ class ClusterLink:
                     found.append(_whole(read_topology(reply, address.host)))
                     done.cancel()
             except* RedisError as group:
-                errors.append(_first(group))
+                errors.append(first_leaf(group))
 
         async with anyio.create_task_group() as tasks:
             for address in self._seeds.addresses():
@@ -458,8 +459,3 @@ def _named(error: AskError, asked: Endpoint) -> Endpoint:
 
 def _slot_of_number(number: int) -> int:
     return slot_of(b"%d" % number)
-
-
-def _first(group: BaseExceptionGroup[RedisError]) -> RedisError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
