@@ -13,8 +13,8 @@ from bandsync.rooms.context import Audience, RoomContext
 from bandsync.rules.actions import Actor, Command, Decision
 from bandsync.rules.decide import decide
 from bandsync.rules.reconcile import Adopt, Write, reconcile
+from bandsync.rules.refusals import CONFLICT
 from bandsync.storage.base import (
-    CONFLICT,
     MAX_ATTEMPTS,
     Committed,
     Conflict,

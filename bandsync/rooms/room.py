@@ -280,7 +280,7 @@ class Room:
         others = self._others(session)
         if others and self.mirror.era is not None:
             report = write_report(latencies, sync_errors)
-            self._hub.finish(self.mirror.era.storage.tell, self.session_id, report)
+            self._hub.finish(self.mirror.era.storage.publish, self.session_id, report)
             latencies = {id_: ms for id_, (ms, _) in others.items()} | latencies
             sync_errors = {id_: ms for id_, (_, ms) in others.items()} | sync_errors
         seats.push_volatile(_frame(room_stats(session, self._hub.now(), latencies, sync_errors)))
@@ -450,7 +450,7 @@ class Room:
                 self.peers[member_id].push(_frame(message))
             elif self.mirror.era is not None:
                 whisper = write_whisper(member_id, encode(message))
-                self._hub.finish(self.mirror.era.storage.tell, self.session_id, whisper)
+                self._hub.finish(self.mirror.era.storage.publish, self.session_id, whisper)
 
     def _left(self, member_id: str, reason: LeaveReason) -> None:
         self._hub.log.info(

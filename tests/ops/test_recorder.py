@@ -50,13 +50,16 @@ QUIET = State(
 
 
 class Storage:
-    """What the recorder looks at of a storage manager."""
+    """What the recorder reads of a storage manager."""
 
     mode: Mode = "redis"
     degraded = False
     listening = True
     round_trip_ms: float | None = 0.25
     redis_status = RedisStatus(connected=True, connection_attempts=0, outstanding=7)
+
+    def report(self) -> "Storage":
+        return self
 
 
 class Observed:

@@ -24,6 +24,7 @@ from bandsync.wire.commands import LeaveSession
 from tests.rooms.test_mirror_faults import Stage
 from tests.rooms.test_relay_inbox import Band
 from tests.rooms.test_room import Listener, cancel_when_all_wait
+from tests.support.redis_storages import IMPATIENT
 
 RETRY_CAP_S = 2.0
 
@@ -35,9 +36,7 @@ class ScriptedSubscriber(Subscriber):
         super().__init__(
             RedisAddress(),
             name="test",
-            connect_timeout_s=1,
-            command_timeout_s=1,
-            silence_s=1,
+            timeouts=IMPATIENT,
             on_message=heard,
             probe_channel=b"probe",
             probe=trio.sleep,
@@ -103,8 +102,8 @@ class Channel:
             self._subscriber,
             Keys("bandsync:"),
             hosted=lambda: self.hosted,
-            heard=lambda session_id, payload: self.heard.append((session_id, payload)),
-            catch_up=self._catch_up,
+            on_message=lambda session_id, payload: self.heard.append((session_id, payload)),
+            resync=self._catch_up,
             counters=self.counters,
             log=structlog.wrap_logger(self.events, processors=[]),
         )
