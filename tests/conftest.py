@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share, and what runs by default: see README.md here."""
 
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,17 +9,86 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trustme
+from hypothesis import settings
 
 from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.network import Network
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_server import INSTALL, RedisError, RedisServer, find_redis_server
 from scripts.testbed.server_process import ServerProcess
 from tests.support.fake_redis import fake_redis_server
+from tests.support.outages import ProxiedRedis
 from tests.support.servers import Server, start_server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+    from xdist.workermanage import WorkerController
+
+# Each process of pytest-xdist has servers, a Redis and a browser of its own, and often waits.
+_WORKERS_PER_CPU = 2
+_MAX_WORKERS = 8
+
+# Every worker deselects the same tests; the terminal summary shows the number once.
+_left_out = pytest.StashKey[int]()
+_KEY = "bandsync_left_out"
+
+settings.register_profile("default", max_examples=50, deadline=None)
+settings.register_profile("thorough", max_examples=200, deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_left_out] = 0
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Several processes for a folder; none for single files, which a worker would only delay."""
+    if all(".py" in argument for argument in config.args):
+        return 0
+    return min(_WORKERS_PER_CPU * len(os.sched_getaffinity(0)), _MAX_WORKERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out, unless the command line asks for them or names them one by one."""
+    if config.option.all or config.option.markexpr:
+        return
+    named = tuple(argument for argument in config.args if "::" in argument)
+    slow = [
+        item
+        for item in items
+        if item.get_closest_marker("slow") and not item.nodeid.startswith(named)
+    ]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+    config.stash[_left_out] = len(slow)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_KEY] = session.config.stash[_left_out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: "WorkerController") -> None:
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[_left_out] = output.get(_KEY, 0)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    count = config.stash[_left_out]
+    if count:
+        terminalreporter.write_line(
+            f"{count} slow tests were left out; `pytest --all` runs them too.", yellow=True
+        )
 
 
 @pytest.fixture
@@ -44,6 +113,12 @@ def redis_server(redis_binary: None) -> Iterator[RedisServer]:
     """A Redis for one test, which may do with it what it likes."""
     with RedisServer() as started:
         yield started
+
+
+@pytest.fixture
+async def proxied_redis(redis_server: RedisServer, nursery: trio.Nursery) -> ProxiedRedis:
+    proxy = await nursery.start(FaultProxy(redis_server.port).run)
+    return ProxiedRedis(redis_server, proxy)
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import trio
 
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer
+from tests.support.outages import heard, in_order, mode, until
 from tests.support.servers import Message, Musician, Server, play_along, start_server
 from tests.test_cluster import QUICK, agree, current
-from tests.test_failover import heard, in_order, mode, until
 
 Cut = Callable[[FaultProxy], None]
 
@@ -234,6 +234,7 @@ async def test_cut_off_again_and_again(split: Split) -> None:
     remembered(split, *texts)
 
 
+@pytest.mark.slow
 async def test_cut_off_for_longer_than_anybody_waits(split: Split) -> None:
     ann, bob, cid, dan = split.ann, split.bob, split.cid, split.dan
     await split.cut(split.left, reset)

@@ -11,7 +11,7 @@ from websockets.sync.client import connect
 
 from scripts.testbed.browsers import Pages
 from tests.support.servers import PATIENCE_S
-from tests.web.test_stage import Start
+from tests.support.stage_pages import Start
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,9 +11,7 @@ from redis.crc import key_slot
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_server import RedisServer, bundled_redis_server, find_redis_server
 from tests.redis_link.test_sentinel import measured
-from tests.support.servers import Musician, Server, play_along, start_server
-from tests.test_cluster import agree
-from tests.test_failover import (
+from tests.support.outages import (
     QUICK,
     Chatter,
     blocking,
@@ -25,6 +23,8 @@ from tests.test_failover import (
     stored_chat,
     until,
 )
+from tests.support.servers import Musician, Server, play_along, start_server
+from tests.test_cluster import agree
 
 SONGS = [f"song-{number}" for number in range(6)]
 
@@ -173,6 +173,7 @@ def subscribers(cluster: RedisCluster, song: str) -> int:
     return sum(int(node.cli("PUBSUB", verb, channel)[1]) for node in cluster.masters)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
 async def test_changes_are_heard_while_a_slot_is_handed_over(
     cluster: RedisCluster, nursery: trio.Nursery
@@ -201,6 +202,7 @@ async def test_changes_are_heard_while_a_slot_is_handed_over(
         assert calm([ann, bob])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
 async def test_slots_move_under_load(cluster: RedisCluster, nursery: trio.Nursery) -> None:
     hall, yard = [await start(nursery, cluster, name) for name in ("hall", "yard")]
@@ -240,6 +242,7 @@ async def quiet(bands: dict[str, list[Musician]]) -> None:
             )
 
 
+@pytest.mark.slow
 async def test_the_real_tool_reshards_under_load(
     cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
@@ -272,6 +275,7 @@ async def test_the_real_tool_reshards_under_load(
         assert set(talk.texts[-10:]) <= set(stored_chat(cluster.owner(key_of(song)), key_of(song)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
 async def test_a_handover_to_the_replica_is_not_noticed(
     guarded: RedisCluster, nursery: trio.Nursery
@@ -290,6 +294,7 @@ async def test_a_handover_to_the_replica_is_not_noticed(
         assert calm(everybody(bands))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
 async def test_nodes_are_replaced_one_by_one_without_notice(
     guarded: RedisCluster, nursery: trio.Nursery
@@ -311,6 +316,7 @@ async def test_nodes_are_replaced_one_by_one_without_notice(
         assert calm(everybody(bands))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
 async def test_a_replica_that_takes_over_with_less_is_not_noticed_either(
     redis_binary: None, nursery: trio.Nursery
@@ -381,6 +387,7 @@ async def break_and_mend(
     )
 
 
+@pytest.mark.slow
 async def test_a_band_plays_on_without_a_master(
     cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
@@ -399,6 +406,7 @@ async def test_a_band_plays_on_without_a_master(
     await break_and_mend(cluster, server, broken, mend, hang=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", [False, True], ids=["killed", "hanging"])
 async def test_a_band_plays_on_while_a_replica_takes_over(
     guarded: RedisCluster, nursery: trio.Nursery, hang: bool
@@ -412,6 +420,7 @@ async def test_a_band_plays_on_while_a_replica_takes_over(
     await break_and_mend(guarded, server, guarded.masters[0], mend, hang=hang)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", [False, True], ids=["killed", "hanging"])
 async def test_two_servers_lose_a_master_and_agree_afterwards(
     guarded: RedisCluster, nursery: trio.Nursery, hang: bool
@@ -452,6 +461,7 @@ async def recovered(server: Server) -> bool:
     return bool(lost) and len(back) == len(lost)
 
 
+@pytest.mark.slow
 async def test_an_old_cluster_publishes_to_all_nodes(
     redis_binary: None, nursery: trio.Nursery, no_comparisons: None
 ) -> None:

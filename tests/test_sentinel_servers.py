@@ -19,9 +19,9 @@ from scripts.testbed.redis_sentinels import MASTER, Watched
 from scripts.testbed.redis_server import HOST, RedisServer
 from scripts.testbed.server_process import ServerProcess
 from tests.redis_link.test_sentinel import measured
+from tests.support.outages import Chatter, blocking, head, heard, in_order, stored_chat, until
 from tests.support.servers import TEST_SETTINGS, Musician, play_along
 from tests.test_cluster import agree
-from tests.test_failover import Chatter, blocking, head, heard, in_order, stored_chat, until
 
 SETTINGS = {
     "REDIS_ENABLED": "true",
@@ -242,6 +242,7 @@ FAULTS: dict[str, Callable[[Scene], Awaitable[None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_two_servers_follow_and_nothing_is_lost(scene: Scene, fault: str) -> None:
     with measured(scene.players) as longest:
@@ -263,6 +264,7 @@ async def test_two_servers_follow_and_nothing_is_lost(scene: Scene, fault: str) 
     assert longest[0] < failover_s + 1
 
 
+@pytest.mark.slow
 async def test_one_server_is_told_later_and_both_acknowledge_meanwhile(scene: Scene) -> None:
     with measured(scene.players) as longest:
         async with load(scene) as (talk, leader):

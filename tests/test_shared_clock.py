@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from bandsync import app
 from scripts.testbed.redis_server import RedisServer
+from tests.support.outages import blocking, get, mode
 from tests.support.servers import Musician, Server, band, play_along, start_server
 from tests.test_cluster import QUICK, agree, current
-from tests.test_failover import blocking, get, mode
 
 MINUTE_MS = 60_000.0
 # Faster than this no two clocks part here: those of one machine, one of them slewed.

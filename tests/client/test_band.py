@@ -364,7 +364,7 @@ async def test_what_the_system_trusts_is_read_once(
     port = free_port()
     with pytest.raises(Unreachable):
         # Several attempts.
-        async with client.connect(f"wss://127.0.0.1:{port}", "song", join_within=2):
+        async with client.connect(f"wss://127.0.0.1:{port}", "song", join_within=1):
             raise AssertionError("nobody is in")
     assert made == [1]
 

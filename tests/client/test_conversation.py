@@ -1,10 +1,5 @@
 """What the client makes of what a server says, the strange things included. On virtual time."""
 
-import gc
-import signal
-import weakref
-from typing import Any
-
 import msgspec
 import pytest
 import trio
@@ -12,46 +7,25 @@ import trio.lowlevel
 from trio.testing import MockClock
 
 from bandsync import client
-from bandsync.client import EventsDropped, EventStream, JoinRefused, UnknownMessage
-from bandsync.client.events import MAX_WAITING, EventHub
+from bandsync.client import UnknownMessage
 from bandsync.wire.commands import Heartbeat, JoinSession, LeaveSession
 from bandsync.wire.messages import (
-    ChatSent,
     LeaderRequested,
     MessageUpdated,
     RoomStats,
-    ScrollTick,
     Snapshot,
     StorageStatus,
 )
-from tests.support.scripted_server import ANN, START, Message, ScriptedServer, Slow
-
-
-@pytest.fixture
-async def script(nursery: trio.Nursery) -> ScriptedServer:
-    return ScriptedServer(nursery)
-
-
-def joined(script: ScriptedServer, **options: Any) -> Any:
-    return client.connect("ws://script", "song", open_stream=script.open_stream, **options)
-
-
-async def settle() -> None:
-    """Virtual time stands still while anybody runs: afterwards everything has happened."""
-    await trio.sleep(0.001)
-
-
-async def said(stream: EventStream) -> list[client.BandEvent]:
-    """What has come by now."""
-    found = []
-    with trio.move_on_after(0.001):
-        async for event in stream:
-            found.append(event)
-    return found
-
-
-async def nothing(message: Message) -> None:
-    pass
+from tests.support.scripted_server import (
+    ANN,
+    START,
+    Message,
+    ScriptedServer,
+    events_so_far,
+    joined,
+    never_answer,
+    settle,
+)
 
 
 async def test_what_is_asked_for_at_the_join(
@@ -132,7 +106,7 @@ async def test_a_missing_version_is_asked_for(
         assert asked == [{"type": "sync_request", "version": 1, "epoch": "one"}]
         assert (band.session.version, band.session.message) == (3, "healed")
         # The event that came too early tells nobody anything.
-        (snapshot,) = await said(events)
+        (snapshot,) = await events_so_far(events)
         assert isinstance(snapshot, Snapshot)
         # Once is enough.
         await script.event("message_updated", message="next", by="ann")
@@ -145,7 +119,7 @@ async def test_it_is_asked_for_again_when_nobody_answers(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
-        script.answers["sync_request"] = nothing
+        script.answers["sync_request"] = never_answer
         script.version += 5
         for _ in range(30):
             await script.event("message_updated", message="?", by="ann")
@@ -210,7 +184,7 @@ async def test_old_news_is_no_news(script: ScriptedServer, autojump_clock: MockC
         await script.snapshot(message="one")
         await settle()
         assert (band.session.version, band.session.message) == (2, "two")
-        assert [type(event) for event in await said(events)] == [MessageUpdated]
+        assert [type(event) for event in await events_so_far(events)] == [MessageUpdated]
         assert script.times("sync_request") == []
 
 
@@ -252,7 +226,7 @@ async def test_a_newer_server_is_survived(
         await script.send("clock_sync", t0=1.0, t1=2.0, t2=3.0)
         await script.send("heartbeat", serverTime=START)
         await settle()
-        applause, updated = await said(events)
+        applause, updated = await events_so_far(events)
         assert applause == UnknownMessage("applause", {"type": "applause", "loudness": 11})
         assert isinstance(updated, MessageUpdated)
         assert abs(band.clock.now() - (START + trio.current_time() * 1000)) < 1
@@ -280,217 +254,6 @@ async def test_a_refusal_with_a_context_of_any_kind(
         assert refused.value.context == {"depth": 3}
 
 
-async def test_another_protocol_is_not_for_us(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    script.protocol = 2
-    with pytest.raises(JoinRefused, match="protocol 2") as refused:
-        async with joined(script):
-            raise AssertionError("nobody is in")
-    assert refused.value.code == "unsupported_protocol"
-    assert script.times("join_session") == []
-
-
-@pytest.mark.parametrize("code", ["rate_limited", "conflict", "internal"])
-async def test_a_refusal_that_passes_is_waited_out(
-    script: ScriptedServer, autojump_clock: MockClock, code: str
-) -> None:
-    async def refuse(message: Message) -> None:
-        del script.answers["join_session"]
-        await script.refusal(message, code)
-
-    script.answers["join_session"] = refuse
-    async with joined(script) as band:
-        assert band.status == "online"
-    assert len(script.connected) == 2
-
-
-@pytest.mark.parametrize("code", ["unauthorized", "session_full", "invalid_field", "new_code"])
-async def test_a_refusal_at_a_resume_ends_the_client(
-    script: ScriptedServer, autojump_clock: MockClock, code: str
-) -> None:
-    with pytest.raises(JoinRefused) as refused:
-        async with joined(script):
-            script.answers["join_session"] = lambda message: script.refusal(message, code)
-            await script.streams[-1].aclose()
-            await trio.sleep_forever()
-    assert refused.value.code == code
-    assert len(script.connected) == 2
-
-
-async def test_who_is_not_wanted_stays_away(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    with pytest.raises(JoinRefused, match="go away") as refused:
-        async with joined(script):
-            await script.close(1008, "go away")
-            await trio.sleep_forever()
-    assert refused.value.code == "policy"
-    await trio.sleep(60)
-    assert len(script.connected) == 1
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-async def test_a_command_after_the_end_does_not_hide_the_reason(
-    script: ScriptedServer, autojump_clock: MockClock, grouped: bool
-) -> None:
-    async def heedless(band: client.Band) -> None:
-        with trio.CancelScope(shield=True):
-            await trio.sleep(1)
-        with pytest.raises(client.NotConnected):
-            await band.until_online()
-        await band.chat("anybody?")
-
-    with pytest.raises(client.Superseded) as superseded:
-        async with joined(script) as band:
-            await script.close(4001)
-            if grouped:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(heedless, band)
-            await heedless(band)
-    assert superseded.value.__cause__ is None
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"), [(4001, client.Superseded), (1008, client.JoinRefused)]
-)
-async def test_a_command_given_during_the_close_does_not_hide_the_reason(
-    script: ScriptedServer,
-    autojump_clock: MockClock,
-    nursery: trio.Nursery,
-    code: int,
-    reason: type[Exception],
-) -> None:
-    streams: list[Slow] = []
-
-    async def open_stream() -> trio.abc.Stream:
-        streams.append(Slow(await script.open_stream()))
-        return streams[-1]
-
-    async def chatter(band: client.Band, start: float) -> None:
-        await trio.sleep(start)
-        while True:
-            await band.chat("x")
-            await trio.sleep(0.01)
-
-    with pytest.raises(reason):
-        async with (
-            client.connect("ws://script", "song", open_stream=open_stream) as band,
-            trio.open_nursery() as commands,
-        ):
-            await trio.sleep(2.5)
-            # Our answer to the close takes its time; commands fail meanwhile.
-            streams[-1].delay_s = 0.05
-            script.answers["chat_message"] = nothing
-            nursery.start_soon(script.close, code)
-            for number in range(30):
-                commands.start_soon(chatter, band, number / 100)
-
-
-async def test_an_interrupt_that_strikes_our_own_task_is_an_interrupt(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    def interrupted(at: float, text: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        async with joined(script, tap=interrupted):
-            raise AssertionError("nobody is in")
-
-
-def test_an_interrupt_while_the_block_is_left_ends_it() -> None:
-    ended: list[float] = []
-
-    # Only the main task of a run of Trio gets it.
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            script = ScriptedServer(nursery)
-
-            async def open_stream() -> trio.abc.Stream:
-                # Nothing else would end it then.
-                assert not script.mute
-                return await script.open_stream()
-
-            nursery.start_soon(interrupt_at, 0.5)
-            try:
-                async with client.connect("ws://script", "song", open_stream=open_stream):
-                    script.mute = True
-            finally:
-                ended.append(trio.current_time())
-
-    with pytest.RaisesGroup(KeyboardInterrupt, flatten_subgroups=True):
-        trio.run(main, clock=MockClock(autojump_threshold=0))
-    assert ended[0] <= 4
-
-
-@trio.lowlevel.enable_ki_protection
-async def interrupt_at(seconds: float) -> None:
-    await trio.sleep_until(seconds)
-    signal.raise_signal(signal.SIGINT)
-
-
-async def test_what_fails_together_is_told_together(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    def broken(at: float, text: str) -> None:
-        raise ZeroDivisionError
-
-    # A bug of the recorder ends the block loudly, with what the block itself raises meanwhile.
-    armed = False
-    with pytest.raises(ExceptionGroup) as group:
-        async with joined(script, tap=lambda at, text: broken(at, text) if armed else None):
-            armed = True
-            try:
-                await trio.sleep_forever()
-            finally:
-                raise KeyError("ours")
-    assert group.value.subgroup(KeyError)
-    assert group.value.subgroup(ZeroDivisionError)
-
-
-@pytest.mark.parametrize("code", [1000, 1001, 1006, 1009, 1011, 1012, 4000, 4999])
-async def test_after_any_other_close_it_comes_back(
-    script: ScriptedServer, autojump_clock: MockClock, code: int
-) -> None:
-    async with joined(script) as band:
-        if code == 1006:
-            await script.streams[-1].aclose()
-        else:
-            await script.close(code)
-        await trio.sleep(1)
-        assert band.status == "online"
-        assert band.you.resumed
-
-
-async def test_a_message_beyond_all_bounds_ends_the_connection(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    async with joined(script) as band:
-        await script.send("applause", noise="x" * 5_000_000)
-        await trio.sleep(1)
-        assert (band.status, len(script.connected)) == ("online", 2)
-
-
-async def test_an_old_connection_is_not_listened_to(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    async with joined(script) as band:
-        old = script.socket
-        assert old is not None
-        script.mute = True
-        await trio.sleep(6.1)
-        script.mute = False
-        await band.until_online()
-        script.socket, new = old, script.socket
-        # It was superseded by ourselves.
-        with trio.move_on_after(1):
-            await script.close(4001)
-        script.socket = new
-        await trio.sleep(1)
-        assert band.status == "online"
-        await band.chat("here")
-
-
 async def test_what_is_known_besides_the_session(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
@@ -513,7 +276,7 @@ async def test_what_is_known_besides_the_session(
             members=[stats],
         )
         await script.send("leader_requested", **script.head(), memberId="bob", displayName="Bob")
-        kinds = [type(event) for event in await said(events)]
+        kinds = [type(event) for event in await events_so_far(events)]
         assert kinds == [StorageStatus, RoomStats, LeaderRequested]
         assert band.storage is not None
         assert band.storage.degraded
@@ -529,32 +292,6 @@ async def test_members_who_are_not_there(script: ScriptedServer, autojump_clock:
         await script.event("member_connection", memberId="nobody", connected=True)
         await settle()
         assert list(band.session.members) == ["bob"]
-
-
-async def test_who_tries_again_at_once_stops_nobody(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    async with joined(script) as band:
-        await script.streams[-1].aclose()
-        tries = 0
-        with trio.move_on_after(5):
-            while True:
-                try:
-                    await band.chat("now?")
-                    break
-                except (client.NotConnected, client.ConnectionLost):
-                    tries += 1
-                    assert tries < 1000
-                    if band.status == "resuming":
-                        await trio.sleep(0.1)
-        assert band.status == "online"
-        await band.close()
-        # Nor does it go on when it is cancelled.
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            with pytest.raises(trio.Cancelled):
-                await band.chat("now?")
-            await trio.lowlevel.checkpoint()
 
 
 async def test_what_is_no_command_of_a_member_is_said_at_once(
@@ -595,73 +332,3 @@ async def test_a_request_id_names_one_command_at_a_time(
         await band.command(mine)
     ids = [message["requestId"] for _, message in script.heard if "requestId" in message]
     assert ids == [str(used), str(used + 1), str(used + 2), str(used + 1), str(used + 3)]
-
-
-async def test_a_stream_is_for_one_task(script: ScriptedServer, autojump_clock: MockClock) -> None:
-    async with joined(script) as band:
-        events = band.events()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(anext, events)
-            await settle()
-            with pytest.raises(trio.BusyResourceError), trio.fail_after(1):
-                await anext(events)
-            # The first is none the worse for it.
-            await script.event("message_updated", message="two", by="ann")
-        await script.event("message_updated", message="three", by="ann")
-        event = await anext(events)
-        assert isinstance(event, MessageUpdated)
-        assert event.message == "three"
-
-
-async def test_each_stream_has_its_own_pace(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
-    async with joined(script) as band:
-        quick, slow = band.events(), band.events()
-        await script.event("message_updated", message="one", by="ann")
-        assert len(await said(quick)) == 1
-        await script.event("message_updated", message="two", by="ann")
-        assert len(await said(quick)) == 1
-        assert len(await said(slow)) == 2
-        assert len(await said(band.events())) == 0
-
-
-def a_chat(number: int) -> ChatSent:
-    return ChatSent("song", number, START, str(number), "ann", "Ann", "x", START)
-
-
-async def test_who_does_not_keep_up_is_told(autojump_clock: MockClock) -> None:
-    stream = EventStream()
-    for number in range(MAX_WAITING):
-        stream.put(a_chat(number))
-    assert [event.version for event in await said(stream)] == list(range(MAX_WAITING))  # type: ignore[union-attr]
-    for number in range(2 * MAX_WAITING + 3):
-        stream.put(a_chat(number))
-    dropped, *rest = await said(stream)
-    assert dropped == EventsDropped(2 * MAX_WAITING)
-    assert [event.version for event in rest] == [2048, 2049, 2050]  # type: ignore[union-attr]
-    stream.put(a_chat(1))
-    stream.end()
-    assert [event async for event in stream] == [a_chat(1)]
-
-
-async def test_ticks_are_the_first_that_are_left_out(autojump_clock: MockClock) -> None:
-    stream = EventStream()
-    tick = ScrollTick("song", START, 0.0, 0.0, 120.0)
-    for number in range(1000):
-        stream.put(tick)
-        if number % 100 == 0:
-            stream.put(a_chat(number))
-    found = await said(stream)
-    assert found.count(tick) == 63
-    assert len([event for event in found if isinstance(event, ChatSent)]) == 10
-
-
-async def test_a_stream_that_nobody_holds_is_forgotten(autojump_clock: MockClock) -> None:
-    hub = EventHub()
-    kept = hub.stream()
-    dropped = [weakref.ref(hub.stream()) for _ in range(100)]
-    gc.collect()
-    assert all(stream() is None for stream in dropped)
-    hub.put(a_chat(1))
-    assert await said(kept) == [a_chat(1)]

@@ -236,7 +236,7 @@ async def test_what_answers_is_no_bandsync(answer: bytes, error: type[Exception]
     async with listening(serve) as port:
         # One line of exceptions, not a group of groups.
         with pytest.raises(error):
-            async with joined(port, join_within=2):
+            async with joined(port, join_within=1):
                 raise AssertionError("nobody is in")
     if error is JoinRefused or b"503" in answer:
         # Not again, or not so soon.

@@ -3,7 +3,6 @@
 import random
 import ssl
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import trio
@@ -12,18 +11,17 @@ from trio.testing import MockClock, memory_stream_pair
 from bandsync import client
 from bandsync.client import Band, ConnectionLost, StatusChanged, Unreachable
 from bandsync.client.retry_delay import delay_s
-from tests.support.scripted_server import START, Clogged, Message, ScriptedServer, Slow
+from tests.support.scripted_server import (
+    START,
+    Clogged,
+    Message,
+    ScriptedServer,
+    Slow,
+    joined,
+    never_answer,
+)
 
 GRACE_S = 10.0
-
-
-@pytest.fixture
-async def script(nursery: trio.Nursery) -> ScriptedServer:
-    return ScriptedServer(nursery)
-
-
-def joined(script: ScriptedServer, **options: Any) -> Any:
-    return client.connect("ws://script", "song", open_stream=script.open_stream, **options)
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -178,7 +176,7 @@ async def test_leaving_takes_no_longer_than_it_says(
 ) -> None:
     async with joined(script):
         script.mute = True
-        script.answers["leave_session"] = nothing
+        script.answers["leave_session"] = never_answer
         left = trio.current_time()
     assert script.times("leave_session") == [pytest.approx(left, abs=0.01)]
     assert trio.current_time() - left <= 4
@@ -189,7 +187,7 @@ async def test_neither_joining_nor_leaving_waits_for_a_version_that_will_not_com
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async def let_in(message: Message) -> None:
-        script.answers["join_session"] = nothing
+        script.answers["join_session"] = never_answer
         await script.snapshot(you=YOU)
         await script.ack(message, script.version + 5)
 
@@ -207,15 +205,11 @@ async def test_neither_joining_nor_leaving_waits_for_a_version_that_will_not_com
 YOU = {"memberId": "ann", "role": "leader", "resumeToken": "token", "resumed": False}
 
 
-async def nothing(message: Message) -> None:
-    pass
-
-
 async def test_a_command_is_not_waited_for_for_ever(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
-        script.answers["chat_message"] = nothing
+        script.answers["chat_message"] = never_answer
         asked = trio.current_time()
         with pytest.raises(ConnectionLost):
             await band.chat("hello?")
@@ -259,7 +253,7 @@ async def test_an_event_that_does_not_come_is_asked_for(
 async def test_a_join_that_is_given_up_leaves_no_ghost(
     script: ScriptedServer, autojump_clock: MockClock, resuming: bool
 ) -> None:
-    script.answers["join_session"] = nothing
+    script.answers["join_session"] = never_answer
     with trio.move_on_after(1 if not resuming else 60):
         if resuming:
             del script.answers["join_session"]
@@ -351,7 +345,7 @@ async def test_who_lets_nobody_in_is_tried_again(
     if what == "welcome":
         script.mute = True
     else:
-        script.answers["join_session"] = nothing
+        script.answers["join_session"] = never_answer
     with pytest.raises(Unreachable):
         async with joined(script, join_within=60):
             raise AssertionError("nobody is in")

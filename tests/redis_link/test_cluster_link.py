@@ -17,10 +17,10 @@ from bandsync.redis_link.script import Script
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_sentinels import wait_until
 from scripts.testbed.redis_server import HOST, RedisServer, bundled_redis_server, free_port
+from tests.support.outages import blocking, until
 from tests.support.redis_storages import cluster_access, open_cluster, open_link
 from tests.support.scripted_redis import start
 from tests.support.servers import PATIENCE_S
-from tests.test_failover import blocking, until
 
 KEYS = [f"key {number}" for number in range(300)]
 

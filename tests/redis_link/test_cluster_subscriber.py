@@ -13,10 +13,10 @@ from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.redis_address import RedisAddress
 from scripts.testbed.redis_cluster import RedisCluster
 from tests.redis_link.test_subscriber import PROBE, Ears, subscriber_to
+from tests.support.outages import blocking
 from tests.support.redis_storages import cluster_access, open_cluster
 from tests.support.scripted_redis import Outcome, ScriptedRedis
 from tests.support.servers import PATIENCE_S
-from tests.test_failover import blocking
 
 CHANNELS = [b"channel %d" % number for number in range(300)]
 

@@ -18,6 +18,7 @@ from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.support.redis_storages import PATIENT
 from tests.support.servers import PATIENCE_S, Musician, band, start_server
 from tests.test_failover import (
+from tests.support.outages import (
     QUICK,
     Chatter,
     blocking,
@@ -30,6 +31,7 @@ from tests.test_failover import (
     stored_chat,
     until,
 )
+from tests.support.servers import PATIENCE_S, Musician, band, start_server
 
 
 @pytest.fixture

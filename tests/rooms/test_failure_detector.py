@@ -13,6 +13,7 @@ from structlog.testing import CapturingLogger
 
 from bandsync.app import Serving
 from scripts.testbed.redis_server import RedisServer
+from tests.support.outages import Process, blocking, start_process, until
 from tests.support.servers import (
     PATIENCE_S,
     TEST_SETTINGS,
@@ -22,7 +23,6 @@ from tests.support.servers import (
     start_server,
 )
 from tests.test_cluster import QUICK, agree, current, in_order
-from tests.test_failover import Process, blocking, start_process, until
 from tests.test_serve import run, serving
 
 KEY = "bandsync:server:hall"

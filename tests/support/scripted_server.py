@@ -9,6 +9,8 @@ import trio
 from trio.testing import memory_stream_pair
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
+from bandsync import client
+from bandsync.client import EventStream
 from bandsync.wire.rate_limits import RateLimits
 
 Message = dict[str, Any]
@@ -220,3 +222,26 @@ class Slow(Clogged):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.sleep(self.delay_s)
         await self.stream.send_all(data)
+
+
+def joined(script: ScriptedServer, **options: Any) -> Any:
+    """A client that joins "song" on a scripted server."""
+    return client.connect("ws://script", "song", open_stream=script.open_stream, **options)
+
+
+async def settle() -> None:
+    """Let all tasks run: virtual time stands still until every one of them waits."""
+    await trio.sleep(0.001)
+
+
+async def events_so_far(stream: EventStream) -> list[client.BandEvent]:
+    """The events that the stream has received by now."""
+    found = []
+    with trio.move_on_after(0.001):
+        async for event in stream:
+            found.append(event)
+    return found
+
+
+async def never_answer(message: Message) -> None:
+    """For `ScriptedServer.answers`: the message stays unanswered."""

@@ -4,9 +4,9 @@ import pytest
 
 from scripts.testbed.browsers import LOST_CONNECTIONS, Pages
 from tests.support.accessibility import violations
-from tests.web.test_stage import PHONE, Start, enter, shows
+from tests.support.stage_pages import PHONE, Start, enter, shows
 
-SCHEMES = ["dark", "light"]
+SCHEMES = ["dark", pytest.param("light", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -32,6 +32,7 @@ def test_the_stage(open_page: Pages, start_process: Start, scheme: str) -> None:
     assert violations(ann) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_stage_in_trouble(open_page: Pages, start_process: Start, scheme: str) -> None:
     server = start_process(MAX_MEMBERS="1")

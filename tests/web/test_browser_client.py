@@ -107,6 +107,7 @@ def test_the_lead_goes_round(open_page: Pages, server: ServerProcess) -> None:
     assert bob.evaluate("band.leader.displayName") == "Ada"
 
 
+@pytest.mark.slow
 def test_positions_from_the_devices(open_page: Pages, server: ServerProcess) -> None:
     ada = join(open_page, server.ws_url)
     bob = join(open_page, server.ws_url)
@@ -142,6 +143,7 @@ def test_refusals_of_the_server_and_of_the_client(open_page: Pages, server: Serv
     assert page.evaluate("band.status") == "online"
 
 
+@pytest.mark.slow
 def test_leaving_and_closing(open_page: Pages, server: ServerProcess) -> None:
     ada = join(open_page, server.ws_url)
     bob = join(open_page, server.ws_url)
@@ -173,6 +175,7 @@ def test_leaving_and_closing(open_page: Pages, server: ServerProcess) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_going_on_in_another_place(open_page: Pages, server: ServerProcess) -> None:
     here = join(open_page, server.ws_url)
     there = join(open_page, server.ws_url, resumeToken=here.evaluate("band.resumeToken"))
@@ -185,6 +188,7 @@ def test_going_on_in_another_place(open_page: Pages, server: ServerProcess) -> N
     assert evaluate(here, "() => refusal(band.play())")["code"] == "not_connected"
 
 
+@pytest.mark.slow
 def test_only_a_person_can_help(open_page: Pages, start_process: Start) -> None:
     server = start_process(ALLOWED_ORIGINS=ORIGIN, JOIN_SECRET="s" * 32, MAX_MEMBERS="1")
     page = open_band(open_page, server.ws_url)
@@ -239,6 +243,7 @@ def test_a_cut_network(open_page: Pages, server: ServerProcess, network_to: Conn
     assert ada.evaluate("band.isLeader") is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["both", "up", "down"])
 def test_silence_is_noticed_within_the_grace(
     open_page: Pages, server: ServerProcess, network_to: Connect, direction: str
@@ -252,6 +257,7 @@ def test_silence_is_noticed_within_the_grace(
     assert_resumed(page, member_id)
 
 
+@pytest.mark.slow
 def test_a_lost_connection_admits_what_it_does_not_know(
     open_page: Pages, server: ServerProcess, network_to: Connect
 ) -> None:
@@ -269,6 +275,7 @@ def test_a_lost_connection_admits_what_it_does_not_know(
     assert page.evaluate("band.transportAt().tempoBpm") == 99
 
 
+@pytest.mark.slow
 def test_an_offline_device(open_page: Pages, server: ServerProcess) -> None:
     page = join(open_page, server.ws_url)
     member_id = page.evaluate("band.memberId")
@@ -280,6 +287,7 @@ def test_an_offline_device(open_page: Pages, server: ServerProcess) -> None:
     assert page.evaluate("band.memberId") == member_id
 
 
+@pytest.mark.slow
 def test_a_slow_network_is_no_dead_one(
     open_page: Pages, server: ServerProcess, network_to: Connect
 ) -> None:
@@ -295,6 +303,7 @@ def test_a_slow_network_is_no_dead_one(
 # --- The server ---
 
 
+@pytest.mark.slow
 def test_a_killed_server(open_page: Pages, start_process: Start, redis_server: RedisServer) -> None:
     server = start_process(
         ALLOWED_ORIGINS=ORIGIN, REDIS_ENABLED="true", REDIS_URL=redis_server.url()
@@ -336,6 +345,7 @@ def test_a_drained_server(
     assert statuses(page) == ["connecting", "online", "draining", "resuming", "online"]
 
 
+@pytest.mark.slow
 def test_a_frozen_server(open_page: Pages, start_process: Start, redis_server: RedisServer) -> None:
     """One that hangs is left as a dead network is; the one behind the same address takes over."""
     server = start_process(
@@ -349,6 +359,7 @@ def test_a_frozen_server(open_page: Pages, start_process: Start, redis_server: R
     assert_resumed(page, member_id)
 
 
+@pytest.mark.slow
 def test_storage_lost_and_back(
     open_page: Pages, start_process: Start, redis_server: RedisServer
 ) -> None:

@@ -168,6 +168,7 @@ def test_the_latest_token_resumes(joined: "tuple[Page, Peer]", scripted: Scripte
     until(page, "band.resumeToken === 't4' && band.status === 'online'")
 
 
+@pytest.mark.slow
 def test_a_connection_that_was_given_up_is_not_listened_to(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer
 ) -> None:
@@ -214,6 +215,7 @@ def test_closes_that_are_not(
     until(page, "band.status === 'online' && band.session !== null")
 
 
+@pytest.mark.slow
 def test_a_full_server_is_given_time(joined: "tuple[Page, Peer]", scripted: ScriptedServer) -> None:
     page, peer = joined
     peer.close(1013)
@@ -226,6 +228,7 @@ def test_a_full_server_is_given_time(joined: "tuple[Page, Peer]", scripted: Scri
     until(page, "band.status === 'online'")
 
 
+@pytest.mark.slow
 def test_waits_double_and_are_drawn(open_page: Pages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void band.join()")
@@ -238,6 +241,7 @@ def test_waits_double_and_are_drawn(open_page: Pages, scripted: ScriptedServer) 
     assert statuses(page) == ["connecting"]
 
 
+@pytest.mark.slow
 def test_a_network_that_is_back_is_used_at_once(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer
 ) -> None:
@@ -340,6 +344,7 @@ def test_a_page_that_is_looked_at_again(joined: "tuple[Page, Peer]") -> None:
     assert len(peer.all("sync_request")) == 1
 
 
+@pytest.mark.slow
 def test_probes_keep_to_the_limit(joined: "tuple[Page, Peer]") -> None:
     page, peer = joined
     evaluate(
@@ -363,6 +368,7 @@ def test_probes_keep_to_the_limit(joined: "tuple[Page, Peer]") -> None:
         assert tokens >= 0
 
 
+@pytest.mark.slow
 def test_the_error_bound_is_reported(joined: "tuple[Page, Peer]") -> None:
     page, peer = joined
     report = peer.next("sync_report")

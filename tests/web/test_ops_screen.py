@@ -11,7 +11,7 @@ from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
 from scripts.testbed.redis_server import RedisServer, free_port
 from scripts.testbed.server_process import ServerProcess
 from tests.support.accessibility import violations
-from tests.web.test_stage import shows, stage
+from tests.support.stage_pages import open_stage, shows
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Route
@@ -143,6 +143,7 @@ def test_redis_is_killed_and_comes_back(
     assert not any(re.search(r"\d", sentence) for sentence in said)
 
 
+@pytest.mark.slow
 def test_the_server_goes_away_and_comes_back(open_page: Pages, start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     page = open_page(f"{server.url}/ops", tolerate=LOST_CONNECTIONS)
@@ -178,6 +179,7 @@ def test_a_browser_gives_the_token(open_page: Pages, start_process: Start) -> No
     says(page, WELL)
 
 
+@pytest.mark.slow
 def test_a_token_that_is_no_longer_good_is_said(open_page: Pages, start_process: Start) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops", tolerate=UNAUTHORIZED)
@@ -188,6 +190,7 @@ def test_a_token_that_is_no_longer_good_is_said(open_page: Pages, start_process:
     says(page, WELL)
 
 
+@pytest.mark.slow
 def test_behind_a_load_balancer_it_stays_with_its_server(
     open_page: Pages, start_process: Start
 ) -> None:
@@ -227,6 +230,7 @@ def altered(page: "Page", alter: Callable[[Any], None]) -> None:
     page.route("**/api/ops*", answer)
 
 
+@pytest.mark.slow
 def test_a_tab_in_the_background_claims_no_more_than_it_knows(
     open_page: Pages, start_process: Start
 ) -> None:
@@ -246,6 +250,7 @@ def test_a_tab_in_the_background_claims_no_more_than_it_knows(
     until(page, "() => document.title === 'All is well · stage-left'")
 
 
+@pytest.mark.slow
 def test_a_tab_that_slept_asks_before_it_says_anything(
     open_page: Pages, start_process: Start
 ) -> None:
@@ -268,6 +273,7 @@ def test_a_tab_that_slept_asks_before_it_says_anything(
     says(page, WELL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "alter",
     [
@@ -333,6 +339,7 @@ def test_what_only_a_newer_server_knows_is_shown_as_it_is(
     assert "undefined" not in page.content()
 
 
+@pytest.mark.slow
 def test_a_redis_that_was_never_there_was_not_lost(open_page: Pages, start_process: Start) -> None:
     server = start_process(REDIS_ENABLED="true", REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
     page = open_page(f"{server.url}/ops")
@@ -343,6 +350,7 @@ def test_a_redis_that_was_never_there_was_not_lost(open_page: Pages, start_proce
     assert "lost" not in label
 
 
+@pytest.mark.slow
 def test_bands_that_are_cut_apart(
     open_page: Pages, redis_server: RedisServer, start_process: Start
 ) -> None:
@@ -355,10 +363,10 @@ def test_bands_that_are_cut_apart(
         )
         for name in ("left", "right")
     )
-    ann = stage(open_page, left, "Ann")
+    ann = open_stage(open_page, left, "Ann")
     screen = open_page(f"{left.url}/ops")
     says(screen, WELL)
-    stage(open_page, right, "Bob")
+    open_stage(open_page, right, "Bob")
     shows(ann, "#bandTitle", re.compile("2"))
     until(screen, "() => document.querySelector('.chart .current').textContent.startsWith('1')")
     screen.wait_for_timeout(1500)  # A sample comes every second.
@@ -370,6 +378,7 @@ def test_bands_that_are_cut_apart(
     says(screen, WELL)
 
 
+@pytest.mark.slow
 def test_it_asks_for_what_is_new_only_and_nobody_else(
     open_page: Pages, start_process: Start
 ) -> None:
@@ -386,6 +395,7 @@ def test_it_asks_for_what_is_new_only_and_nobody_else(
     assert page.evaluate(INLINE) == []
 
 
+@pytest.mark.slow
 def test_the_charts_can_be_read(open_page: Pages, start_process: Start) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops")
@@ -406,6 +416,7 @@ def test_the_charts_can_be_read(open_page: Pages, start_process: Start) -> None:
     until(page, "() => document.getElementById('reading').textContent === ''")
 
 
+@pytest.mark.slow
 def test_the_span_of_the_timeline_by_keyboard(open_page: Pages, start_process: Start) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops")
@@ -416,8 +427,8 @@ def test_the_span_of_the_timeline_by_keyboard(open_page: Pages, start_process: S
     assert page.get_by_role("button", name="Recent").get_attribute("aria-pressed") == "false"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("screen", ["wide", "phone"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("screen", ["phone", pytest.param("wide", marks=pytest.mark.slow)])
 def test_it_is_accessible(
     open_page: Pages,
     on_redis: ServerProcess,

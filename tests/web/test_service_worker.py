@@ -11,8 +11,8 @@ import pytest
 
 from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
 from scripts.testbed.server_process import ServerProcess
+from tests.support.stage_pages import open_stage, shows
 from tests.support.web_files import WEB_FILES
-from tests.web.test_stage import shows, stage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -181,7 +181,7 @@ def test_the_page_opens_without_a_network(
     open_page: Pages, start_process: Callable[..., ServerProcess]
 ) -> None:
     server = start_process()
-    ann = stage(open_page, server, "Ann", tolerate=LOST_CONNECTIONS)
+    ann = open_stage(open_page, server, "Ann", tolerate=LOST_CONNECTIONS)
     ann.evaluate("() => navigator.serviceWorker.ready")
     server.kill()
     ann.reload()
@@ -210,6 +210,7 @@ def test_all_that_the_page_asks_for_is_kept(
     assert {"/", "/stage.js", "/stage.css"} <= set(asked) - {"/sw.js"} <= set(keys)
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_waited_for_once(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     house.hung = {"/", *(f"/{name}" for name in WEB_FILES)}
@@ -220,7 +221,14 @@ def test_a_server_that_hangs_is_waited_for_once(open_page: Pages, house: House) 
     assert set(house.asked) - {"/sw.js"} == {"/"}
 
 
-@pytest.mark.parametrize("status", [500, 502, 503])
+@pytest.mark.parametrize(
+    "status",
+    [
+        502,
+        pytest.param(500, marks=pytest.mark.slow),
+        pytest.param(503, marks=pytest.mark.slow),
+    ],
+)
 def test_the_failure_of_a_load_balancer_is_not_the_page(
     open_page: Pages, house: House, status: int
 ) -> None:
@@ -230,6 +238,7 @@ def test_the_failure_of_a_load_balancer_is_not_the_page(
     alive(page, 1)
 
 
+@pytest.mark.slow
 def test_whatever_the_query_was_the_page_is_the_same(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     page.goto(f"{house.url}/?from=a+friend#song")
@@ -253,6 +262,7 @@ def test_an_upgrade_is_seen_at_once(open_page: Pages, house: House) -> None:
     alive(page, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["/words.js", "/stage.js", "/stage.css"])
 def test_an_upgrade_over_a_slow_network_is_for_the_next_time(
     open_page: Pages, house: House, file: str
@@ -268,6 +278,7 @@ def test_an_upgrade_over_a_slow_network_is_for_the_next_time(
     alive(page, 2)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_lost_half_way(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     house.version = 2
@@ -277,7 +288,7 @@ def test_a_network_that_is_lost_half_way(open_page: Pages, house: House) -> None
     assert versions(page) == [["1", "1"]]
 
 
-@pytest.mark.parametrize("file", ["/words.js", "/stage.js"])
+@pytest.mark.parametrize("file", ["/stage.js", pytest.param("/words.js", marks=pytest.mark.slow)])
 def test_an_upgrade_half_way_through_is_not_kept(open_page: Pages, house: House, file: str) -> None:
     page = kept_page(open_page, house)
     # A file of the version before has changed already, so that there is something to keep.
@@ -292,6 +303,7 @@ def test_an_upgrade_half_way_through_is_not_kept(open_page: Pages, house: House,
     alive(page, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [302, 403])
 def test_somebody_elses_answer_is_shown_and_not_kept(
     open_page: Pages, house: House, status: int
@@ -306,6 +318,7 @@ def test_somebody_elses_answer_is_shown_and_not_kept(
     assert versions(page) == [["1", "1"]]
 
 
+@pytest.mark.slow
 def test_other_pages_are_none_of_its_business(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     page.goto(f"{house.url}/login")
@@ -315,6 +328,7 @@ def test_other_pages_are_none_of_its_business(open_page: Pages, house: House) ->
     assert "words2" in text
 
 
+@pytest.mark.slow
 def test_a_new_worker_leaves_open_pages_alone(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     page.reload()
@@ -342,6 +356,7 @@ def test_a_new_worker_leaves_open_pages_alone(open_page: Pages, house: House) ->
     alive(page, 2)
 
 
+@pytest.mark.slow
 def test_two_pages_at_once(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     house.version = 2

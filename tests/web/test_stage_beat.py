@@ -9,7 +9,7 @@ import pytest
 
 from scripts.testbed.browsers import Pages
 from scripts.testbed.server_process import ServerProcess
-from tests.web.test_stage import Start, enter, shows, until
+from tests.support.stage_pages import Start, enter, shows, until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -246,6 +246,7 @@ def sounded(page: "Page", count: int) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trim", [0, 150])
 def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, trim: int) -> None:
     """On the audio clock, from the first beat on, where the light has them; earlier by the trim.
@@ -280,6 +281,7 @@ def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, tri
     shows(page, "#click", "Click off")
 
 
+@pytest.mark.slow
 def test_a_count_in_is_heard_whole(open_page: Pages, start_process: Start) -> None:
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("1")
@@ -290,6 +292,7 @@ def test_a_count_in_is_heard_whole(open_page: Pages, start_process: Start) -> No
     assert [each["countIn"] for each in seen[:5]] == [True, True, True, True, False]
 
 
+@pytest.mark.slow
 def test_going_back_is_clicked_at_once(open_page: Pages, start_process: Start) -> None:
     """The first bar again, whose beats have just sounded."""
     page = clicking(open_page, start_process(), 240)
@@ -312,6 +315,7 @@ def test_going_back_is_clicked_at_once(open_page: Pages, start_process: Start) -
     assert max(gaps) < 550
 
 
+@pytest.mark.slow
 def test_a_change_of_tempo_cuts_no_click(open_page: Pages, start_process: Start) -> None:
     """What sounds, or has sounded, is let alone; only what is to come is planned anew."""
     page = clicking(open_page, start_process(), 120)
@@ -325,6 +329,7 @@ def test_a_change_of_tempo_cuts_no_click(open_page: Pages, start_process: Start)
     assert page.evaluate("() => window.cut") == 0
 
 
+@pytest.mark.slow
 def test_a_click_that_was_silenced_comes_back(open_page: Pages, start_process: Start) -> None:
     """As by a phone call: the button says so, and the next touch anywhere brings it back."""
     page = open_page()
@@ -344,6 +349,7 @@ def test_a_click_that_was_silenced_comes_back(open_page: Pages, start_process: S
     shows(page, "#click", "Click on")
 
 
+@pytest.mark.slow
 def test_the_light_itself_flashes_no_more_than_is_safe(page: "Page") -> None:
     """Whatever the band does: here somebody seeks eight times a second."""
     flashes = page.evaluate(
