@@ -15,9 +15,6 @@ from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
-from tests.support.redis_storages import PATIENT
-from tests.support.servers import PATIENCE_S, Musician, band, start_server
-from tests.test_failover import (
 from tests.support.outages import (
     QUICK,
     Chatter,
@@ -31,6 +28,7 @@ from tests.support.outages import (
     stored_chat,
     until,
 )
+from tests.support.redis_storages import PATIENT
 from tests.support.servers import PATIENCE_S, Musician, band, start_server
 
 
