@@ -42,7 +42,7 @@ from bandsync.storage.health import HealthCheck
 from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
 from bandsync.storage.redis import Keys
-from bandsync.storage.redis_connector import RedisConnector
+from bandsync.storage.redis_connector import RedisConnector, read_timeouts
 from bandsync.wire.messages import StorageStatus
 
 _EXPIRY_PERIOD_S = 1.0
@@ -229,8 +229,7 @@ def _build(
         redis,
         memory=MemoryStorage(boot_id, "memory of a server"),
         health=HealthCheck(
-            interval_s=settings.redis_health_interval_ms / 1000,
-            timeout_s=settings.redis_health_timeout_ms / 1000,
+            timeouts=read_timeouts(settings),
             clock=clock,
             presence_key=Keys(settings.redis_key_prefix).server(server_id),
             presence=lambda: state.presence(),

@@ -28,7 +28,7 @@ WIDE = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 844}
 
 
-def join(pages: Pages, server: ServerProcess, name: str, **options: Any) -> "Page":  # noqa: ANN401
+def join(pages: Pages, server: ServerProcess, name: str, **options: Any) -> "Page":  # noqa: ANN401  # playwright's
     """Open a page with playwright's context options, and join the session."""
     page = pages(f"{server.url}/#amber-organ-42", **options)
     page.get_by_label("Your name").fill(name)

@@ -32,7 +32,7 @@ SONGS = [f"song-{number}" for number in range(6)]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis is tried again more often than operators would like."""
-    monkeypatch.setattr("bandsync.storage.manager.MAX_RETRY_DELAY_S", 0.2)
+    monkeypatch.setattr("bandsync.storage.recovery_policy.MAX_RETRY_DELAY_S", 0.2)
 
 
 def key_of(song: str) -> str:

@@ -2,7 +2,8 @@
 
 import trio
 
-from bandsync.client.exceptions import ClientError, ConnectionLost, NotConnected, first_of
+from bandsync.client.exceptions import ClientError, ConnectionLost, NotConnected
+from bandsync.model.exception_leaves import first_leaf
 
 
 def meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -> BaseException:
@@ -15,7 +16,7 @@ def meant(group: BaseExceptionGroup[BaseException], error: ClientError | None) -
     interrupt = group.subgroup(KeyboardInterrupt)
     if interrupt is not None:
         # Ctrl-C may be raised in a task of the client, nested in exception groups.
-        return first_of(interrupt)
+        return first_leaf(interrupt)
     others = [each for each in group.exceptions if not isinstance(each, trio.Cancelled)]
     if len(others) > 1:
         return group

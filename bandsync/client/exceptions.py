@@ -98,8 +98,3 @@ class Unreachable(Ended):
     def __init__(self, why: str, close_code: int = 1006) -> None:
         super().__init__(f"no connection: {why}")
         self.close_code = close_code
-
-
-def first_of(error: BaseException) -> BaseException:
-    """The first exception in a group, however deep; what is no group, itself."""
-    return first_of(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

@@ -9,11 +9,12 @@ from msgspec import Struct
 
 from bandsync.client.conversation import Conversation, Tap
 from bandsync.client.events import Status
-from bandsync.client.exceptions import Ended, JoinRefused, Superseded, Unreachable, first_of
+from bandsync.client.exceptions import Ended, JoinRefused, Superseded, Unreachable
 from bandsync.client.membership import Membership
 from bandsync.client.retry_delay import delay_s
 from bandsync.client.server_address import ServerAddress
 from bandsync.client.websocket import ClientWebSocket, ConnectionEnd, run_connection
+from bandsync.model.exception_leaves import first_leaf
 from bandsync.wire.close_codes import CloseCode, may_reconnect
 
 # Refusals that are temporary; a retry after any other one would be refused again.
@@ -229,5 +230,6 @@ def _authentication_failed(end: ConnectionEnd) -> bool:
 
 def _root(error: BaseException) -> BaseException:
     """The root cause. Trio tries every address of a host name and reports a group."""
-    error = first_of(error)
+    if isinstance(error, BaseExceptionGroup):
+        error = first_leaf(error)
     return error if error.__cause__ is None else _root(error.__cause__)

@@ -16,8 +16,8 @@ from trio_websocket import (
 )
 from wsproto.utilities import LocalProtocolError
 
-from bandsync.client.exceptions import first_of
 from bandsync.client.server_address import ServerAddress
+from bandsync.model.exception_leaves import first_leaf
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
@@ -183,7 +183,7 @@ async def run_connection(
                         await connection.close()
             nursery.cancel_scope.cancel()
     except* ConnectionRejected as refused:
-        end = _refused(cast("ConnectionRejected", first_of(refused)).status_code)
+        end = _refused(first_leaf(refused).status_code)
     except* (LocalProtocolError, h11.ProtocolError):
         # trio-websocket lets these escape: a handshake reply that is not HTTP, or a ping that
         # arrives between our close frame and the peer's.

@@ -136,12 +136,12 @@ class Api:
         )
 
     def _health(self) -> HttpResponse:
-        storage = self._storage
+        storage = self._storage.report()
         server = self._server
         health = Health(
             healthy=not server.draining,
             storage_type=storage.storage_type,
-            initialized=storage.settled.is_set(),
+            initialized=self._storage.settled.is_set(),
             fallback_reason=storage.reason,
             total_sessions=server.sessions(),
             redis_status=storage.redis_status,
@@ -158,20 +158,19 @@ class Api:
         return json_response(200, self._status())
 
     def _status(self) -> StorageOverview:
-        storage = self._storage
-        history = storage.history
+        storage = self._storage.report()
         clock = self._server.clock
         return StorageOverview(
-            mode=history.mode,
+            mode=storage.mode,
             storage_type=storage.storage_type,
-            since=history.since,
+            since=storage.since,
             degraded=storage.degraded,
             reason=storage.reason,
             total_sessions=self._server.sessions(),
-            kept_in_memory=len(storage.memory),
+            kept_in_memory=storage.kept_in_memory,
             redis_status=storage.redis_status,
-            last_failover=history.last_failover,
-            last_recovery=history.last_recovery,
+            last_failover=storage.last_failover,
+            last_recovery=storage.last_recovery,
             migration=storage.migration,
             clock_offset_ms=clock.offset_ms,
             clock_error_ms=clock.error_ms,
@@ -229,7 +228,7 @@ class Api:
         return json_response(200, overview, _NOT_STORED)
 
     def _verdict(self) -> Verdict:
-        server, storage = self._server, self._storage
+        server, storage = self._server, self._storage.report()
         return judge(
             Facts(
                 now=server.now(),
@@ -238,10 +237,10 @@ class Api:
                 connected=storage.redis_status.connected,
                 gave_up=storage.gave_up,
                 loss=storage.loss,
-                kept_in_memory=len(storage.memory),
+                kept_in_memory=storage.kept_in_memory,
                 listening=storage.listening,
                 migration=storage.migration,
-                changes=storage.history.changes,
+                changes=self._storage.history.changes,
                 draining=server.draining,
                 full=server.connections() >= server.max_connections,
                 samples=self._recorder.since(server.now() - RECENT_MS),

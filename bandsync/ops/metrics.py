@@ -164,7 +164,7 @@ class _ServerCollector:
 
     def _storage(self) -> Iterable[Metric]:
         counters = self._counters
-        storage = self._gauges.storage
+        storage = self._gauges.storage.report()
         clock = self._gauges.clock
         status = storage.redis_status
         yield _gauge(
@@ -175,7 +175,7 @@ class _ServerCollector:
         yield _gauge(
             "bandsync_sessions_in_memory",
             "Sessions that are not in Redis, or not yet.",
-            float(len(storage.memory)),
+            float(storage.kept_in_memory),
         )
         yield _gauge(
             "bandsync_redis_connected", "1 while the link is open.", float(status.connected)

@@ -130,7 +130,7 @@ class Recorder:
 
 
 def _state(server: Observed) -> State:
-    storage = server.storage
+    storage = server.storage.report()
     clock = server.clock
     return State(
         at=server.now(),

@@ -1,4 +1,4 @@
-"""A connection to Redis: opened, introduced, and read as replies."""
+"""A connection to Redis: open, authenticate, and parse replies."""
 
 import contextlib
 import ssl
@@ -15,25 +15,25 @@ from redis.exceptions import (
     InvalidResponse,
     NoPermissionError,
     RedisError,
-    TimeoutError,  # noqa: A004
+    TimeoutError,  # noqa: A004 -- the name redis-py gives it
 )
 
 from bandsync.redis_link.errors import LinkLostError, LossReason, loss_reason, reply_error
 from bandsync.redis_link.redis_address import RedisAddress, TLSOptions
 
 Argument: TypeAlias = bytes | str | int | float
-# Within an array an error is an element, as in the reply to EXEC.
+# An error inside of an array is an element, as in the reply to EXEC.
 Reply: TypeAlias = bytes | int | list["Reply | RedisError"] | None
 
 # hiredis annotates tuples of exactly one element, and no result.
 pack: Final = cast("Callable[[tuple[Argument, ...]], bytes]", hiredis.pack_command)
 
 _RECEIVE_BYTES = 65_536
-_NOTHING: Final = object()
+_INCOMPLETE: Final = object()
 
 
 class RedisConnection:
-    """A stream to Redis, and the parser of what comes from it."""
+    """A byte stream to Redis, and the parser of its replies."""
 
     __slots__ = ("_address", "_reader", "_stream")
 
@@ -41,11 +41,11 @@ class RedisConnection:
         self._stream = stream
         self._address = address
         self._reader = hiredis.Reader(
-            protocolError=InvalidResponse, replyError=reply_error, notEnoughData=_NOTHING
+            protocolError=InvalidResponse, replyError=reply_error, notEnoughData=_INCOMPLETE
         )
 
     async def send(self, data: bytes) -> None:
-        """Send all of it. When cancelled, a part may be out: nothing can follow it.
+        """Send all of it. If cancelled, a part may have been sent: nothing may follow it.
 
         Raises:
             LinkLostError: the connection broke.
@@ -56,11 +56,11 @@ class RedisConnection:
             raise self._broken(error) from error
 
     async def receive(self) -> list[Reply | RedisError]:
-        """The next replies, as many as have arrived; none if one has not arrived whole.
+        """The replies that have arrived in full since the last call; perhaps none.
 
         Raises:
             LinkLostError: the connection broke or was closed.
-            InvalidResponse: what came is not Redis' protocol.
+            InvalidResponse: the data is not RESP.
         """
         try:
             data = await self._stream.receive(_RECEIVE_BYTES)
@@ -69,12 +69,12 @@ class RedisConnection:
         replies: list[Reply | RedisError] = []
         self._reader.feed(data)
         gets = self._reader.gets
-        while (reply := gets()) is not _NOTHING:
+        while (reply := gets()) is not _INCOMPLETE:
             replies.append(reply)
         return replies
 
     async def aclose(self) -> None:
-        """Close it at once, whatever the peer does."""
+        """Close it at once, without waiting for the peer."""
         await anyio.aclose_forcefully(self._stream)
 
     def _broken(self, error: Exception) -> LinkLostError:
@@ -90,10 +90,10 @@ async def connect(address: RedisAddress, *, name: str, timeout_s: float) -> Redi
 
     Args:
         name: what CLIENT LIST shows.
-        timeout_s: for all of it, seconds.
+        timeout_s: deadline for all of it.
 
     Raises:
-        RedisError: Redis cannot be reached, or refuses us; `loss_reason` says why.
+        RedisError: Redis cannot be reached or refuses us; `loss_reason` says why.
     """
     with anyio.move_on_after(timeout_s):
         connection = RedisConnection(await _open(address), address)
@@ -103,7 +103,7 @@ async def connect(address: RedisAddress, *, name: str, timeout_s: float) -> Redi
             await connection.aclose()
             if address.tls is None or error.reason != "reset":
                 raise
-            # In TLS 1.3 that is how a client learns that its certificate is not good enough.
+            # In TLS 1.3 a server that rejects the client certificate resets the connection.
             raise LinkLostError(f"{error} (does it want a certificate?)", "tls") from error
         except BaseException:
             await connection.aclose()
@@ -126,14 +126,14 @@ async def _open(address: RedisAddress) -> ByteStream:
     if context is None:
         return stream
     try:
-        # Redis ends connections without TLS's goodbye.
+        # Redis closes without a TLS close_notify.
         return await TLSStream.wrap(
             stream, hostname=address.host, ssl_context=context, standard_compatible=False
         )
     except (OSError, anyio.EndOfStream, anyio.BrokenResourceError) as error:
         await anyio.aclose_forcefully(stream)
-        what = error if isinstance(error, OSError) else "the handshake was cut off"
-        raise LinkLostError(f"{address}: TLS: {what}", "tls") from error
+        cause = error if isinstance(error, OSError) else "the handshake was cut off"
+        raise LinkLostError(f"{address}: TLS: {cause}", "tls") from error
     except BaseException:
         await anyio.aclose_forcefully(stream)
         raise
@@ -147,7 +147,7 @@ def _context(address: RedisAddress, options: TLSOptions) -> ssl.SSLContext:
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """Whether somebody is there who refused: of several addresses of a host, one is enough."""
+    """Whether one of the host's addresses refused the connection."""
     if isinstance(error, BaseExceptionGroup):
         return any(_is_refusal(each) for each in error.exceptions)
     return isinstance(error, ConnectionRefusedError) or (
@@ -158,7 +158,7 @@ def _is_refusal(error: BaseException | None) -> bool:
 async def _introduce(connection: RedisConnection, address: RedisAddress, name: str) -> None:
     commands = _introduction(address, name)
     with contextlib.suppress(LinkLostError):
-        # Redis may have hung up on us already: the reply that says why can still be read.
+        # Redis may have closed already; its error reply can still be read.
         await connection.send(b"".join(map(pack, commands)))
     awaited = iter(commands)
     answered = 0
@@ -166,10 +166,10 @@ async def _introduce(connection: RedisConnection, address: RedisAddress, name: s
         for reply in await connection.receive():
             command = next(awaited, None)
             if command is None:
-                raise InvalidResponse(f"{address}: a reply that nobody asked for")
+                raise InvalidResponse(f"{address}: unexpected reply")
             answered += 1
             if isinstance(reply, RedisError):
-                _refused(address, command, reply)
+                _raise_refusal(address, command, reply)
 
 
 def _introduction(address: RedisAddress, name: str) -> list[tuple[Argument, ...]]:
@@ -184,11 +184,11 @@ def _introduction(address: RedisAddress, name: str) -> list[tuple[Argument, ...]
     return commands
 
 
-def _refused(address: RedisAddress, command: tuple[Argument, ...], error: RedisError) -> None:
-    """Raise what the error reply to a command of the introduction means."""
+def _raise_refusal(address: RedisAddress, command: tuple[Argument, ...], error: RedisError) -> None:
+    """Raise the exception for an error reply to an introductory command."""
     verb = command[0]
     if verb == "CLIENT" and isinstance(error, NoPermissionError):
-        # The name is a courtesy: a user may lack the right to it.
+        # The name is optional, and a user may lack the right to set it.
         return
     if loss_reason(error) is not None:
         raise error

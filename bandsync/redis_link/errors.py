@@ -1,6 +1,6 @@
-"""What goes wrong between us and Redis, and which of it means that Redis cannot be used.
+"""The errors of Redis, and the reason for a loss that each of them means.
 
-redis-py's public exceptions, and two of our own where those do not tell enough:
+redis-py's public exceptions, and two of our own where those lack a reason:
 
     redis.exceptions.RedisError
     ├─ ConnectionError
@@ -31,7 +31,7 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     ClusterDownError,
-    ConnectionError,  # noqa: A004
+    ConnectionError,  # noqa: A004 -- the name redis-py gives it
     InvalidResponse,
     MasterDownError,
     MovedError,
@@ -41,7 +41,7 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisError,
     ResponseError,
-    TimeoutError,  # noqa: A004
+    TimeoutError,  # noqa: A004 -- the name redis-py gives it
     TryAgainError,
 )
 
@@ -69,7 +69,7 @@ E = TypeVar("E", bound=RedisError)
 
 
 class LinkLostError(ConnectionError):
-    """There is no connection, or no longer."""
+    """The connection failed or was lost."""
 
     def __init__(self, message: str, reason: LossReason = "reset") -> None:
         super().__init__(message)
@@ -77,7 +77,7 @@ class LinkLostError(ConnectionError):
 
 
 class UnusableError(ResponseError):
-    """Redis answers that it will not do its work now."""
+    """Redis answers, but rejects commands or writes in its present state."""
 
     def __init__(self, message: str, reason: LossReason = "misconf") -> None:
         super().__init__(message)
@@ -95,7 +95,7 @@ _REASONS: tuple[tuple[type[RedisError], LossReason], ...] = (
     (OutOfMemoryError, "oom"),
     (TimeoutError, "timed_out"),
     (InvalidResponse, "protocol"),
-    # Last: some of the above derive from it.
+    # Last: some of the above are subclasses.
     (ConnectionError, "reset"),
 )
 
@@ -113,7 +113,7 @@ def _busy(message: str) -> RedisError:
 
 
 class _NotHereError(MovedError):
-    """Seen by whoever does not follow it: whoever takes a Cluster for a single Redis."""
+    """MOVED with a hint: shown when a plain link reaches a node of a Cluster."""
 
     def __str__(self) -> str:
         return f"MOVED {self.message}: this Redis is a node of a Cluster; is REDIS_CLUSTER not set?"
@@ -123,7 +123,7 @@ def _redirect(kind: type[AskError], message: str) -> RedisError:
     try:
         error = kind(message.partition(" ")[2])
     except ValueError:
-        # It names no slot and no node.
+        # A text without slot and node.
         return ResponseError(message)
     known = 0 <= error.slot_id < REDIS_CLUSTER_HASH_SLOTS and 0 < error.port < 65_536
     return error if known else ResponseError(message)
@@ -140,9 +140,9 @@ _BY_CODE: dict[str, Callable[[str], RedisError]] = {
     "ASK": functools.partial(_redirect, AskError),
     "OOM": OutOfMemoryError,
     "MISCONF": _misconf,
-    # Set min-replicas-to-write, and this is how an isolated primary refuses.
+    # With min-replicas-to-write set, an isolated primary refuses writes so.
     "NOREPLICAS": _too_few_replicas,
-    # A script of somebody's runs for seconds: nothing else is done meanwhile.
+    # A script runs for seconds and blocks all other commands.
     "BUSY": _busy,
     "NOAUTH": AuthenticationError,
     "WRONGPASS": AuthenticationError,
@@ -152,13 +152,13 @@ _BY_CODE: dict[str, Callable[[str], RedisError]] = {
 
 # Up to Redis 6 an error within a script is wrapped: "ERR Error running script (call to f_…):
 # @user_script:1: @user_script: 1: -OOM command not allowed …". Since 7 its code comes first.
-# A right that the user lacks has no code there until Redis 7.2.
+# Until Redis 7.2 a missing right has no code within a script.
 _FORBIDDEN_IN_SCRIPT = "The user executing the script can't"
 _IN_SCRIPT = re.compile(r"^ERR Error running script .*?: -([A-Z]+) ")
 
 
 def reply_error(message: str) -> RedisError:
-    """The exception for an error reply, by the code that it begins with."""
+    """The exception for an error reply, by the error code at its beginning."""
     code = message.partition(" ")[0]
     if code == "ERR":
         if "max number of clients" in message:
@@ -172,9 +172,9 @@ def reply_error(message: str) -> RedisError:
 
 
 def loss_reason(error: BaseException) -> LossReason | None:
-    """Why Redis cannot be used or written to; None if the error does not say that.
+    """Why Redis cannot be used or written to; None if the error means no such thing.
 
-    An ordinary error reply, such as WRONGTYPE, says nothing about the link.
+    An ordinary error reply, such as WRONGTYPE, concerns its command only.
     """
     if isinstance(error, LinkLostError | UnusableError):
         return error.reason
@@ -182,5 +182,5 @@ def loss_reason(error: BaseException) -> LossReason | None:
 
 
 def again(error: E) -> E:
-    """The same error to be raised once more: one for each task, so their tracebacks do not mix."""
+    """A copy of an error, to be raised in another task: their tracebacks must not mix."""
     return copy.copy(error)

@@ -1,4 +1,4 @@
-"""What those above need of Redis, whether it is one server or a Cluster."""
+"""What a storage needs of Redis, whether that is one server or a Cluster."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -14,15 +14,15 @@ PublishVerb = Literal["PUBLISH", "SPUBLISH"]
 
 
 class Executor(Protocol):
-    """Takes commands. Used once, as a `bandsync.redis_link.multiplexer.Line`."""
+    """Executes commands. Used once, like a `bandsync.redis_link.multiplexer.Multiplexer`."""
 
     @property
     def address(self) -> RedisAddress:
-        """Who answers commands without a key, such as TIME; may change in a Cluster."""
+        """The server for commands without a key, such as TIME; may change in a Cluster."""
 
     @property
     def outstanding(self) -> int:
-        """How many commands wait for their reply."""
+        """Number of commands without a reply."""
 
     @property
     def usable(self) -> bool:
@@ -30,22 +30,22 @@ class Executor(Protocol):
 
     @property
     def publish_verb(self) -> PublishVerb:
-        """By which command a message reaches those who listen."""
+        """The command that publishes to the subscribers of this Redis."""
 
-    def handed_over(self, key: str) -> bool:
-        """Whether a key is just being handed over to another node of a Cluster.
+    def migrates(self, key: str) -> bool:
+        """Whether the slot of a key is being migrated to another node of a Cluster.
 
-        A script that writes it there publishes there, too, and nobody listens there yet.
+        A script that writes the key there publishes there, where no subscriber is connected yet.
         """
 
     def parts(self) -> "Sequence[Executor]":
-        """All of which each has its own keys, as SCAN shows them."""
+        """One executor for each master: SCAN on each of them finds all keys."""
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Connect, report that as started, and serve until cancelled.
 
         Raises:
-            RedisError: there is no connection, or no longer.
+            RedisError: the connection failed or was lost.
         """
 
     async def execute(self, *args: Argument) -> Reply:
@@ -57,22 +57,22 @@ class Executor(Protocol):
         """The replies to several; see `bandsync.redis_link.link.Link.execute_all`."""
 
 
-class Listener(Protocol):
-    """Hears channels. Used once, like an `Executor`."""
+class ChannelSubscriber(Protocol):
+    """Receives the messages of channels. Used once, like an `Executor`."""
 
     @property
     def usable(self) -> bool:
         """Whether it is connected."""
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Connect, report that as started, and listen until cancelled.
+        """Connect, report that as started, and receive until cancelled.
 
         Raises:
-            RedisError: there is no connection, or nothing is heard any more.
+            RedisError: the connection failed or was lost, or messages no longer arrive.
         """
 
     async def subscribe(self, channel: bytes) -> None:
-        """Return when every message published from now on will come, or the listener is lost."""
+        """Return when all later messages will be received, or the subscriber is lost."""
 
     async def unsubscribe(self, channel: bytes) -> None:
-        """Return when no more messages will come."""
+        """Return when no more messages will be received."""

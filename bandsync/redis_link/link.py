@@ -1,4 +1,4 @@
-"""One connection that carries the commands of all who have any."""
+"""The link: commands of any number of tasks over one connection."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -14,14 +14,14 @@ from bandsync.redis_link.multiplexer import Multiplexer
 class Link(Multiplexer):
     """Commands from any number of tasks; those of one pass of the event loop leave in one write.
 
-    Error replies are for their caller, also those that mean that Redis is of no use now: whether
-    the link is given up then is for its supervisor to say.
+    An error reply goes to its caller only, even one that means that Redis cannot be used. The
+    supervisor of the link decides whether to give the link up.
     """
 
     publish_verb: Final[PublishVerb] = "PUBLISH"
 
-    def handed_over(self, key: str) -> bool:
-        """Never: there is no other node."""
+    def migrates(self, key: str) -> bool:
+        """False: there is no other node."""
         return False
 
     def parts(self) -> Sequence[Executor]:
@@ -29,11 +29,11 @@ class Link(Multiplexer):
         return (self,)
 
     async def execute(self, *args: Argument) -> Reply:
-        """The reply to one command. May be cancelled; Redis may carry it out all the same.
+        """The reply to one command. If cancelled, Redis may still carry it out.
 
         Raises:
-            RedisError: an error reply, or the link is lost: then it is not known whether Redis
-                carried the command out.
+            RedisError: an error reply, or the link is lost. After a loss it is unknown whether
+                Redis carried the command out.
         """
         event = self._new_event()
         call = self._call(pack(args), event)
@@ -46,14 +46,14 @@ class Link(Multiplexer):
     async def execute_all(
         self, commands: Sequence[tuple[Argument, ...]]
     ) -> list[Reply | RedisError]:
-        """The replies to several commands that leave together; an error reply is one of them.
+        """The replies to several commands that leave together, error replies among them.
 
-        They are not a transaction. May be cancelled, as `execute`.
+        They are no transaction. If cancelled, Redis may still carry out any of them.
 
         Raises:
             RedisError: the link is lost.
         """
-        # All packed before any is queued: a wrong argument must not leave half of them behind.
+        # Pack all before the first is queued: an argument that cannot be packed queues none.
         packed = [pack(command) for command in commands]
         if not packed:
             return []
@@ -66,12 +66,12 @@ class Link(Multiplexer):
             raise again(self._lost)
         return [call.reply for call in calls]
 
-    async def _attend(self, started: Callable[[], None]) -> None:
+    async def _use(self, started: Callable[[], None]) -> None:
         started()
 
-    def _take(self, replies: list[Reply | RedisError]) -> None:
+    def _dispatch(self, replies: list[Reply | RedisError]) -> None:
         pending = self._pending
         for reply in replies:
             if not pending:
-                raise InvalidResponse(f"{self._address}: a reply that nobody asked for")
+                raise InvalidResponse(f"{self._address}: unexpected reply")
             pending.popleft().answer(reply)

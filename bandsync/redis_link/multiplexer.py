@@ -1,7 +1,7 @@
-"""What a link and a subscriber share: calls, answered in order over one connection.
+"""Multiplexing and pipelining: calls of many tasks over one connection, answered in order.
 
-A line is used once: it connects, serves until it is lost or cancelled, and then fails whatever
-waits. Whoever wants another connection makes another line.
+A multiplexer is used once: it connects, serves until it is lost or cancelled, and then fails all
+outstanding calls. Another connection needs another multiplexer.
 """
 
 import math
@@ -11,18 +11,20 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
-from redis.exceptions import RedisError, TimeoutError  # noqa: A004
+from redis.exceptions import RedisError, TimeoutError  # noqa: A004 -- the name redis-py gives it
 
 from bandsync.redis_link.connection import RedisConnection, Reply, connect
 from bandsync.redis_link.errors import LinkLostError, again
 from bandsync.redis_link.redis_address import RedisAddress
+from bandsync.redis_link.timeouts import Timeouts
 
 
 class Batch:
     """Commands that leave in one write.
 
     Attributes:
-        since: when the first was queued, and then when they went to the socket.
+        commands: the packed commands; empty once they were written.
+        since: when the first one was queued; after the write, when it began.
     """
 
     __slots__ = ("commands", "since")
@@ -33,11 +35,12 @@ class Batch:
 
 
 class Call:
-    """A command that waits for its reply.
+    """A command without a reply yet.
 
     Attributes:
-        event: set when there is a reply; None if nobody waits for this very one.
-        reply: also the loss, if there will be none.
+        batch: the write that carries the command.
+        event: set when there is a reply; None if no task waits for this call.
+        reply: the reply, or the loss of the connection in its place.
     """
 
     __slots__ = ("batch", "event", "reply")
@@ -48,7 +51,7 @@ class Call:
         self.reply: Reply | RedisError = None
 
     def answer(self, reply: Reply | RedisError) -> None:
-        """Wake up who waits."""
+        """Store the reply and wake the caller."""
         self.reply = reply
         if self.event is not None:
             self.event.set()
@@ -57,52 +60,48 @@ class Call:
 class Multiplexer(ABC):
     """Calls over one connection.
 
-    Replies come in order, so a deadline for the oldest call is one for all: there is a watch, and
-    no timer for each call. What a caller does not wait for any more is answered, and dropped.
+    Replies arrive in the order of the commands, so the deadline of the oldest call covers all:
+    one watch task suffices instead of a timer for each call. A cancelled call stays in the queue;
+    its reply is discarded.
 
     Args:
         name: what CLIENT LIST shows.
-        connect_timeout_s: for TCP, TLS and the introduction together.
-        command_timeout_s: how old a call may grow once it is on its way.
-        silence_s: how long nothing at all may arrive while a call waits.
-        max_queued: how many calls may wait.
+        max_queued: limit of outstanding calls; beyond it the connection is lost (overloaded).
     """
 
     def __init__(
-        self,
-        address: RedisAddress,
-        *,
-        name: str,
-        connect_timeout_s: float,
-        command_timeout_s: float,
-        silence_s: float,
-        max_queued: int = 10_000,
+        self, address: RedisAddress, *, name: str, timeouts: Timeouts, max_queued: int = 10_000
     ) -> None:
         self._address = address
         self._name = name
-        self._connect_timeout_s = connect_timeout_s
-        self._command_timeout_s = command_timeout_s
-        self._silence_s = silence_s
+        self._timeouts = timeouts
         self._max_queued = max_queued
+        # Calls without a reply, oldest first.
         self._pending: deque[Call] = deque()
+        # Commands that wait for the next write; None if there are none.
         self._batch: Batch | None = None
+        # When data arrived last.
         self._received_at = -math.inf
+        # Whether calls are accepted.
         self._usable = False
+        # Why the connection ended; None while it has not.
         self._lost: RedisError | None = None
+        # The reader, the writer, the watch and the user of the connection.
         self._tasks: TaskGroup | None = None
+        # Makes an event without the lookup that `anyio.Event` does at each call.
         self._new_event: Callable[[], anyio.Event] = anyio.Event
-        # What the writer and the watch sleep on when there is nothing to do.
-        self._queued: anyio.Event | None = None
-        self._awaited: anyio.Event | None = None
+        # What the idle writer and the idle watch wait for.
+        self._wake_writer: anyio.Event | None = None
+        self._wake_watch: anyio.Event | None = None
 
     @property
     def address(self) -> RedisAddress:
-        """Where it leads."""
+        """The server."""
         return self._address
 
     @property
     def outstanding(self) -> int:
-        """How many calls wait for their reply."""
+        """Number of calls without a reply."""
         return len(self._pending)
 
     @property
@@ -112,20 +111,19 @@ class Multiplexer(ABC):
 
     @property
     def loss(self) -> RedisError | None:
-        """Why it is lost, or was closed; None if it is not."""
+        """Why it is lost or closed; None if it is neither."""
         return self._lost
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Connect, report that as started, and serve until cancelled.
 
         Raises:
-            RedisError: there is no connection, or no longer; `loss_reason` says why.
+            RedisError: the connection failed or was lost; `loss_reason` says why.
         """
-        # The class that anyio would look up for each call.
         self._new_event = type(anyio.Event())
         try:
             connection = await connect(
-                self._address, name=self._name, timeout_s=self._connect_timeout_s
+                self._address, name=self._name, timeout_s=self._timeouts.connect_s
             )
             try:
                 await self._serve(connection, task_status)
@@ -144,21 +142,21 @@ class Multiplexer(ABC):
             tasks.start_soon(self._until_lost, lambda: self._read(connection))
             tasks.start_soon(self._until_lost, lambda: self._write(connection))
             tasks.start_soon(self._until_lost, self._watch)
-            await self._until_lost(lambda: self._attend(task_status.started))
-        # Not raised within the group, which would wrap it.
+            await self._until_lost(lambda: self._use(task_status.started))
+        # Raised outside of the group, which would wrap it.
         if self._lost is not None:
             raise self._lost
 
     @abstractmethod
-    async def _attend(self, started: Callable[[], None]) -> None:
-        """Make it ready, call ``started``, and do what is to be done while it is in use."""
+    async def _use(self, started: Callable[[], None]) -> None:
+        """Prepare the connection, call ``started``, and run until it is lost."""
 
     @abstractmethod
-    def _take(self, replies: list[Reply | RedisError]) -> None:
-        """Pass on what has arrived.
+    def _dispatch(self, replies: list[Reply | RedisError]) -> None:
+        """Give replies to their calls, and messages to their receiver.
 
         Raises:
-            InvalidResponse: it does not fit.
+            InvalidResponse: a reply matches no call.
         """
 
     async def _until_lost(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -168,7 +166,7 @@ class Multiplexer(ABC):
             self._lose(error)
 
     def _lose(self, error: RedisError) -> None:
-        """Fail all that waits and end the tasks. Only the first loss counts."""
+        """Fail all outstanding calls and end the tasks. Only the first loss counts."""
         if self._lost is not None:
             return
         self._lost = error
@@ -188,23 +186,25 @@ class Multiplexer(ABC):
         """Queue a command.
 
         Raises:
-            RedisError: the line is lost, or is so now because too much waits.
+            RedisError: the connection is lost, or this call exceeds the queue limit.
         """
         pending = self._pending
         if not self._usable:
             raise self._unusable()
         if len(pending) >= self._max_queued:
             self._lose(
-                LinkLostError(f"{self._address}: {len(pending)} commands wait", "overloaded")
+                LinkLostError(
+                    f"{self._address}: {len(pending)} commands are outstanding", "overloaded"
+                )
             )
             raise self._unusable()
         batch = self._batch
         if batch is None:
             batch = self._batch = Batch(anyio.current_time())
-            if self._queued is not None:
-                self._queued.set()
-            if self._awaited is not None:
-                self._awaited.set()
+            if self._wake_writer is not None:
+                self._wake_writer.set()
+            if self._wake_watch is not None:
+                self._wake_watch.set()
         batch.commands.append(command)
         call = Call(batch, event)
         pending.append(call)
@@ -214,14 +214,14 @@ class Multiplexer(ABC):
         while True:
             replies = await connection.receive()
             self._received_at = anyio.current_time()
-            self._take(replies)
+            self._dispatch(replies)
 
     async def _write(self, connection: RedisConnection) -> None:
         while True:
             batch = self._batch
             if batch is None:
-                self._queued = anyio.Event()
-                await self._queued.wait()
+                self._wake_writer = anyio.Event()
+                await self._wake_writer.wait()
                 continue
             self._batch = None
             batch.since = anyio.current_time()
@@ -230,28 +230,29 @@ class Multiplexer(ABC):
             await connection.send(data)
 
     async def _watch(self) -> None:
-        """Declare the line lost when Redis is silent or slow.
+        """Declare the connection lost when Redis is silent or slow.
 
-        Looks at most a few times per deadline, however many calls there are.
+        It wakes a few times per deadline, however many calls there are.
         """
         while True:
             if not self._pending:
-                self._awaited = anyio.Event()
-                await self._awaited.wait()
+                self._wake_watch = anyio.Event()
+                await self._wake_watch.wait()
                 continue
             deadline = self._deadline()
             await anyio.sleep_until(deadline)
-            # We may have been away longer than Redis was silent. So what has arrived is read
-            # first, and what is on its way gets as long as we were away.
+            # A stall of this process must not count as silence of Redis. So the reader gets its
+            # turn first, and data on its way gets as much time as the stall took.
             late = anyio.current_time() - deadline
-            await anyio.sleep(min(max(late, 0), self._silence_s))
-            # A later deadline is another matter, even if it has passed: it gets all of the above.
+            await anyio.sleep(min(max(late, 0), self._timeouts.silence_s))
+            # Any other deadline, even one in the past, gets all of the above itself.
             if self._deadline() == deadline:
                 raise TimeoutError(f"{self._address}: no reply in time")
 
     def _deadline(self) -> float:
-        """When the line is lost unless something arrives."""
+        """When the connection is lost unless data arrives."""
         if not self._pending:
             return math.inf
         since = self._pending[0].batch.since
-        return min(max(since, self._received_at) + self._silence_s, since + self._command_timeout_s)
+        timeouts = self._timeouts
+        return min(max(since, self._received_at) + timeouts.silence_s, since + timeouts.command_s)

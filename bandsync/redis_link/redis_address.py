@@ -1,4 +1,4 @@
-"""Where Redis is, and as whom to speak to it: redis-py's URLs, without what a link cannot do."""
+"""The address and credentials of a Redis, in redis-py's URL grammar without what a link lacks."""
 
 import ssl
 from collections.abc import Callable, Mapping
@@ -30,15 +30,16 @@ _VERIFY_MODES = {
 
 
 class TLSOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a ``rediss://`` server is trusted, and what we show it.
+    """How to verify a ``rediss://`` server, and the client certificate for it.
 
     Attributes:
-        cert_reqs: "none" trusts anybody.
-        ca_certs: file of the certificates to trust, instead of the system's.
-        ca_path: directory of the same.
-        certfile: our certificate, for servers that ask for one.
-        keyfile: its key, unless the certificate's file has it.
-        key_password: of the key.
+        cert_reqs: whether the server must have a valid certificate; "none" accepts any.
+        check_hostname: whether the certificate must name the host.
+        ca_certs: file of trusted certificates, instead of the system's.
+        ca_path: directory of trusted certificates.
+        certfile: client certificate, for servers that require one.
+        keyfile: private key of the client certificate, unless ``certfile`` contains it.
+        key_password: password of the private key.
     """
 
     cert_reqs: Literal["none", "optional", "required"] = "required"
@@ -53,26 +54,31 @@ class TLSOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"TLSOptions(cert_reqs={self.cert_reqs!r})"
 
     def context(self) -> ssl.SSLContext:
-        """What TLS works with. Reads files: not for the event loop's thread.
+        """The SSL context. Reads files, so run it in a thread.
 
         Raises:
-            OSError: a file cannot be read or is not what it should be; `ssl.SSLError` is one.
+            OSError: a file cannot be read or has the wrong content; `ssl.SSLError` is an OSError.
         """
         context = ssl.create_default_context(cafile=self.ca_certs, capath=self.ca_path)
         context.check_hostname = self.check_hostname and self.cert_reqs != "none"
         context.verify_mode = _VERIFY_MODES[self.cert_reqs]
         if self.certfile is not None:
-            # The password is a function, or OpenSSL would ask the terminal for a missing one.
+            # A function: without one OpenSSL would prompt for a missing password on the terminal.
             context.load_cert_chain(self.certfile, self.keyfile, lambda: self.key_password or "")
         return context
 
 
 class RedisAddress(msgspec.Struct, frozen=True):
-    """A Redis server and a database of it. As a text it shows no secret.
+    """A Redis server, a database and credentials. As a text it contains no secret.
 
     Attributes:
-        path: the Unix socket; host and port mean nothing then.
-        tls: None speaks in the clear.
+        host: name or IP address.
+        port: TCP port.
+        path: path of a Unix socket, which replaces host and port.
+        username: ACL user; None for the default user.
+        password: password of the user; None if none is required.
+        db: number of the database.
+        tls: TLS options; None for a plain connection.
     """
 
     host: str = "localhost"
@@ -97,13 +103,13 @@ def parse_address(url: str) -> RedisAddress:
     """Read a ``redis://``, ``rediss://`` or ``unix://`` URL in redis-py's grammar.
 
     Raises:
-        ValueError: it is none; the text quotes nothing of it, for it may hold a password.
+        ValueError: it is no such URL. The text quotes nothing of it: it may contain a password.
     """
     try:
         options = _parse_url(url)
         path, fragment = urlsplit(url).path, urlsplit(url).fragment
     except ValueError:
-        # Their texts may quote a password in which a special character is not encoded.
+        # redis-py quotes the URL, and thereby a password that was not encoded.
         raise ValueError(
             "must be redis://user:password@host:port/db, rediss://… or unix://path, with special "
             "characters of the password percent-encoded"
@@ -111,7 +117,7 @@ def parse_address(url: str) -> RedisAddress:
     options.pop("connection_class", None)
     if fragment:
         raise ValueError("must not contain a '#': encode it as %23")
-    # A port in the query comes as a text: it is no option either.
+    # A port in the query arrives as a text. It is no valid option either.
     if not set(options) <= {*_CONNECTION_OPTIONS, *_TLS_OPTIONS} or isinstance(
         options.get("port"), str
     ):

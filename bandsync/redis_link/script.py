@@ -1,4 +1,4 @@
-"""Lua scripts, sent by their hash."""
+"""Lua scripts, called by their hash (EVALSHA)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ from bandsync.redis_link.interfaces import Executor
 
 
 class Script:
-    """A Lua script. Redis is told the text when it does not know the hash.
+    """A Lua script. Its text is sent only to a Redis that does not know its hash.
 
     Args:
-        text: in Lua.
+        text: the Lua source.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
-        # Redis' name for a script; nothing is secured by it.
+        # The name that Redis gives a script, no security measure.
         self._sha1 = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     async def execute(
         self, link: Executor, keys: Sequence[Argument], args: Sequence[Argument]
     ) -> Reply:
-        """What the script returns.
+        """The return value of the script.
 
         Raises:
-            RedisError: as `Link.execute`, and what the script fails with.
+            RedisError: as `Link.execute`, and the errors of the script.
         """
         try:
             return await link.execute("EVALSHA", self._sha1, len(keys), *keys, *args)

@@ -1,4 +1,4 @@
-"""The master that Redis Sentinel names, and a link that stays with it."""
+"""Sentinel discovery, and a link that is lost when its server is no longer the master."""
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
@@ -9,18 +9,19 @@ import anyio.to_thread
 from anyio.abc import TaskStatus
 from msgspec.structs import asdict, replace
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, TimeoutError  # noqa: A004
+from redis.exceptions import RedisError, TimeoutError  # noqa: A004 -- the name redis-py gives it
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from bandsync.redis_link.errors import LinkLostError
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import RedisAddress
+from bandsync.redis_link.timeouts import Timeouts
 
-# How often the Sentinels are asked whether the master is still the one in use; and while it does
-# not even let us in: whoever hangs is replaced long before a connection is given up.
-_LOOK_PERIOD_S = 5.0
-_LOOK_PERIOD_OUTSIDE_S = 1.0
+# Between two queries of the Sentinels for a later master. Shorter while connecting: the Sentinels
+# replace a master that hangs long before the connection attempt times out.
+_QUERY_PERIOD_S = 5.0
+_QUERY_PERIOD_CONNECTING_S = 1.0
 
 T = TypeVar("T")
 
@@ -28,12 +29,13 @@ T = TypeVar("T")
 _make_sentinel: Final = cast("Callable[..., Any]", Sentinel)
 
 
-class _State(NamedTuple):
-    """What a Sentinel says of the master.
+class _MasterState(NamedTuple):
+    """The master as one Sentinel reports it.
 
     Attributes:
-        epoch: the number of the failover that made it the master.
-        alive: whether it believes that it is.
+        host, port: its address.
+        epoch: configuration epoch, the number of the failover that made it the master.
+        alive: whether the Sentinel considers it up.
     """
 
     host: str
@@ -43,31 +45,31 @@ class _State(NamedTuple):
 
 
 class Sentinels:
-    """Asks Sentinels where the master is, in a thread: redis-py does that, and it is a cold path.
+    """Queries Sentinels for the master, with redis-py's blocking client in a thread.
 
-    One thread at a time: whoever is cancelled leaves it behind, and it ends by itself, for each
-    Sentinel gets ``timeout_s`` to connect and as much to answer.
+    There is one thread at a time. A cancelled query leaves its thread behind; it ends by itself,
+    because each Sentinel gets ``timeout_s`` to connect and as much to answer.
 
     Args:
         hosts: host and port of each Sentinel.
-        master: the name under which they watch it.
-        like: credentials, database and TLS of the master; its TLS is that of the Sentinels too.
-        password: of the Sentinels.
-        timeout_s: for each Sentinel.
+        master: the name under which they monitor it.
+        template: credentials, database and TLS of the master. The Sentinels use the same TLS.
+        password: that of the Sentinels.
+        timeout_s: to connect to one Sentinel, and again for its answer.
     """
 
     def __init__(
         self,
         hosts: Sequence[tuple[str, int]],
         master: str,
-        like: RedisAddress,
+        template: RedisAddress,
         *,
         password: str | None,
         timeout_s: float,
     ) -> None:
         self._hosts = hosts
         self._master = master
-        self._like = like
+        self._template = template
         options: dict[str, Any] = {
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
@@ -75,14 +77,14 @@ class Sentinels:
             "password": password,
             "decode_responses": True,
         }
-        if like.tls is not None:
-            tls = asdict(like.tls)
+        if template.tls is not None:
+            tls = asdict(template.tls)
             tls["password"] = tls.pop("key_password")
             options |= {"ssl": True} | {f"ssl_{name}": value for name, value in tls.items()}
-        # Kept: it asks first who answered last.
+        # Kept, because it queries first the Sentinel that answered last.
         self._sentinel = _make_sentinel(list(hosts), sentinel_kwargs=options)
         self._threads: anyio.CapacityLimiter | None = None
-        # Of the latest failover that was heard of; they are numbered.
+        # The latest known configuration epoch.
         self._epoch = 0
 
     def __str__(self) -> str:
@@ -90,77 +92,80 @@ class Sentinels:
         return f"the master {self._master!r} of the Sentinels {hosts}"
 
     async def find(self) -> RedisAddress:
-        """Where the master is, as the first Sentinel says that answers and believes it alive.
+        """The master, according to the first Sentinel that answers and considers it up.
 
-        Who has not heard of a failover that is known here has its say only when nobody else has:
-        all may have been set up anew.
+        A Sentinel with an epoch older than the latest known one counts only when no other answers:
+        all of them may have been set up anew.
 
         Raises:
-            LinkLostError: none does.
+            LinkLostError: no Sentinel names a master that is up.
         """
         state = await self._in_thread(self._discover)
         self._epoch = state.epoch
         return self._address(state)
 
     async def find_later(self) -> RedisAddress | None:
-        """The master after a failover later than what is known; None if no Sentinel has one.
+        """The master of an epoch later than the latest known one; None if no Sentinel has one.
 
-        A Sentinel that was cut off may name an old master for some seconds: the first `find`
-        cannot tell, those after this can.
+        A Sentinel that was partitioned may name an old master for some seconds. The first `find`
+        cannot detect that; a `find` after this query can.
         """
-        state = await self._in_thread(self._compare)
+        state = await self._in_thread(self._discover_later)
         if state is None:
             return None
         self._epoch = state.epoch
         return self._address(state)
 
-    async def _in_thread(self, look: Callable[[], T]) -> T:
+    async def _in_thread(self, query: Callable[[], T]) -> T:
         if self._threads is None:
             self._threads = anyio.CapacityLimiter(1)
-        return await anyio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._threads)
+        return await anyio.to_thread.run_sync(query, abandon_on_cancel=True, limiter=self._threads)
 
-    def _address(self, state: _State) -> RedisAddress:
-        return replace(self._like, host=state.host, port=state.port, path=None)
+    def _address(self, state: _MasterState) -> RedisAddress:
+        return replace(self._template, host=state.host, port=state.port, path=None)
 
-    def _discover(self) -> _State:
+    def _discover(self) -> _MasterState:
         problems: list[str] = []
-        behind: list[_State] = []
+        outdated: list[_MasterState] = []
         with contextlib.closing(self._states(problems)) as states:
             for state in states:
                 if not state.alive:
                     problems.append("it is down")
                 elif state.epoch < self._epoch:
-                    behind.append(state)
+                    outdated.append(state)
                 else:
                     return state
-        if behind:
-            return max(behind, key=lambda state: state.epoch)
+        if outdated:
+            return max(outdated, key=lambda state: state.epoch)
         raise LinkLostError(f"{self}: {'; '.join(problems)}", "no_master")
 
-    def _compare(self) -> _State | None:
+    def _discover_later(self) -> _MasterState | None:
         later = [state for state in self._states([]) if state.epoch > self._epoch]
         return max(later, key=lambda state: state.epoch, default=None)
 
-    def _states(self, problems: list[str]) -> Generator[_State, None, None]:
-        """What each Sentinel that answers thinks of the master; ``problems`` of the others.
+    def _states(self, problems: list[str]) -> Generator[_MasterState, None, None]:
+        """The master's state according to each Sentinel that answers.
 
-        redis-py's own `Sentinel.discover_master` does the same, but does not tell the problems.
+        redis-py's own `Sentinel.discover_master` does the same, but hides the errors.
+
+        Args:
+            problems: receives an error text for each Sentinel that does not answer.
         """
         clients = self._sentinel.sentinels
         try:
             for client in list(clients):
                 try:
-                    told = client.sentinel_master(self._master)
-                    # Asked after it, the address is never older than the epoch.
-                    where = client.sentinel_get_master_addr_by_name(self._master)
-                    state = self._state(told, *where)
+                    reported = client.sentinel_master(self._master)
+                    # Queried after the epoch, so the address is never older than it.
+                    address = client.sentinel_get_master_addr_by_name(self._master)
+                    state = self._state(reported, *address)
                 except RedisError as error:
                     problems.append(str(error))
                 except (LookupError, TypeError, ValueError) as error:
-                    # Whoever answers so is no Sentinel.
+                    # The server that answers is no Sentinel.
                     problems.append(f"an answer without meaning: {error!r}")
                 else:
-                    # Who answers is asked first next time.
+                    # Query it first next time.
                     clients.remove(client)
                     clients.insert(0, client)
                     yield state
@@ -168,88 +173,80 @@ class Sentinels:
             for client in clients:
                 client.close()
 
-    def _state(self, told: dict[str, Any], host: str, port: int) -> _State:
-        # Until all replicas follow the new master, ``told`` has the new epoch and the old address.
-        replaced = (host, port) != (told["ip"], told["port"])
-        alive = replaced or self._sentinel.check_master_state(told, self._master)
-        return _State(host, port, int(told["config-epoch"]), alive)
+    def _state(self, reported: dict[str, Any], host: str, port: int) -> _MasterState:
+        # Until all replicas follow a new master, `reported` has its epoch and the old address.
+        replaced = (host, port) != (reported["ip"], reported["port"])
+        alive = replaced or self._sentinel.check_master_state(reported, self._master)
+        return _MasterState(host, port, int(reported["config-epoch"]), alive)
 
 
 class MasterLink(Link):
-    """A link to the master. Lost when another one is, even if this one does not know it yet.
+    """A link to the master. It is lost when the Sentinels name another one (demoted).
 
     Args:
-        sentinels: asked at the connect, and from time to time.
-        found: told where the master is.
-        name, command_timeout_s, silence_s: as for a `Line`.
-        connect_timeout_s: for the Sentinels' answer and the connection together.
+        sentinels: queried before connecting, and every few seconds from then on.
+        template: credentials, database and TLS of the master.
+        on_found: called with the address of the master.
+        name: as for a `Multiplexer`.
+        timeouts: as for a `Multiplexer`; the time to connect includes the Sentinels' answer.
     """
 
     def __init__(
         self,
         sentinels: Sentinels,
-        like: RedisAddress,
+        template: RedisAddress,
         *,
-        found: Callable[[RedisAddress], None],
+        on_found: Callable[[RedisAddress], None],
         name: str,
-        connect_timeout_s: float,
-        command_timeout_s: float,
-        silence_s: float,
+        timeouts: Timeouts,
     ) -> None:
-        super().__init__(
-            like,
-            name=name,
-            connect_timeout_s=connect_timeout_s,
-            command_timeout_s=command_timeout_s,
-            silence_s=silence_s,
-        )
+        super().__init__(template, name=name, timeouts=timeouts)
         self._sentinels = sentinels
-        self._found = found
-        self._let_in = anyio.Event()
+        self._on_found = on_found
+        self._connected = anyio.Event()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Find the master, connect, report that as started, and serve until cancelled.
 
         Raises:
-            RedisError: no master is known, there is no connection to it, or no longer.
+            RedisError: no master is known, or the connection to it failed or was lost.
         """
-        deadline = anyio.current_time() + self._connect_timeout_s
+        connect_s = self._timeouts.connect_s
+        deadline = anyio.current_time() + connect_s
         with anyio.CancelScope(deadline=deadline) as scope:
             self._address = await self._sentinels.find()
         if scope.cancelled_caught:
-            raise TimeoutError(f"{self._sentinels}: no answer within {self._connect_timeout_s:g} s")
-        self._found(self._address)
-        self._connect_timeout_s = deadline - anyio.current_time()
+            raise TimeoutError(f"{self._sentinels}: no answer within {connect_s:g} s")
+        self._on_found(self._address)
+        self._timeouts = replace(self._timeouts, connect_s=deadline - anyio.current_time())
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._follow, tasks.cancel_scope)
-            # Not raised within the group, which would wrap it.
+            tasks.start_soon(self._watch_master, tasks.cancel_scope)
+            # Raised below, outside of the group, which would wrap it.
             with contextlib.suppress(RedisError):
                 await super().run(task_status=task_status)
             tasks.cancel_scope.cancel()
         assert self._lost is not None
         raise self._lost
 
-    async def _attend(self, started: Callable[[], None]) -> None:
-        self._let_in.set()
-        await super()._attend(started)
+    async def _use(self, started: Callable[[], None]) -> None:
+        self._connected.set()
+        await super()._use(started)
 
-    async def _follow(self, scope: anyio.CancelScope) -> None:
-        """Lose the link when there is another master: from the attempt to connect to the end.
+    async def _watch_master(self, scope: anyio.CancelScope) -> None:
+        """Declare the link lost when there is a later master, from the connection attempt on.
 
-        Who was asked for the master may have been the one who knew least; and a master that hung
-        lets us in when it goes on, not knowing that it was replaced.
+        The Sentinel that answered first may have been outdated. And a master that hung accepts
+        connections when it resumes, unaware that it was replaced.
         """
         while True:
             later = await self._sentinels.find_later()
-            # If none answers, that does no harm until one is needed.
+            # No answer is no loss: the link still works.
             if later is not None and later != self._address:
-                self._lose(
-                    LinkLostError(f"{self._address}: the master is {later} by now", "demoted")
-                )
+                self._lose(LinkLostError(f"{self._address}: the master is now {later}", "demoted"))
                 scope.cancel()
                 return
-            if self._let_in.is_set():
-                await anyio.sleep(_LOOK_PERIOD_S)
+            if self._connected.is_set():
+                await anyio.sleep(_QUERY_PERIOD_S)
             else:
-                with anyio.move_on_after(_LOOK_PERIOD_OUTSIDE_S):
-                    await self._let_in.wait()
+                with anyio.move_on_after(_QUERY_PERIOD_CONNECTING_S):
+                    await self._connected.wait()

@@ -13,7 +13,8 @@ from bandsync.rooms.mirror import Applied, Gap, Mirror, Outcome, Resynced
 from bandsync.rooms.relay_inbox import RelayInbox
 from bandsync.rules.actions import Audit, Command
 from bandsync.rules.reconcile import audit
-from bandsync.storage.base import CONFLICT, MAX_ATTEMPTS, Committed, Conflict
+from bandsync.rules.refusals import CONFLICT
+from bandsync.storage.base import MAX_ATTEMPTS, Committed, Conflict
 from bandsync.storage.channel_messages import (
     DirectMessage,
     write_connection_stats,
@@ -291,7 +292,7 @@ class Replica(ABC):
         """Publish an ephemeral message to the session's other servers (at most once)."""
         era = self.mirror.era
         if era is not None:
-            self._context.finish(era.storage.tell, self.session_id, message)
+            self._context.finish(era.storage.publish, self.session_id, message)
 
     def _schedule_catch_up(self) -> None:
         """Read the session once, however many messages show that it must be read."""

@@ -21,3 +21,6 @@ UNAUTHORIZED = Refusal(
 LEADER_PRESENT = Refusal(
     "leader_present", "Somebody leads; ask for the lead with `request_leader`."
 )
+
+
+CONFLICT = Refusal("conflict", "Too many changes were made at the same time; try again.")

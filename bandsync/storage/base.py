@@ -1,42 +1,42 @@
-"""The contract of a storage, and the operations that rest on its `Storage.commit`."""
+"""The contract of a storage: optimistic concurrency on immutable sessions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
 
-from bandsync.model.session import Session, Tip, find
-from bandsync.rules.actions import Actor, Bind, Decision
-from bandsync.rules.decide import decide
-from bandsync.rules.refusals import NOT_JOINED, NOT_MEMBER
-from bandsync.rules.server_context import ServerContext
-from bandsync.wire.commands import LeaveSession, Refusal
-from bandsync.wire.messages import encode
+from bandsync.model.session import Session, Tip
 
 StorageType = Literal["redis", "memory"]
 
-# Of three servers that keep committing to one session each wins one attempt in three: with 8 of
-# them one command in 25 was refused.
+# Bound on compare-and-set attempts per change. With 8 attempts and three servers that keep
+# committing to one session, one command in 25 was refused.
 MAX_ATTEMPTS = 24
-
-CONFLICT = Refusal("conflict", "Too many changes were made at the same time; try again.")
 
 
 class Committed(Struct, frozen=True):
-    """The change is in the storage; ``session`` is what is stored now."""
+    """The change is stored.
+
+    Attributes:
+        session: the stored session, with its new event id.
+    """
 
     session: Session
 
 
 class Conflict(Struct, frozen=True):
-    """The stored state is not the base of the change; nothing was written."""
+    """The stored session is not the base of the change; nothing was written.
+
+    Attributes:
+        stored: the stored session; None if there is none.
+    """
 
     stored: Session | None
 
 
 class Unreadable(Struct, frozen=True):
-    """What is stored is no session that this server can read; it is left as it is."""
+    """The stored value cannot be read by this version; it is left as it is."""
 
     detail: str
 
@@ -51,12 +51,13 @@ Unusable = Unreadable | Lost
 
 
 class RedisStatus(Struct, frozen=True, rename="camel"):
-    """How the link to Redis is.
+    """The state of the link to Redis.
 
     Attributes:
-        connection_attempts: since it was last in use.
-        address: without secrets; None if Redis is not to be used.
-        outstanding: commands that wait for their answer.
+        connected: whether the link is connected.
+        connection_attempts: attempts since Redis was last in use.
+        address: without secrets; None if Redis is disabled.
+        outstanding: number of commands without a reply.
     """
 
     connected: bool
@@ -66,13 +67,14 @@ class RedisStatus(Struct, frozen=True, rename="camel"):
 
 
 class Presence(Struct, frozen=True, rename="camel"):
-    """Who is alive: one server, as it stands in Redis (protocol.md section 8).
+    """The presence entry of one server in Redis (protocol.md section 8).
 
     Attributes:
-        boot_id: names the process.
+        boot_id: identifies the process.
         started_at: session clock, milliseconds.
-        address: where it listens.
-        sessions: the ids of those it hosts.
+        address: the URL of the server.
+        sessions: the ids of the sessions that it hosts.
+        connections: number of WebSocket connections.
         machine, pid: where the process runs, see `bandsync.ops.process`.
     """
 
@@ -86,7 +88,16 @@ class Presence(Struct, frozen=True, rename="camel"):
 
 
 class StorageHealth(Struct, frozen=True, rename="camel"):
-    """What ``/api/health`` says of the storage: the keys of the seed."""
+    """The storage in ``/api/health``.
+
+    Attributes:
+        healthy: whether sessions can be read and written.
+        storage_type: where sessions are kept.
+        initialized: whether the first attempt to use the storage has ended.
+        fallback_reason: why sessions are in memory; None if they are in Redis.
+        total_sessions: number of sessions.
+        redis_status: the link to Redis.
+    """
 
     healthy: bool
     storage_type: StorageType
@@ -99,14 +110,14 @@ class StorageHealth(Struct, frozen=True, rename="camel"):
 class Storage(ABC):
     """Keeps sessions.
 
-    A storage knows no rule of music: it compares tips and keeps what it is given. Refusals are
-    returned, exceptions are bugs.
+    A storage knows no rule about sessions: it compares tips and stores what it is given. Failures
+    are returned; an exception is a bug. `bandsync.storage.operations` decides and commits.
     """
 
     @property
     @abstractmethod
     def storage_type(self) -> StorageType:
-        """Where the sessions are kept now."""
+        """Where the sessions are kept."""
 
     @abstractmethod
     async def get_session(self, session_id: str) -> Session | Unusable | None:
@@ -116,32 +127,33 @@ class Storage(ABC):
     async def commit(
         self, base: Session | None, change: Session, events: Sequence[bytes]
     ) -> Committed | Conflict | Unusable:
-        """Put ``change`` in the place of ``base``, if that is still what is stored.
+        """Compare-and-set: replace ``base`` by ``change``. Atomic per session.
 
         Args:
-            base: what ``change`` was decided on; None if there was no session.
-            events: the encoded events of the change, for other servers.
+            base: the session that ``change`` was decided on; None if there was none.
+            change: the new session, without its event id.
+            events: the encoded events of the change, published to other servers at most once.
 
         Returns:
-            The session with its new event id, what is stored instead of ``base``, or why this
-            storage cannot be used for this session.
+            The stored session, the session stored instead of ``base``, or why this storage cannot
+            be used for this session.
         """
 
     @abstractmethod
     async def delete_session(self, session_id: str) -> bool | Lost:
-        """Forget a session; False if there was none."""
+        """Delete a session; False if there was none."""
 
     @abstractmethod
     async def list_sessions(self) -> list[Session] | Lost:
-        """All sessions that can be read, those without members included."""
+        """All readable sessions, those without members included."""
 
     @abstractmethod
     async def touch(self, session_ids: Sequence[str]) -> dict[str, Tip | Unreadable | None] | Lost:
-        """The tips that are stored, None where nothing is; what is there expires later."""
+        """The stored tips, None for absent sessions. Restarts the expiry of those present."""
 
     @abstractmethod
-    async def tell(self, session_id: str, message: bytes) -> None:
-        """Say something that is not kept to the other servers of a session, if any are in reach.
+    async def publish(self, session_id: str, message: bytes) -> None:
+        """Publish an ephemeral message to the session's other servers (at most once, not stored).
 
         Args:
             message: see `bandsync.storage.channel_messages`.
@@ -151,62 +163,8 @@ class Storage(ABC):
     async def find_servers(
         self, server_ids: Sequence[str]
     ) -> dict[str, Presence | Unreadable | None] | Lost:
-        """The entries of these servers; None for those that are not alive."""
+        """The presence entries of these servers; None for a server without one."""
 
     @abstractmethod
     async def health_check(self) -> StorageHealth:
-        """Whether the storage can be used, and how it is."""
-
-    async def create_session(self, session: Session) -> Committed | Conflict | Unusable:
-        """Store a session that does not exist yet."""
-        return await self.commit(None, session, ())
-
-    async def update_session(
-        self, session_id: str, change: Callable[[Session | None], Decision | Refusal]
-    ) -> Decision | Refusal | Unusable:
-        """Read, decide and commit, again if somebody else was faster.
-
-        Returns:
-            The committed decision, the refusal of ``change``, `CONFLICT`, or why this storage
-            cannot be used for this session.
-        """
-        base = await self.get_session(session_id)
-        for _ in range(MAX_ATTEMPTS):
-            if isinstance(base, Unusable):
-                return base
-            decision = change(base)
-            if isinstance(decision, Refusal) or decision.session is base:
-                return decision
-            events = [encode(event) for event in decision.events]
-            match await self.commit(base, decision.session, events):
-                case Committed(session=session):
-                    return Decision(session, decision.events, decision.reply, decision.private)
-                case Conflict(stored=stored):
-                    base = stored
-                case unusable:
-                    return unusable
-        return CONFLICT
-
-    async def add_member(
-        self, session_id: str, join: Bind, actor: Actor, now: float
-    ) -> Decision | Refusal | Unusable:
-        """Join or resume a member at the instant ``now``; creates the session if need be."""
-        return await self.update_session(
-            session_id, lambda session: decide(session, join, actor, now)
-        )
-
-    async def remove_member(
-        self, session_id: str, member_id: str, here: ServerContext, now: float
-    ) -> Decision | Refusal | Unusable:
-        """Remove a member at the instant ``now``, whatever connection it is bound to."""
-
-        def leave(session: Session | None) -> Decision | Refusal:
-            if session is None:
-                return NOT_JOINED
-            member = find(session, member_id)
-            if member is None:
-                return NOT_MEMBER
-            actor = Actor(here, member.connection_id, member_id)
-            return decide(session, LeaveSession(), actor, now)
-
-        return await self.update_session(session_id, leave)
+        """Whether the storage can be used, and its state."""

@@ -1,10 +1,13 @@
-"""An era: one stretch of use of Redis."""
+"""An era: one uninterrupted period of using Redis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
+from redis.exceptions import RedisError
 
+from bandsync.redis_link.errors import loss_reason
 from bandsync.storage.base import Storage
+from bandsync.storage.health import NameTakenError
 from bandsync.storage.relay import Relay
 
 
@@ -12,8 +15,8 @@ class Loss(Struct, frozen=True):
     """Why Redis cannot be used any more.
 
     Attributes:
-        reason: one of `bandsync.redis_link.errors.LossReason`.
-        detail: what was seen, for operators.
+        reason: one of `bandsync.redis_link.errors.LossReason`, ``name_taken`` or ``closed``.
+        detail: the error, for operators.
     """
 
     reason: str
@@ -23,14 +26,32 @@ class Loss(Struct, frozen=True):
         return f"{self.reason}: {self.detail}"
 
 
+def loss_of(errors: Sequence[RedisError]) -> Loss:
+    """The loss that some errors mean. The first one with a reason counts."""
+    for error in errors:
+        if isinstance(error, NameTakenError):
+            return Loss("name_taken", str(error))
+        reason = loss_reason(error)
+        if reason is not None:
+            return Loss(reason, str(error))
+    # An error reply without a reason of its own: Redis lacks or forbids a command that we need.
+    return Loss("unsupported", str(errors[0]))
+
+
 class Era:
-    """One stretch of use of Redis, from the decision to migrate to its loss.
+    """One uninterrupted period of using Redis: from the start of the migration to the loss.
+
+    An era has one link, one storage, one relay and one cancel scope. Everything that waits for
+    Redis waits in that scope, so the first loss ends all of it at once. A room compares its era
+    with the current one to see whether its session is in Redis. An era is never resumed: after a
+    loss the next attempt begins a new one.
 
     Args:
-        cancel: ends all waiting on Redis.
+        cancel: cancels the scope.
 
     Attributes:
-        relay: hears what others commit; None where there are no others.
+        storage: the sessions in Redis.
+        relay: receives the commits of other servers; None without other servers.
         loss: why it ended; None while it lasts.
     """
 
@@ -46,11 +67,11 @@ class Era:
 
     @property
     def over(self) -> bool:
-        """Whether it has ended: from then on, at once and everywhere, sessions are in memory."""
+        """Whether it has ended: from then on all sessions are in memory."""
         return self.loss is not None
 
     def end(self, loss: Loss) -> None:
-        """End it; only the first loss counts."""
+        """End it. Only the first loss counts."""
         if self.loss is None:
             self.loss = loss
             self._cancel()

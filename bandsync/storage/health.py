@@ -1,4 +1,4 @@
-"""The health watcher: whether Redis lives and takes writes, how far it is, and what time it has."""
+"""The health check of Redis: liveness, writes, round trip, and the time for the session clock."""
 
 import math
 from collections.abc import Callable
@@ -11,43 +11,43 @@ from bandsync.model.clock import ServerClock
 from bandsync.redis_link.interfaces import Executor
 from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.redis_link.script import Script
+from bandsync.redis_link.timeouts import Timeouts
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.records import read_presence, write_presence
 
 # Presence: protocol.md section 8.
 PRESENCE_PERIOD_S = 3.0
 PRESENCE_EXPIRY_MS = 10_000
-# A clock that is set by one answer is wrong by half of its round trip, however slow that was.
-_FIRST_LOOKS = 3
+# The clock error of one answer is up to half of its round trip, so several answers are compared.
+_FIRST_CHECKS = 3
 _CLAIM_POLL_S = 0.25
 
 _PRESENCE = Script(resources.files("bandsync").joinpath("storage", "presence.lua").read_text())
 
 
 class NameTakenError(RedisError):
-    """Another live server has our name; the message says which."""
+    """Another live server uses our SERVER_ID; the message names it."""
 
 
 class HealthCheck:
-    """Asks Redis at regular intervals, and takes the time from it.
+    """Checks Redis at regular intervals, and disciplines the session clock to its TIME.
 
     Args:
-        interval_s: between two checks, seconds.
-        timeout_s: how long the link lets an answer take, seconds.
-        presence_key: what a check writes.
-        presence: its value, and who we are.
+        timeouts: interval and deadline of a check.
+        clock: the session clock.
+        presence_key: key of this server's presence entry, which a check writes.
+        presence: the current presence entry.
         is_gone: whether the process of an entry has certainly ended.
-        serving: whether anybody has been told an instant yet.
+        serving: whether a client may have seen a timestamp: then the clock is slewed, not stepped.
 
     Attributes:
-        round_trip_ms: of the last check; None before the first.
+        round_trip_ms: round trip of the last check; None before the first.
     """
 
     def __init__(
         self,
         *,
-        interval_s: float,
-        timeout_s: float,
+        timeouts: Timeouts,
         clock: ServerClock,
         presence_key: str,
         presence: Callable[[], Presence],
@@ -55,30 +55,32 @@ class HealthCheck:
         serving: Callable[[], bool],
     ) -> None:
         self.round_trip_ms: float | None = None
-        self._interval_s = interval_s
-        self._timeout_s = timeout_s
+        self._timeouts = timeouts
         self._clock = clock
         self._presence_key = presence_key
         self._presence = presence
         self._is_gone = is_gone
         self._serving = serving
-        self._written = -PRESENCE_PERIOD_S
+        # When the presence entry was written last.
+        self._written_at = -PRESENCE_PERIOD_S
+        # Whether the presence entry is ours since `claim`.
         self._owned = False
-        self._reference: RedisAddress | None = None
+        # The server whose TIME the clock follows.
+        self._time_source: RedisAddress | None = None
 
     async def claim(self, link: Executor) -> None:
-        """Make sure that no other live server has our name.
+        """Make sure that no other live server uses our SERVER_ID.
 
-        An entry that an earlier life of ours left behind is not refreshed, and if that was on this
-        machine it need not be waited for.
+        The entry of an earlier process of this server is not refreshed any more, so wait one
+        period. If that process ran on this machine and has ended, there is no wait.
 
         Raises:
-            NameTakenError: somebody refreshed it.
+            NameTakenError: another process refreshed the entry.
             RedisError: Redis cannot be used.
         """
         self._owned = False
         mine = self._presence().boot_id
-        deadline = trio.current_time() + PRESENCE_PERIOD_S + self._timeout_s
+        deadline = trio.current_time() + PRESENCE_PERIOD_S + self._timeouts.silence_s
         before_ms = float(PRESENCE_EXPIRY_MS)
         while True:
             value = await link.execute("GET", self._presence_key)
@@ -95,56 +97,56 @@ class HealthCheck:
                 return
             await trio.sleep(_CLAIM_POLL_S)
 
-    async def give_up(self, link: Executor) -> None:
-        """Take our presence back: we are about to end."""
-        self._written = math.inf
+    async def withdraw(self, link: Executor) -> None:
+        """Delete our presence entry, before the process ends."""
+        self._written_at = math.inf
         await link.execute("DEL", self._presence_key)
 
     async def prove(self, link: Executor, checks: int, hurry: trio.Event) -> None:
-        """Return after so many checks in a row, each with a write: a full Redis answers PING.
+        """Return after so many checks in a row, each with a write: a full Redis still answers PING.
 
         Args:
-            hurry: once set, one is enough.
+            hurry: once set, one check is enough.
 
         Raises:
-            RedisError: one of them failed.
+            RedisError: a check failed.
         """
         self._clock.reset_filter()
-        for _ in range(_FIRST_LOOKS):
+        for _ in range(_FIRST_CHECKS):
             await self._check(link, write=False)
         for number in range(checks):
             if number:
-                with trio.move_on_after(self._interval_s):
+                with trio.move_on_after(self._timeouts.health_interval_s):
                     await hurry.wait()
                     return
             await self._check(link, write=True)
 
     async def watch(self, link: Executor) -> None:
-        """Check for ever.
+        """Check at each interval, for ever.
 
         Raises:
             RedisError: Redis cannot be used any more.
         """
         while True:
-            await trio.sleep(min(self._interval_s, PRESENCE_PERIOD_S))
-            due = trio.current_time() - self._written >= PRESENCE_PERIOD_S
+            await trio.sleep(min(self._timeouts.health_interval_s, PRESENCE_PERIOD_S))
+            due = trio.current_time() - self._written_at >= PRESENCE_PERIOD_S
             await self._check(link, write=due)
 
     async def _check(self, link: Executor, *, write: bool) -> None:
-        if link.address != self._reference:
-            # Of a Cluster another node answers by now, with a clock of its own.
-            self._reference = link.address
+        if link.address != self._time_source:
+            # Another node of a Cluster, with a clock of its own.
+            self._time_source = link.address
             self._clock.reset_filter()
         sent = trio.current_time()
-        # The link has the deadline: it knows our own stalls from the silence of Redis.
+        # The link enforces the deadline: it tells stalls of this process from silence of Redis.
         replies = await link.execute_all([("PING",), ("TIME",)])
         received = trio.current_time()
         for reply in replies:
             if isinstance(reply, RedisError):
                 raise reply
         if write:
-            await self._write(link)
-            self._written = sent
+            await self._write_presence(link)
+            self._written_at = sent
         self.round_trip_ms = (received - sent) * 1000
         time = replies[1]
         if isinstance(time, list) and len(time) == 2:
@@ -153,11 +155,11 @@ class HealthCheck:
                 reference_ms = int(seconds) * 1000 + int(microseconds) / 1000
                 self._clock.observe(sent, received, reference_ms, serving=self._serving())
 
-    async def _write(self, link: Executor) -> None:
-        """Refresh our presence.
+    async def _write_presence(self, link: Executor) -> None:
+        """Refresh our presence entry.
 
         Raises:
-            NameTakenError: of two servers of one name that started at the same time we yield.
+            NameTakenError: two servers with this SERVER_ID started at once, and we yield.
         """
         mine = self._presence()
         arguments = (mine.boot_id, write_presence(mine), PRESENCE_EXPIRY_MS, int(self._owned))

@@ -1,4 +1,4 @@
-"""What operators are told of failovers and recoveries."""
+"""The history of the storage mode: failovers and recoveries, for operators."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -8,12 +8,18 @@ from msgspec import Struct
 
 Mode = Literal["redis", "memory", "migrating", "memory (disabled)"]
 
-# How many changes of mode are remembered.
+# Number of mode changes that are kept.
 HISTORY = 100
 
 
 class Failover(Struct, frozen=True, rename="camel"):
-    """How Redis was lost; ``at`` on the session clock, milliseconds."""
+    """One loss of Redis.
+
+    Attributes:
+        at: session clock, milliseconds.
+        reason: one of `bandsync.redis_link.errors.LossReason`, ``name_taken`` or ``closed``.
+        detail: the error.
+    """
 
     at: float
     reason: str
@@ -21,13 +27,13 @@ class Failover(Struct, frozen=True, rename="camel"):
 
 
 class Recovery(Struct, frozen=True, rename="camel"):
-    """How it came back.
+    """One recovery of Redis.
 
     Attributes:
-        at: on the session clock, milliseconds.
-        outage_ms: since the loss; None if Redis was never lost, just absent.
-        migration_ms: how long the move to Redis took.
-        sessions: how many moved.
+        at: session clock, milliseconds.
+        outage_ms: time since the loss; None at the first connect.
+        migration_ms: duration of the migration to Redis.
+        sessions: number of migrated sessions.
     """
 
     at: float
@@ -37,19 +43,19 @@ class Recovery(Struct, frozen=True, rename="camel"):
 
 
 class Migration(Struct, rename="camel"):
-    """The move to Redis that is under way."""
+    """Progress of the current migration to Redis, in sessions."""
 
     total: int
     moved: int = 0
 
 
 class ModeChange(Struct, frozen=True, rename="camel"):
-    """The beginning of a stretch in one mode, which lasts until the next change.
+    """The beginning of a period in one mode, which lasts until the next change.
 
     Attributes:
-        at: on the session clock, milliseconds.
-        failover: how Redis was lost, if that is what began the stretch.
-        recovery: how it came back, if that is what began it.
+        at: session clock, milliseconds.
+        failover: the loss that began the period; None if it was no loss.
+        recovery: the recovery that began the period; None if it was no recovery.
     """
 
     at: float
@@ -59,14 +65,14 @@ class ModeChange(Struct, frozen=True, rename="camel"):
 
 
 class History:
-    """The modes that storage was in, the last `HISTORY` changes of them.
+    """The last `HISTORY` changes of the storage mode.
 
     Args:
-        at: when the first mode began, session clock, milliseconds.
+        at: when the first mode began; session clock, milliseconds.
 
     Attributes:
-        last_failover: also when its change is no longer among `changes`; None if there was none.
-        last_recovery: likewise.
+        last_failover: the latest loss, even if `changes` has dropped it; None if there was none.
+        last_recovery: the latest recovery, likewise.
     """
 
     __slots__ = ("_changes", "last_failover", "last_recovery")
@@ -78,29 +84,29 @@ class History:
 
     @property
     def changes(self) -> Sequence[ModeChange]:
-        """What is remembered, the oldest first; the last began the stretch that lasts."""
+        """The changes that are kept, oldest first. The last one began the current period."""
         return tuple(self._changes)
 
     @property
     def mode(self) -> Mode:
-        """What storage is in now."""
+        """The current mode."""
         return self._changes[-1].mode
 
     @property
     def since(self) -> float:
-        """When that began."""
+        """When the current mode began; session clock, milliseconds."""
         return self._changes[-1].at
 
     def enter(self, mode: Mode, at: float) -> None:
-        """Begin a stretch."""
+        """Begin a period."""
         self._changes.append(ModeChange(at, mode))
 
     def fail_over(self, failover: Failover) -> None:
-        """Begin a stretch in memory, because Redis was lost."""
+        """Begin a period in memory after a loss."""
         self.last_failover = failover
         self._changes.append(ModeChange(failover.at, "memory", failover=failover))
 
     def recover(self, recovery: Recovery) -> None:
-        """Begin a stretch on Redis, because it can be used again."""
+        """Begin a period on Redis after a recovery."""
         self.last_recovery = recovery
         self._changes.append(ModeChange(recovery.at, "redis", recovery=recovery))

@@ -1,88 +1,59 @@
-"""Which storage is in use: Redis while it can be used, memory otherwise (design.md section 5).
+"""The storage in use: Redis while it can be used, memory otherwise (design.md section 5).
 
 redis ──loss──▶ memory ──stable──▶ migrating ──last room across──▶ redis
 ▲                    │
 └───────loss─────────┘
+
+`StorageManager.run` is the supervising loop. `bandsync.storage.recovery_policy` decides when to try
+again, `bandsync.storage.reporting` keeps what operators see.
 """
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import trio
 from redis.exceptions import RedisError
 from structlog.typing import FilteringBoundLogger
 
 from bandsync.counters import Counters
+from bandsync.model.exception_leaves import leaves
 from bandsync.model.session import Session
-from bandsync.redis_link.backoff import Backoff
-from bandsync.redis_link.errors import LossReason, loss_reason
-from bandsync.redis_link.interfaces import Executor, Listener
+from bandsync.redis_link.errors import LossReason
+from bandsync.redis_link.interfaces import Executor
 from bandsync.settings import Settings
 from bandsync.storage.base import Lost, RedisStatus, StorageType
-from bandsync.storage.era import Era, Loss
+from bandsync.storage.dependencies import Host, Redis
+from bandsync.storage.era import Era, Loss, loss_of
 from bandsync.storage.health import HealthCheck, NameTakenError
-from bandsync.storage.history import Failover, History, Migration, Mode, Recovery
+from bandsync.storage.history import History, Mode
 from bandsync.storage.memory import MemoryStorage
-from bandsync.storage.redis import Keys, RedisStorage
+from bandsync.storage.recovery_policy import RecoveryPolicy
+from bandsync.storage.redis import RedisStorage
 from bandsync.storage.relay import Relay
+from bandsync.storage.reporting import StorageReport, StorageReporter
 
-# Redis is used again after so many health checks in a row, each with a write.
-STABLE_CHECKS = 3
-# A loss so soon after a recovery doubles what is asked for next time, up to MAX_STABLE_S.
-FLAPPING_S = 60.0
-MAX_STABLE_S = 30.0
-MAX_RETRY_DELAY_S = 5.0
-_SUBSCRIBED_S = 0.5
-
-
-class Redis(Protocol):
-    """How to reach Redis. As a text it says where that is, without secrets."""
-
-    @property
-    def keys(self) -> Keys:
-        """The names of everything there."""
-
-    def link(self) -> Executor:
-        """A link for one attempt."""
-
-    def subscriber(self, link: Executor, heard: Callable[[bytes, bytes], None]) -> Listener:
-        """A subscriber beside ``link``, that calls ``heard`` with each channel and message."""
-
-
-class Host(Protocol):
-    """Who hosts sessions here."""
-
-    @property
-    def rooms(self) -> Mapping[str, object]:
-        """What is hosted, by session id."""
-
-    async def migrate(self, era: Era, moved: Callable[[], None]) -> None:
-        """Bring all sessions of this server to Redis; tells of each one."""
-
-    async def compare(self, era: Era) -> None:
-        """Catch up with what was committed unheard."""
-
-    def hear(self, session_id: str, payload: bytes) -> None:
-        """Take a message of a session's channel, without waiting."""
+# How long a migration waits for the first subscription. Sessions that were subscribed before they
+# are read need no resync afterwards.
+_SUBSCRIBE_S = 0.5
 
 
 class StorageManager:
-    """Opens Redis, watches it, and says where sessions are kept.
+    """Uses Redis whenever it can be used, and knows where sessions are kept.
 
     Args:
         redis: None keeps sessions in memory for good.
-        health: looks after each link.
+        memory: sessions that are not in Redis, or not yet.
+        health: checks each link.
         now: the session clock.
+        recovery_seconds: receives the duration of each migration.
 
     Attributes:
-        memory: sessions that are not in Redis, or not yet.
-        history: the modes so far.
-        settled: set when Redis is in use, or has failed often enough to start without it.
-        claiming: whether it is being found out if another live server has our name.
-        name_taken: who has it; None if nobody.
+        memory: see above.
+        settled: set when Redis is in use, or the server may start without it.
+        claiming: whether a check for another live server with our SERVER_ID is under way.
+        name_taken: the server that uses our SERVER_ID; None if there is none.
     """
 
     def __init__(
@@ -101,106 +72,97 @@ class StorageManager:
     ) -> None:
         self.memory = memory
         self.settled = trio.Event()
-        self.history = History("memory (disabled)" if redis is None else "memory", now())
-        self.migration: Migration | None = None
         self.claiming = False
         self.name_taken: str | None = None
-        self.attempts = 0
         self._settings = settings
         self._redis = redis
         self._health = health
         self._server_id = server_id
         self._event_ids = (f"{boot_id}-r{number:x}" for number in itertools.count(1))
-        self._now = now
         self._counters = counters
-        self._recovery_seconds = recovery_seconds
         self._log = log
-        self._backoff = Backoff(MAX_RETRY_DELAY_S, settings.redis_retry_delay_on_failure / 1000)
+        self._policy = RecoveryPolicy(settings)
+        self._reporter = StorageReporter(
+            lambda: None if redis is None else str(redis),
+            auto_recover=settings.redis_auto_recover,
+            now=now,
+            counters=counters,
+            recovery_seconds=recovery_seconds,
+            log=log,
+        )
+        # The link of the current attempt; None between attempts.
         self._link: Executor | None = None
+        # The current or the last era; None before the first.
         self._era: Era | None = None
-        self._loss: Loss | None = None
-        self._lost_at: float | None = None
-        self._recovered_at: float | None = None
-        self._flaps = 0
-        self._gave_up = False
+        # Set when the server is about to end: try once more, without delays.
         self._hurry = trio.Event()
+        # Set and replaced at each transition.
         self._transition = trio.Event()
 
     @property
     def era(self) -> Era | None:
-        """The era of Redis that sessions are opened in; None in memory mode."""
+        """The current era, in which sessions are opened; None in memory mode."""
         era = self._era
         return None if era is None or era.over else era
 
     @property
+    def history(self) -> History:
+        """The modes so far."""
+        return self._reporter.history
+
+    @property
     def mode(self) -> Mode:
-        """Where the state machine is."""
-        return self.history.mode
+        """State of the state machine."""
+        return self._reporter.history.mode
 
     @property
     def awaited(self) -> bool:
-        """Whether Redis is to be used, sooner or later."""
+        """Whether Redis is enabled, and to be used sooner or later."""
         return self._redis is not None
 
     @property
     def storage_type(self) -> StorageType:
-        """Where the sessions are kept; memory until the last one is in Redis."""
+        """Where sessions are kept; memory until the last one is in Redis."""
         return "redis" if self.mode == "redis" and self.era is not None else "memory"
 
     @property
     def degraded(self) -> bool:
-        """Whether this is not the storage that was asked for."""
+        """Whether sessions are in memory although Redis is enabled."""
         return self.awaited and self.storage_type != "redis"
 
     @property
     def reason(self) -> str | None:
         """Why sessions are in memory, for operators; None while they are in Redis."""
-        if self._redis is None:
-            return "REDIS_ENABLED=false"
-        if self.storage_type == "redis":
-            return None
-        if self.mode == "migrating":
-            return "sessions are on their way back to Redis"
-        if self._loss is None:
-            return f"not connected to {self._redis} yet"
-        if self.gave_up:
-            return f"{self._loss}; REDIS_AUTO_RECOVER=false: restart to use Redis again"
-        return str(self._loss)
+        return self._reporter.reason(self.storage_type)
 
-    @property
-    def loss(self) -> Loss | None:
-        """Why Redis could not be used when it was tried last; None if it always could."""
-        return self._loss
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether Redis is not tried again because that is the setting."""
-        return self._gave_up and not self._settings.redis_auto_recover
-
-    @property
-    def redis_status(self) -> RedisStatus:
-        """How the link is."""
-        link = self._link
-        return RedisStatus(
-            connected=link is not None and link.usable,
-            connection_attempts=self.attempts,
-            address=None if self._redis is None else str(self._redis),
-            outstanding=0 if link is None else link.outstanding,
+    def report(self) -> StorageReport:
+        """The state at this instant, for operators."""
+        link, era, reporter = self._link, self.era, self._reporter
+        return StorageReport(
+            mode=self.mode,
+            since=self.history.since,
+            storage_type=self.storage_type,
+            awaited=self.awaited,
+            degraded=self.degraded,
+            reason=self.reason,
+            loss=reporter.loss,
+            gave_up=reporter.gave_up,
+            redis_status=RedisStatus(
+                connected=link is not None and link.usable,
+                connection_attempts=reporter.attempts,
+                address=None if self._redis is None else str(self._redis),
+                outstanding=0 if link is None else link.outstanding,
+            ),
+            listening=era is not None and era.relay is not None and era.relay.listening,
+            round_trip_ms=None if link is None else self._health.round_trip_ms,
+            kept_in_memory=len(self.memory),
+            migration=reporter.migration,
+            last_failover=self.history.last_failover,
+            last_recovery=self.history.last_recovery,
         )
 
-    @property
-    def listening(self) -> bool:
-        """Whether changes of other servers are heard as they happen."""
-        era = self.era
-        return era is not None and era.relay is not None and era.relay.listening
-
-    @property
-    def round_trip_ms(self) -> float | None:
-        """Of the last health check; None while there is no link."""
-        return None if self._link is None else self._health.round_trip_ms
-
     async def list_sessions(self) -> list[Session]:
-        """All sessions that can be had, those in memory before what Redis has of them."""
+        """All readable sessions. The state in memory takes precedence over that in Redis."""
         found: dict[str, Session] = {}
         era = self.era
         if era is not None:
@@ -211,92 +173,76 @@ class StorageManager:
         return list(found.values())
 
     async def hand_over(self) -> None:
-        """Before the end, bring what is in memory to Redis if it can be had; try once."""
+        """Before the server ends: migrate what is in memory if Redis can be used, trying once."""
         self._hurry.set()
-        while self.degraded and len(self.memory) and not self._gave_up:
+        while self.degraded and len(self.memory) and not self._reporter.stopped_trying:
             await self._transition.wait()
         if self.era is not None and self._link is not None:
             with contextlib.suppress(RedisError):
-                await self._health.give_up(self._link)
+                await self._health.withdraw(self._link)
 
-    async def run(self, host: Host, tell: Callable[[], None]) -> None:
+    async def run(self, host: Host, on_transition: Callable[[], None]) -> None:
         """Use Redis whenever it can be used, for ever.
 
         Args:
-            tell: called after each transition, without waiting.
+            on_transition: called after each failover and recovery; never blocks.
         """
         if self._redis is None:
             self.settled.set()
             return
-        settings = self._settings
-        failures = 0
-        enough = settings.redis_max_retries + 1 if settings.redis_required else 1
+        policy = self._policy
         while True:
-            self.attempts += 1
-            used = await self._use(host, tell)
-            failures = 0 if used else failures + 1
-            if failures >= enough or self.name_taken is not None:
+            self._reporter.attempts += 1
+            used = await self._attempt(self._redis, host, on_transition)
+            policy.attempt_ended(used=used)
+            if policy.may_start_without or self.name_taken is not None:
                 self.settled.set()
-            slow = failures > settings.redis_max_retries
-            if not settings.redis_auto_recover and (used or slow):
-                self._give_up()
+            if policy.gives_up:
+                self._stop_trying()
                 self._log.warning("storage.gave_up", hint="REDIS_AUTO_RECOVER=false")
                 return
             if self._hurry.is_set() and not used:
-                self._give_up()
+                self._stop_trying()
                 return
-            with trio.move_on_after(MAX_RETRY_DELAY_S if slow else self._backoff.compute(failures)):
+            with trio.move_on_after(policy.delay_s):
                 await self._hurry.wait()
 
-    async def _use(self, host: Host, tell: Callable[[], None]) -> bool:
-        """Use Redis until it is lost; False if it could not be used at all."""
-        assert self._redis is not None
-        link = self._redis.link()
+    async def _attempt(self, redis: Redis, host: Host, on_transition: Callable[[], None]) -> bool:
+        """Connect, and use Redis until it is lost; False if it was never in use."""
         era: Era | None = None
         loss: Loss | None = None
+        link = redis.link()
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(link.run)
                 self._link = link
-                await self._claim(link)
-                await self._health.prove(link, self._checks_wanted(), self._hurry)
-                era = await self._begin(self._redis, link, host, nursery.cancel_scope.cancel)
+                await self._claim_name(link)
+                await self._prove_stable(link)
+                era = await self._begin_era(redis, link, host, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._watch, link, era)
-                assert era.relay is not None
-                nursery.start_soon(era.relay.run)
-                # What is subscribed before it is read need not be compared afterwards.
-                with trio.move_on_after(_SUBSCRIBED_S):
-                    await era.relay.tried.wait()
-                await self._bring_back(era, host, tell)
+                await self._start_relay(nursery, era)
+                await self._migrate(era, host, on_transition)
         except* RedisError as group:
-            loss = _loss(_leaves(group))
+            loss = loss_of(list(leaves(group)))
         finally:
             self._link = None
             if era is not None:
                 era.end(loss or Loss("closed", "the server stops"))
         if era is None:
-            self._fail(loss or Loss("reset", "the connection was closed"))
+            self._reporter.unreachable(loss or Loss("reset", "the connection was closed"))
             return False
         assert era.loss is not None
         self._fail_over(era.loss)
-        tell()
+        on_transition()
         return True
 
-    async def _watch(self, link: Executor, era: Era) -> None:
-        """Watch its health, for ever.
+    async def _claim_name(self, link: Executor) -> None:
+        """Make sure that no other live server uses our SERVER_ID.
 
         Raises:
-            RedisError: Redis cannot be used any more.
+            NameTakenError: another one does.
+            RedisError: Redis cannot be used.
         """
-        try:
-            await self._health.watch(link)
-        except RedisError as error:
-            # Before the link is closed for it: its callers would tell of that only.
-            era.end(_loss([error]))
-            raise
-
-    async def _claim(self, link: Executor) -> None:
-        """Be the only live server of our name, or do not use Redis."""
         self.claiming = True
         try:
             await self._health.claim(link)
@@ -307,15 +253,11 @@ class StorageManager:
         finally:
             self.claiming = False
 
-    def _checks_wanted(self) -> int:
-        if self._lost_at is None and not len(self.memory):
-            # Nothing depends on it yet.
-            return 1
-        checks = STABLE_CHECKS << min(self._flaps, 16)
-        interval_s = self._settings.redis_health_interval_ms / 1000
-        return max(STABLE_CHECKS, min(checks, round(MAX_STABLE_S / interval_s)))
+    async def _prove_stable(self, link: Executor) -> None:
+        checks = self._policy.required_checks(sessions_in_memory=len(self.memory) > 0)
+        await self._health.prove(link, checks, self._hurry)
 
-    async def _begin(
+    async def _begin_era(
         self, redis: Redis, link: Executor, host: Host, cancel: Callable[[], None]
     ) -> Era:
         """From now on sessions are opened in Redis."""
@@ -331,28 +273,45 @@ class StorageManager:
             event_ids=self._event_ids,
             on_loss=on_loss,
         )
-        await storage.rehearse()
+        await storage.check_scripts()
         era = Era(storage, cancel)
         era.relay = Relay(
             partial(redis.subscriber, link),
             redis.keys,
             hosted=lambda: host.rooms,
-            heard=host.hear,
-            catch_up=partial(host.compare, era),
+            on_message=host.hear,
+            resync=partial(host.compare, era),
             counters=self._counters,
             log=self._log,
         )
-        self.attempts = 0
         self._era = era
-        self.history.enter("migrating", self._now())
-        self._news()
+        self._reporter.era_began()
+        self._notify_transition()
         return era
 
-    async def _bring_back(self, era: Era, host: Host, tell: Callable[[], None]) -> None:
-        """Migrate; afterwards Redis is in use again."""
+    async def _watch(self, link: Executor, era: Era) -> None:
+        """Check the health of Redis for ever.
+
+        Raises:
+            RedisError: Redis cannot be used any more.
+        """
+        try:
+            await self._health.watch(link)
+        except RedisError as error:
+            # First the era, then the link: callers of a closed link know no reason but "reset".
+            era.end(loss_of([error]))
+            raise
+
+    async def _start_relay(self, nursery: trio.Nursery, era: Era) -> None:
+        assert era.relay is not None
+        nursery.start_soon(era.relay.run)
+        with trio.move_on_after(_SUBSCRIBE_S):
+            await era.relay.tried.wait()
+
+    async def _migrate(self, era: Era, host: Host, on_transition: Callable[[], None]) -> None:
+        """Migrate all sessions to Redis; then Redis is in use again."""
         started = trio.current_time()
-        migration = self.migration = Migration(len({*host.rooms, *self.memory.ids()}))
-        self._log.info("storage.migrating", sessions=migration.total)
+        migration = self._reporter.migrating(len({*host.rooms, *self.memory.ids()}))
 
         def moved() -> None:
             migration.moved += 1
@@ -361,89 +320,25 @@ class StorageManager:
         if era.over:
             return
         finished = trio.current_time()
-        outage_s = None if self._lost_at is None else finished - self._lost_at
-        self.history.recover(
-            Recovery(
-                at=self._now(),
-                outage_ms=None if outage_s is None else outage_s * 1000,
-                migration_ms=(finished - started) * 1000,
-                sessions=migration.moved,
-            )
+        self._reporter.recovered(
+            migrated=migration.moved,
+            migration_s=finished - started,
+            outage_s=self._policy.recovered(finished),
         )
-        self.migration = None
-        self._recovered_at = finished
-        self._recovery_seconds(finished - started)
-        self._news()
+        self._notify_transition()
         self.settled.set()
-        self._log.info(
-            "storage.recovered" if outage_s is not None else "storage.connected",
-            address=str(self._redis),
-            sessions=migration.moved,
-            outage_s=None if outage_s is None else round(outage_s, 3),
-            migration_s=round(finished - started, 3),
-        )
-        tell()
-
-    def _fail(self, loss: Loss) -> None:
-        """Redis could not be reached, or not used."""
-        if self._loss is None or self._loss.reason != loss.reason or self.attempts == 1:
-            self._log.warning(
-                "storage.unreachable",
-                address=str(self._redis),
-                reason=loss.reason,
-                detail=loss.detail,
-                attempts=self.attempts,
-            )
-        self._loss = loss
+        on_transition()
 
     def _fail_over(self, loss: Loss) -> None:
-        """Redis was in use and is lost."""
-        now = trio.current_time()
-        lasted_s = None if self._recovered_at is None else now - self._recovered_at
-        # The first era of a server ends no flap: nothing had been lost before.
-        flapped = self.mode == "migrating" or (lasted_s is not None and lasted_s < FLAPPING_S)
-        self._flaps = self._flaps + 1 if flapped and self._lost_at is not None else 0
-        if self._lost_at is None or self.mode == "redis":
-            self._lost_at = now
-        self._loss = loss
-        self.migration = None
-        self._counters.failovers[loss.reason] += 1
-        self.history.fail_over(Failover(self._now(), loss.reason, loss.detail))
-        self._news()
-        self._log.warning(
-            "storage.failover",
-            address=str(self._redis),
-            reason=loss.reason,
-            detail=loss.detail,
-            lasted_s=None if lasted_s is None else round(lasted_s, 3),
-        )
+        migrating = self.mode == "migrating"
+        lasted_s = self._policy.lost(trio.current_time(), migrating=migrating)
+        self._reporter.failed_over(loss, lasted_s)
+        self._notify_transition()
 
-    def _give_up(self) -> None:
-        self._gave_up = True
-        self._news()
+    def _stop_trying(self) -> None:
+        self._reporter.stopped_trying = True
+        self._notify_transition()
 
-    def _news(self) -> None:
+    def _notify_transition(self) -> None:
         self._transition.set()
         self._transition = trio.Event()
-
-
-def _loss(errors: list[RedisError]) -> Loss:
-    """What a nursery's Redis errors say; the first that names a reason."""
-    for error in errors:
-        if isinstance(error, NameTakenError):
-            return Loss("name_taken", str(error))
-        reason = loss_reason(error)
-        if reason is not None:
-            return Loss(reason, str(error))
-    # An error reply that says nothing of the sort: this Redis lacks, or forbids, what we need.
-    return Loss("unsupported", str(errors[0]))
-
-
-def _leaves(group: BaseExceptionGroup[RedisError]) -> list[RedisError]:
-    found: list[RedisError] = []
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            found += _leaves(error)
-        else:
-            found.append(error)
-    return found

@@ -1,4 +1,4 @@
-"""Sessions in this process's memory."""
+"""The storage in this process's memory."""
 
 from collections.abc import Collection, Sequence
 
@@ -28,7 +28,7 @@ class MemoryStorage(Storage):
     def __init__(self, boot_id: str, reason: str) -> None:
         self._boot_id = boot_id
         self._reason = reason
-        # Ordered by the last change, so that what expires first stands first.
+        # In the order of their last change, so that those that expire first come first.
         self._sessions: dict[str, Session] = {}
         self._commits = 0
 
@@ -40,21 +40,21 @@ class MemoryStorage(Storage):
         return self._sessions.get(session_id)
 
     def find(self, session_id: str) -> Session | None:
-        """The session, without waiting."""
+        """The session without waiting; None if there is none."""
         return self._sessions.get(session_id)
 
     def keep(self, session: Session) -> None:
-        """Have this state, whatever was there before."""
+        """Store this state without a comparison."""
         if self._sessions.get(session.session_id) is not session:
             self._sessions.pop(session.session_id, None)
             self._sessions[session.session_id] = session
 
     def discard(self, session_id: str) -> None:
-        """Forget a session, without waiting."""
+        """Delete a session without waiting."""
         self._sessions.pop(session_id, None)
 
     def ids(self) -> list[str]:
-        """The sessions that are here."""
+        """The ids of all sessions."""
         return list(self._sessions)
 
     def __len__(self) -> int:
@@ -85,8 +85,8 @@ class MemoryStorage(Storage):
             for session_id, session in found.items()
         }
 
-    async def tell(self, session_id: str, message: bytes) -> None:
-        """Nobody else is within reach."""
+    async def publish(self, session_id: str, message: bytes) -> None:
+        """Do nothing: memory has no other servers."""
 
     async def find_servers(
         self, server_ids: Sequence[str]
@@ -104,16 +104,16 @@ class MemoryStorage(Storage):
         )
 
     def expire(self, now: float, ttl_ms: float, hosted: Collection[str], keep: int) -> list[str]:
-        """Forget sessions that nobody is in.
+        """Delete sessions without members.
 
         Args:
             now: session clock, milliseconds.
-            ttl_ms: how long after its last change a session is kept.
-            hosted: ids of sessions with a room on this server; they never expire.
-            keep: how many others are kept at the most; the longest idle go first.
+            ttl_ms: expiry of a session after its last change, milliseconds.
+            hosted: ids of the sessions with a room on this server, which never expire.
+            keep: limit of the others; beyond it the longest idle are deleted first.
 
         Returns:
-            The ids of the sessions that were forgotten.
+            The ids of the deleted sessions.
         """
         idle = len(self._sessions) - sum(session_id in self._sessions for session_id in hosted)
         surplus = idle - keep
@@ -121,7 +121,7 @@ class MemoryStorage(Storage):
         expired = [each.session_id for each in kept if each.last_active_at + ttl_ms <= now]
         surplus -= len(expired)
         if surplus > 0:
-            # In which nothing was ever done goes first.
+            # Blank sessions, in which nothing was ever done, go first.
             kept = [each for each in kept if each.last_active_at + ttl_ms > now]
             kept.sort(key=lambda each: not is_blank(each))
             expired += [each.session_id for each in kept[:surplus]]

@@ -1,4 +1,4 @@
-"""A session as the fields of a Redis hash, debuggable by hand: protocol.md section 8."""
+"""A session as the fields of a Redis hash, readable in redis-cli: protocol.md section 8."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -23,11 +23,11 @@ from bandsync.model.transport import MAX_POSITION_MS, MAX_TEMPO_BPM, MIN_TEMPO_B
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.channel_messages import JUNK, CommittedChange
 
-# Raised by whatever an older server could not read, or would drop when it writes.
+# Incremented by each change that an older server cannot read, or would drop when it writes.
 FORMAT = 1
 
-# Above, a number in JSON is not the same everywhere, and arithmetic overflows in the end.
-_EXACT = 2**53
+# Beyond it JSON numbers are not exact everywhere (RFC 8259 section 6), and sums may overflow.
+_MAX_EXACT = 2**53
 
 MEMBER = "member:"
 CHAT = "chat:"
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 
 class UnreadableError(ValueError):
-    """What is stored is not a session that this version can read; the message says why."""
+    """The stored value is no session that this version can read; the message says why."""
 
 
 class _Head(Struct, frozen=True, rename="camel"):
-    """All that has no field of its own."""
+    """The parts of a session without a field of their own."""
 
     format: int
     created_at: float
@@ -56,10 +56,10 @@ class _Format(Struct):
 
 
 def changed_fields(base: Session | None, change: Session) -> tuple[dict[str, bytes], list[str]]:
-    """What must be written over ``base`` to store ``change``, tip left out.
+    """The difference between ``base`` and ``change``, without the tip.
 
     Returns:
-        The fields to set, and the names of those to delete.
+        The fields to set, and the names of the fields to delete.
     """
     head = _Head(
         FORMAT,
@@ -71,28 +71,27 @@ def changed_fields(base: Session | None, change: Session) -> tuple[dict[str, byt
         change.settings,
     )
     fields = {"head": _encode(head)}
-    gone: list[str] = []
+    deleted: list[str] = []
     if base is None or base.members is not change.members:
         before = {} if base is None else base.members
         for member_id, member in change.members.items():
             if before.get(member_id) != member:
                 fields[MEMBER + member_id] = _encode(member)
-        gone += [MEMBER + member_id for member_id in before if member_id not in change.members]
+        deleted += [MEMBER + member_id for member_id in before if member_id not in change.members]
     if base is None or base.chat is not change.chat:
         slots = {} if base is None else {chat.slot: chat for chat in base.chat}
         for chat in change.chat:
             if slots.pop(chat.slot, None) != chat:
                 fields[f"{CHAT}{chat.slot}"] = _encode(chat)
-        gone += [f"{CHAT}{slot}" for slot in slots]
-    return fields, gone
+        deleted += [f"{CHAT}{slot}" for slot in slots]
+    return fields, deleted
 
 
 def read_session(session_id: str, fields: Mapping[str, bytes]) -> Session:
     """The session that is stored as ``fields``.
 
     Raises:
-        UnreadableError: a field is missing, is not what it should be, or was written by a newer
-            version.
+        UnreadableError: a field is missing or malformed, or a newer version wrote it.
     """
     tip = read_tip(fields.get("epoch"), fields.get("version"), fields.get("eventId"))
     head = _read_head(fields.get("head", b""))
@@ -121,12 +120,12 @@ def read_session(session_id: str, fields: Mapping[str, bytes]) -> Session:
 
 
 def patch_session(session: Session, change: CommittedChange) -> Session:
-    """What ``session`` is after a change that was made from it.
+    """Apply a change to the session that it was decided on.
 
     Raises:
-        UnreadableError: a field is not what it should be.
+        UnreadableError: a field is malformed, or the version does not follow.
     """
-    if not session.version < change.version < _EXACT:
+    if not session.version < change.version < _MAX_EXACT:
         raise UnreadableError(f"a change to version {change.version}")
     changes: dict[str, object] = {"version": change.version, "event_id": change.event_id}
     members: dict[str, Member] | None = None
@@ -171,14 +170,14 @@ def read_tip(epoch: bytes | None, version: bytes | None, event_id: bytes | None)
     """The tip in its three fields.
 
     Raises:
-        UnreadableError: they are not one.
+        UnreadableError: a field is missing or malformed.
     """
     if epoch is None or version is None or event_id is None:
         raise UnreadableError("epoch, version or eventId is missing")
     try:
         number = int(version)
-        # Compared as a text: one that is written in another way would always differ.
-        if not 0 < number < _EXACT or version != b"%d" % number:
+        # commit.lua compares texts: another spelling of the number would always conflict.
+        if not 0 < number < _MAX_EXACT or version != b"%d" % number:
             raise ValueError
         return Tip(epoch.decode(), number, event_id.decode())
     except ValueError as error:
@@ -186,12 +185,12 @@ def read_tip(epoch: bytes | None, version: bytes | None, event_id: bytes | None)
 
 
 def write_presence(presence: Presence) -> bytes:
-    """A server's entry, as it stands in Redis."""
+    """The presence entry of a server, as stored in Redis."""
     return _encode(presence)
 
 
 def read_presence(value: object) -> Presence | Unreadable:
-    """The entry of a server."""
+    """The presence entry in a value from Redis."""
     if not isinstance(value, bytes):
         return Unreadable(f"no text: {value!r:.100}")
     try:
@@ -208,7 +207,7 @@ def _read_head(value: bytes) -> _Head:
     transport = head.transport.value
     for segment in (transport, transport.next):
         if segment is not None and not _playable(segment):
-            raise UnreadableError("head: a transport out of range")
+            raise UnreadableError("head: transport out of range")
     if head.settings.value.max_members < 1:
         raise UnreadableError("head: settings out of range")
     return head
@@ -217,14 +216,14 @@ def _read_head(value: bytes) -> _Head:
 def _read_member(name: str, value: bytes) -> Member:
     member = _read(name, value, _members)
     if MEMBER + member.member_id != name:
-        raise UnreadableError(f"{name}: holds the member {member.member_id!r}")
+        raise UnreadableError(f"{name}: contains the member {member.member_id!r}")
     return member
 
 
 def _read_chat(name: str, value: bytes) -> Chat:
     chat = _read(name, value, _chats)
     if f"{CHAT}{chat.slot}" != name or not 0 <= chat.slot < CHAT_RING:
-        raise UnreadableError(f"{name}: holds the message of slot {chat.slot}")
+        raise UnreadableError(f"{name}: contains the message of slot {chat.slot}")
     return chat
 
 
@@ -237,7 +236,7 @@ def _playable(segment: Segment) -> bool:
         MIN_TEMPO_BPM <= segment.tempo_bpm <= MAX_TEMPO_BPM
         and 0 <= segment.position_ms <= MAX_POSITION_MS
         and segment.beats_per_bar >= 1
-        and max(abs(segment.anchor_time), abs(segment.beat)) < _EXACT
+        and max(abs(segment.anchor_time), abs(segment.beat)) < _MAX_EXACT
     )
 
 

@@ -1,4 +1,4 @@
-"""Sessions in Redis: protocol.md section 8."""
+"""The storage in Redis. Keys and channel messages: protocol.md section 8."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -35,49 +35,50 @@ from bandsync.storage.records import (
 
 _COMMIT = Script(resources.files("bandsync").joinpath("storage", "commit.lua").read_text())
 _TIP_FIELDS = ("epoch", "version", "eventId")
-# Large enough that listing is few round trips, small enough that Redis serves others in between.
+# Keys per SCAN: few round trips, yet Redis serves other clients in between.
 _SCAN_COUNT = 500
+# Sessions per round trip of a listing.
 _BATCH = 100
-# At the beginning of the error reply, or within that of a script.
+# Begins an error reply, or is contained in that of a script.
 _WRONG_TYPE = "WRONGTYPE"
-# No session can have this id.
-_NOBODY = "*"
+# An id that no session can have.
+_NO_SESSION = "*"
 
 
 class Keys(Struct, frozen=True):
-    """The names of everything in Redis; each begins with ``prefix``."""
+    """The names of keys and channels in Redis; each begins with ``prefix``."""
 
     prefix: str
 
     def session(self, session_id: str) -> str:
-        """The hash of a session; the braces are the hash tag of a Cluster."""
+        """Key of a session's hash; the braces enclose its hash tag in a Cluster."""
         return f"{self.prefix}session:{{{session_id}}}"
 
     def events(self, session_id: str) -> str:
-        """The channel of a session's changes."""
+        """Channel of a session."""
         return f"{self.prefix}events:{{{session_id}}}"
 
     def server(self, server_id: str) -> str:
-        """The presence of a server."""
+        """Key of a server's presence entry."""
         return f"{self.prefix}server:{server_id}"
 
     def probe(self, server_id: str) -> str:
-        """The channel by which a server hears itself."""
+        """Channel of a server's liveness probe."""
         return f"{self.prefix}probe:{server_id}"
 
-    def proof(self, server_id: str, number: int) -> str:
-        """The same at one master of a Cluster, and a key there; the number makes the slot."""
-        return f"{self.prefix}probe:{{{number}}}:{server_id}"
+    def node_probe(self, server_id: str, hash_tag: int) -> str:
+        """Probe channel at one master of a Cluster, and key of its write probe."""
+        return f"{self.prefix}probe:{{{hash_tag}}}:{server_id}"
 
 
 class RedisStorage(Storage):
-    """Keeps sessions in Redis, over one link and as long as that lives.
+    """Keeps sessions in Redis, over one link and until that link is lost.
 
     Args:
-        ttl_s: how long a session without a change is kept, seconds.
-        server_id: named in what other servers are told.
-        event_ids: never gives the same id twice, in no process.
-        on_loss: told once for each call that found Redis unusable, before the call returns.
+        ttl_s: expiry of a session after its last change, seconds.
+        server_id: the sender in messages to other servers.
+        event_ids: yields ids that are unique among all processes.
+        on_loss: called once for each operation that found Redis unusable, before it returns.
     """
 
     def __init__(
@@ -139,17 +140,18 @@ class RedisStorage(Storage):
                 return Conflict(_read(session_id, reply))
         except (RedisError, UnreadableError) as error:
             return self._unusable(error)
-        if self._link.publish_verb == "SPUBLISH" and self._link.handed_over(key):
-            await self.tell(session_id, message)
+        if self._link.publish_verb == "SPUBLISH" and self._link.migrates(key):
+            # The script has published at the new node, where no subscriber is connected yet.
+            await self.publish(session_id, message)
         return Committed(committed)
 
-    async def rehearse(self) -> None:
-        """Run the script for a commit that must be refused: whether this Redis can do what we need.
+    async def check_scripts(self) -> None:
+        """Run the commit script for a commit that conflicts, to see whether Redis supports it.
 
         Raises:
-            RedisError: it cannot.
+            RedisError: it does not.
         """
-        await _COMMIT.execute(self._link, (self._keys.session(_NOBODY),), ("-", "-", "-"))
+        await _COMMIT.execute(self._link, (self._keys.session(_NO_SESSION),), ("-", "-", "-"))
 
     async def delete_session(self, session_id: str) -> bool | Lost:
         try:
@@ -205,7 +207,7 @@ class RedisStorage(Storage):
                 return self._lost(reply)
         return dict(zip(session_ids, map(_read_tip, replies[::2]), strict=True))
 
-    async def tell(self, session_id: str, message: bytes) -> None:
+    async def publish(self, session_id: str, message: bytes) -> None:
         try:
             await self._link.execute(
                 self._link.publish_verb, self._keys.events(session_id), message
@@ -219,7 +221,7 @@ class RedisStorage(Storage):
         if not server_ids:
             return {}
         try:
-            # One by one: in a Cluster their keys are on several nodes.
+            # No MGET: in a Cluster the keys are on several nodes.
             replies = await self._link.execute_all(
                 [("GET", self._keys.server(server_id)) for server_id in server_ids]
             )
@@ -229,9 +231,9 @@ class RedisStorage(Storage):
         return dict(zip(server_ids, entries, strict=True))
 
     async def _scan(self) -> list[str]:
-        """The ids of all sessions; one that is handed from node to node may be missed."""
+        """The ids of all sessions; may miss one that is migrating between nodes."""
         start, end = self._keys.session("\0").split("\0")
-        pattern = f"{_literally(start)}*{_literally(end)}"
+        pattern = f"{_escaped(start)}*{_escaped(end)}"
         found: dict[str, None] = {}
         for part in self._link.parts():
             cursor: bytes | int = 0
@@ -246,8 +248,8 @@ class RedisStorage(Storage):
     def _unusable(self, error: RedisError | UnreadableError) -> Unusable:
         if isinstance(error, UnreadableError) or _WRONG_TYPE in str(error):
             return Unreadable(str(error))
-        # An error that is not about the key is about all keys: a command that this Redis does not
-        # have, or forbids.
+        # An error without a reason of its own that does not concern the key: Redis lacks or forbids
+        # the command.
         reason = loss_reason(error) or "unsupported"
         self._on_loss(reason, error)
         return Lost(reason)
@@ -258,7 +260,7 @@ class RedisStorage(Storage):
 
 
 def _page(reply: list[Reply | RedisError]) -> tuple[bytes, list[bytes]]:
-    """The next cursor, and keys, in the answer of SCAN."""
+    """The next cursor and the keys in a reply to SCAN."""
     cursor, keys = reply
     assert isinstance(cursor, bytes)
     assert isinstance(keys, list)
@@ -266,9 +268,9 @@ def _page(reply: list[Reply | RedisError]) -> tuple[bytes, list[bytes]]:
 
 
 def _read(session_id: str, reply: Reply) -> Session | None:
-    """The session in the answer of HGETALL."""
+    """The session in a reply to HGETALL; None for an empty one."""
     if not isinstance(reply, list):
-        raise UnreadableError(f"an answer that is no hash: {reply!r:.100}")
+        raise UnreadableError(f"a reply that is no hash: {reply!r:.100}")
     if not reply:
         return None
     fields: dict[str, bytes] = {}
@@ -289,7 +291,7 @@ def _readable(session_id: str, reply: Reply | RedisError) -> Session | None:
 
 
 def _read_tip(reply: Reply | RedisError) -> Tip | Unreadable | None:
-    """The tip in the answer of HMGET."""
+    """The tip in a reply to HMGET."""
     if not isinstance(reply, list):
         return Unreadable(str(reply))
     if reply == [None, None, None]:
@@ -301,6 +303,6 @@ def _read_tip(reply: Reply | RedisError) -> Tip | Unreadable | None:
         return Unreadable(str(error))
 
 
-def _literally(text: str) -> str:
-    """A pattern of SCAN that matches ``text`` only."""
+def _escaped(text: str) -> str:
+    """A glob pattern that matches ``text`` only."""
     return "".join(f"\\{sign}" if sign in "*?[]\\^" else sign for sign in text)

@@ -1,4 +1,4 @@
-"""How this server reaches its Redis: from settings to connections."""
+"""From settings to the links and subscribers of one Redis."""
 
 import re
 from collections.abc import Callable
@@ -10,37 +10,35 @@ from bandsync.redis_link.cluster.link import ClusterLink
 from bandsync.redis_link.cluster.nodes import NodeLink, Seeds
 from bandsync.redis_link.cluster.slots import Endpoint
 from bandsync.redis_link.cluster.subscriber import ClusterSubscriber
-from bandsync.redis_link.interfaces import Executor, Listener
+from bandsync.redis_link.interfaces import ChannelSubscriber, Executor
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from bandsync.redis_link.subscriber import Subscriber
+from bandsync.redis_link.timeouts import Timeouts
 from bandsync.settings import Settings, sentinel_hosts
 from bandsync.storage.redis import Keys
 
 
 class RedisConnector:
-    """Makes the connections to one Redis. As a text it is the address, without secrets.
+    """Makes the links and subscribers of one Redis. As a text it is the address, without secrets.
 
     Args:
-        server_id: shown by CLIENT LIST, and part of the names of our probes' channels.
+        server_id: shown by CLIENT LIST, and part of the names of the probe channels.
 
     Attributes:
-        keys: the names of everything there.
+        keys: the names of keys and channels.
 
     Raises:
-        ValueError: ``REDIS_URL`` is none, or not for what it is to be used; the text does not
-            quote it.
+        ValueError: ``REDIS_URL`` is no URL of Redis, or does not fit the other settings. The text
+            does not quote it.
     """
 
     def __init__(self, settings: Settings, server_id: str) -> None:
         self.keys = Keys(settings.redis_key_prefix)
-        self._settings = settings
         self._server_id = server_id
         self._address = _address(settings)
-        self._connect_timeout_s = settings.redis_connect_timeout / 1000
-        self._command_timeout_s = settings.redis_command_timeout / 1000
-        self._silence_s = settings.redis_health_timeout_ms / 1000
+        self._timeouts = read_timeouts(settings)
         self._seeds = Seeds(self._address) if settings.redis_cluster else None
         self._sentinels = _sentinels(settings, self._address)
         self._master: RedisAddress | None = None
@@ -52,96 +50,96 @@ class RedisConnector:
         return f"{self._address}" if self._seeds is None else f"{self._address}, a Cluster"
 
     def link(self) -> Executor:
-        """A link for one attempt."""
+        """An unconnected link, for one attempt."""
         name = self._client_name("link")
         if self._seeds is not None:
             return ClusterLink(
                 self._seeds,
                 make_link=self._node_link,
-                proof=partial(self.keys.proof, self._server_id),
-                connect_timeout_s=self._connect_timeout_s,
-                silence_s=self._silence_s,
+                probe_key=partial(self.keys.node_probe, self._server_id),
+                timeouts=self._timeouts,
             )
         if self._sentinels is not None:
             return MasterLink(
                 self._sentinels,
                 self._address,
-                found=self._found,
+                on_found=self._on_found,
                 name=name,
-                connect_timeout_s=self._connect_timeout_s,
-                command_timeout_s=self._command_timeout_s,
-                silence_s=self._silence_s,
+                timeouts=self._timeouts,
             )
-        return Link(
-            self._address,
-            name=name,
-            connect_timeout_s=self._connect_timeout_s,
-            command_timeout_s=self._command_timeout_s,
-            silence_s=self._silence_s,
-        )
+        return Link(self._address, name=name, timeouts=self._timeouts)
 
-    def subscriber(self, link: Executor, heard: Callable[[bytes, bytes], None]) -> Listener:
-        """A subscriber for one attempt, that sends its probes over ``link``.
+    def subscriber(
+        self, link: Executor, on_message: Callable[[bytes, bytes], None]
+    ) -> ChannelSubscriber:
+        """An unconnected subscriber, for one attempt. It publishes its probes over ``link``.
 
-        It listens where ``link`` leads: whatever the Sentinels say by now, what this server
-        commits and what it hears must be of one Redis.
+        It connects to the server of ``link``, even if the Sentinels name another one by now:
+        commits and messages must belong to the same Redis.
 
         Args:
-            heard: called with each channel and message.
+            on_message: called with channel and payload of each message.
         """
         if isinstance(link, ClusterLink) and link.publish_verb == "SPUBLISH":
-            return ClusterSubscriber(link, partial(self._node_subscriber, link, heard), heard)
-        # Up to Redis 6 a Cluster sends every message to every node: one of them is enough.
-        return self._subscriber(link, link.address, self.keys.probe(self._server_id), heard)
+            return ClusterSubscriber(
+                link, partial(self._node_subscriber, link, on_message), on_message
+            )
+        # Up to Redis 6 a Cluster broadcasts messages to all nodes: one subscriber is enough.
+        return self._subscriber(link, link.address, self.keys.probe(self._server_id), on_message)
 
     def _node_link(self, address: RedisAddress, connect_timeout_s: float) -> NodeLink:
         return NodeLink(
             address,
             name=self._client_name("link"),
-            connect_timeout_s=connect_timeout_s,
-            command_timeout_s=self._command_timeout_s,
-            silence_s=self._silence_s,
-            beat_s=self._settings.redis_health_interval_ms / 1000,
+            timeouts=replace(self._timeouts, connect_s=connect_timeout_s),
         )
 
     def _node_subscriber(
         self,
         link: ClusterLink,
-        heard: Callable[[bytes, bytes], None],
+        on_message: Callable[[bytes, bytes], None],
         master: Endpoint,
-        number: int,
-        gone: Callable[[bytes], None],
+        hash_tag: int,
+        on_removed: Callable[[bytes], None],
     ) -> Subscriber:
         assert self._seeds is not None
-        channel = self.keys.proof(self._server_id, number)
-        return self._subscriber(link, self._seeds.at(master), channel, heard, gone)
+        channel = self.keys.node_probe(self._server_id, hash_tag)
+        return self._subscriber(link, self._seeds.at(master), channel, on_message, on_removed)
 
     def _subscriber(
         self,
         link: Executor,
         address: RedisAddress,
         probe_channel: str,
-        heard: Callable[[bytes, bytes], None],
-        gone: Callable[[bytes], None] | None = None,
+        on_message: Callable[[bytes, bytes], None],
+        on_removed: Callable[[bytes], None] | None = None,
     ) -> Subscriber:
         return Subscriber(
             address,
             name=self._client_name("relay"),
-            connect_timeout_s=self._connect_timeout_s,
-            command_timeout_s=self._command_timeout_s,
-            silence_s=self._silence_s,
-            on_message=heard,
+            timeouts=self._timeouts,
+            on_message=on_message,
             probe_channel=probe_channel.encode(),
             probe=partial(link.execute, link.publish_verb, probe_channel),
-            gone=gone,
+            on_removed=on_removed,
         )
 
-    def _found(self, master: RedisAddress) -> None:
+    def _on_found(self, master: RedisAddress) -> None:
         self._master = master
 
     def _client_name(self, role: str) -> str:
-        # Redis takes printable ASCII without spaces.
+        # Redis accepts printable ASCII without spaces.
         return re.sub(r"[^!-~]", "-", f"bandsync-{role}-{self._server_id}")
+
+
+def read_timeouts(settings: Settings) -> Timeouts:
+    """The deadlines in the settings."""
+    return Timeouts(
+        connect_s=settings.redis_connect_timeout / 1000,
+        command_s=settings.redis_command_timeout / 1000,
+        silence_s=settings.redis_health_timeout_ms / 1000,
+        health_interval_s=settings.redis_health_interval_ms / 1000,
+    )
 
 
 def _address(settings: Settings) -> RedisAddress:
@@ -166,16 +164,16 @@ def _address(settings: Settings) -> RedisAddress:
     )
 
 
-def _sentinels(settings: Settings, like: RedisAddress) -> Sentinels | None:
+def _sentinels(settings: Settings, template: RedisAddress) -> Sentinels | None:
     if settings.redis_sentinels is None or settings.redis_sentinel_master is None:
         return None
     hosts = sentinel_hosts(settings.redis_sentinels)
-    # Within the time for a connection one of them must be reached, and then the master.
+    # All Sentinels and then the master must be tried within the time to connect.
     share_s = settings.redis_connect_timeout / 1000 / (2 * len(hosts) + 1)
     return Sentinels(
         hosts,
         settings.redis_sentinel_master,
-        like,
+        template,
         password=settings.redis_sentinel_password,
         timeout_s=min(settings.redis_health_timeout_ms / 1000, share_s),
     )

@@ -19,6 +19,7 @@ from bandsync.model.session import Session
 from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import parse_address
+from bandsync.redis_link.timeouts import Timeouts
 from bandsync.rules.actions import Actor, Bind, Decision
 from bandsync.rules.decide import decide
 from bandsync.rules.server_context import ServerContext
@@ -152,9 +153,7 @@ async def _linked(url: str, callers: int) -> AsyncIterator[Link]:
     link = Link(
         parse_address(url),
         name="bench",
-        connect_timeout_s=_PATIENCE_S,
-        command_timeout_s=_PATIENCE_S,
-        silence_s=_PATIENCE_S,
+        timeouts=Timeouts(_PATIENCE_S, _PATIENCE_S, _PATIENCE_S, _PATIENCE_S),
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(link.run)

@@ -44,6 +44,10 @@ class ClosedLoop:
         frames: the commands, sent in turn.
         answered: maps a received frame ``data[start:end]`` to the index of the answered command;
             None for none, -1 for the oldest one.
+
+    Attributes:
+        outstanding: number of commands without a reply.
+        answers: number of replies so far.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class JsonYou(TypedDict):
 
 
 class JsonMessage(TypedDict, total=False):
-    """A message of the server, with the fields that any type of message may have."""
+    """A message of the server, with the fields of all types; PROTOCOL.md describes them."""
 
     type: str
     requestId: str

@@ -57,6 +57,9 @@ class SentinelProcess:
         down_after_ms: silence after which the master is subjectively down.
         password: of the Sentinels; None without one.
         user: the Redis user for its connections to the servers; None for the default user.
+
+    Attributes:
+        port: of this Sentinel.
     """
 
     def __init__(

@@ -211,7 +211,7 @@ async def test_replica_of_our_client_must_keep_up(
     player = Player(nursery, server.port, "song", "ann", foreign=False)
     await player.join()
     if frozen:
-        monkeypatch.setattr(Membership, "hear", lambda self, message: False)
+        monkeypatch.setattr(Membership, "apply", lambda self, message: False)
     async with musician(server) as bob:
         await bob.join()
         await player.until(

@@ -1,4 +1,4 @@
-"""Clients that are broken, slow or hostile, and what they cost the others: nothing."""
+"""Clients that are broken, slow or hostile: they must not affect other clients."""
 
 import os
 import random
@@ -46,8 +46,8 @@ JUNK = [
 ]
 
 
-async def throw(server: Server, junk: bytes, how: int) -> None:
-    """Send junk, then reset, close, or close half and read what comes."""
+async def send_junk(server: Server, junk: bytes, how: int) -> None:
+    """Send junk, then reset the connection (0), half-close it and read (1), or close it (2)."""
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     try:
         await stream.send_all(junk)
@@ -64,7 +64,7 @@ async def throw(server: Server, junk: bytes, how: int) -> None:
         await stream.aclose()
 
 
-async def test_a_thousand_junk_handshakes(server: Server) -> None:
+async def test_thousand_junk_handshakes_leak_nothing_and_end_no_connection(server: Server) -> None:
     draw = random.Random(2)
     async with band(server, "Ann", "Bob") as (ann, bob):
         tasks = trio.lowlevel.current_statistics().tasks_living
@@ -73,12 +73,12 @@ async def test_a_thousand_junk_handshakes(server: Server) -> None:
 
         async def one(junk: bytes, how: int) -> None:
             async with limit:
-                await throw(server, junk, how)
+                await send_junk(server, junk, how)
 
         async with trio.open_nursery() as nursery:
             for number in range(1000):
                 nursery.start_soon(one, JUNK[number % len(JUNK)], draw.randrange(3))
-        # Whatever is still being closed is closed by deadlines of seconds.
+        # Connections that are still closing end after their deadlines of seconds.
         with trio.fail_after(PATIENCE_S):
             while trio.lowlevel.current_statistics().tasks_living > tasks:
                 await ann.ok("heartbeat")
@@ -90,7 +90,7 @@ async def test_a_thousand_junk_handshakes(server: Server) -> None:
     assert server.events("connection.failed") == []
 
 
-async def test_a_bad_message_is_told_and_the_tenth_closes(server: Server) -> None:
+async def test_bad_message_is_refused_and_the_tenth_closes(server: Server) -> None:
     async with musician(server) as player:
         await player.join()
         for number in range(1, 11):
@@ -99,7 +99,7 @@ async def test_a_bad_message_is_told_and_the_tenth_closes(server: Server) -> Non
             assert (number < 10) or await player.closed() == 1008
 
 
-async def test_a_message_too_big_closes_with_1009(server: Server) -> None:
+async def test_oversized_message_closes_with_1009(server: Server) -> None:
     for size in (16_385, 1_000_000):
         async with musician(server) as player:
             await player.socket.send("x" * size)
@@ -109,13 +109,13 @@ async def test_a_message_too_big_closes_with_1009(server: Server) -> None:
         await player.next("heartbeat")
 
 
-async def test_text_that_is_not_utf_8_closes_with_1007(server: Server) -> None:
+async def test_invalid_utf_8_closes_with_1007(server: Server) -> None:
     async with musician(server) as player:
         await player.socket.send(b"\xff", text=True)
         assert await player.closed() == 1007
 
 
-async def test_rate_limits_drop_and_tell(nursery: trio.Nursery) -> None:
+async def test_message_over_the_rate_limit_is_refused_and_dropped(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, rate_limit_factor=1.0)
     async with musician(server) as player:
         await player.join()
@@ -126,7 +126,7 @@ async def test_rate_limits_drop_and_tell(nursery: trio.Nursery) -> None:
         assert set(codes) == {"rate_limited"}
         assert 20 <= len(codes) <= 30
         assert len(player.all("chat_message")) == 40 - len(codes)
-        # Each type has its own bucket, and a refused message counts like any other.
+        # Each type has its own bucket, and an invalid message counts like a valid one.
         await player.ok("heartbeat")
         for _ in range(30):
             await player.send("set_tempo", tempo=0)
@@ -136,7 +136,7 @@ async def test_rate_limits_drop_and_tell(nursery: trio.Nursery) -> None:
     await server.stop()
 
 
-async def test_a_full_server_says_so(nursery: trio.Nursery) -> None:
+async def test_full_server_closes_with_1013(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, max_connections=1)
     async with musician(server) as player:
         stream = await trio.open_tcp_stream("127.0.0.1", server.port)
@@ -152,7 +152,7 @@ async def test_a_full_server_says_so(nursery: trio.Nursery) -> None:
 
 
 async def join_and_stop_reading(server: Server, session: str) -> tuple[trio.SocketStream, bytes]:
-    """A member that never reads again; what it had read after the handshake."""
+    """A member that stops reading, and the bytes that it had read after the handshake."""
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     join = f'{{"type":"join_session","sessionId":"{session}","displayName":"Deaf"}}'.encode()
     await stream.send_all(UPGRADE + b"\r\n" + Frame(Opcode.TEXT, join).serialize(mask=True))
@@ -163,7 +163,7 @@ async def join_and_stop_reading(server: Server, session: str) -> tuple[trio.Sock
 
 
 def server_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Opcode and payload of every frame; the stream must end with a whole one or in the middle."""
+    """Opcode and payload of every frame; the last one may be incomplete."""
     while len(data) >= 4:
         start = 4 if data[1] == 126 else 10 if data[1] == 127 else 2
         size = data[1] if start == 2 else int.from_bytes(data[2:start], "big")
@@ -181,7 +181,7 @@ async def flood(leader: Musician, until: trio.Event) -> None:
 
 
 @pytest.mark.parametrize("outbox_limit", [65_536, 262_144])
-async def test_who_stops_reading_is_closed_and_nobody_waits(
+async def test_slow_consumer_is_closed_and_delays_nobody(
     nursery: trio.Nursery, outbox_limit: int
 ) -> None:
     server = await start_server(nursery, outbox_limit_bytes=outbox_limit, resume_grace_ms=500)
@@ -195,7 +195,7 @@ async def test_who_stops_reading_is_closed_and_nobody_waits(
         done.set()
         assert left["memberId"] == gone["memberId"]
         assert left["reason"] == "slow_consumer"
-        # What was begun is whole, and the close frame is the last thing.
+        # Every frame that was started is whole, and the close frame is the last one.
         answer = left_over
         with trio.fail_after(PATIENCE_S):
             try:
@@ -212,12 +212,12 @@ async def test_who_stops_reading_is_closed_and_nobody_waits(
         assert all(player.close_code is None for player in (ann, bob))
         frames = list(server_frames(answer))
         assert len(frames) > 10
-        if frames[-1][0] == Opcode.CLOSE:  # Unless the deadline for saying goodbye came first.
+        if frames[-1][0] == Opcode.CLOSE:  # Unless the close timeout came first.
             assert frames[-1][1][:2] == struct.pack("!H", 1013)
     await server.stop()
 
 
-async def test_who_reads_is_never_too_slow_for_the_largest_snapshot(
+async def test_client_that_reads_receives_the_largest_snapshots(
     nursery: trio.Nursery, certificate: tuple[trustme.CA, str, str]
 ) -> None:
     authority, cert, key = certificate
@@ -240,7 +240,7 @@ async def test_who_reads_is_never_too_slow_for_the_largest_snapshot(
         await server.stop()
 
 
-async def test_a_flood_of_pings_costs_the_others_nothing_and_is_answered(server: Server) -> None:
+async def test_flood_of_pings_is_answered_and_delays_nobody(server: Server) -> None:
     async with band(server, "Ann", "Bob") as (ann, bob):
         stream = await trio.open_tcp_stream("127.0.0.1", server.port)
         await stream.send_all(UPGRADE + b"\r\n")
@@ -259,14 +259,14 @@ async def test_a_flood_of_pings_costs_the_others_nothing_and_is_answered(server:
             for opcode, payload in server_frames(answer.partition(b"\r\n\r\n")[2])
             if opcode == Opcode.PONG
         ]
-        # In order; when they pile up, some are dropped.
+        # In order; some are dropped when the send queue is long.
         assert pongs == sorted(pongs)
         assert len(pongs) > 100
         await stream.aclose()
     assert server.events("connection.failed") == []
 
 
-async def test_many_at_once_cannot_be_more_than_the_server_takes(nursery: trio.Nursery) -> None:
+async def test_concurrent_handshakes_cannot_exceed_max_connections(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, max_connections=5)
     streams = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(40)]
     for stream in streams:
@@ -285,7 +285,7 @@ async def test_many_at_once_cannot_be_more_than_the_server_takes(nursery: trio.N
     await server.stop()
 
 
-async def test_what_comes_after_a_close_is_not_done(server: Server) -> None:
+async def test_message_after_a_close_frame_is_ignored(server: Server) -> None:
     async with band(server, "Ann") as (ann,):
         stream, _ = await join_and_stop_reading(server, "song")
         close = Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)
@@ -296,7 +296,9 @@ async def test_what_comes_after_a_close_is_not_done(server: Server) -> None:
         await stream.aclose()
 
 
-async def test_tls(nursery: trio.Nursery, certificate: tuple[trustme.CA, str, str]) -> None:
+async def test_tls_serves_clients_and_survives_junk(
+    nursery: trio.Nursery, certificate: tuple[trustme.CA, str, str]
+) -> None:
     authority, cert, key = certificate
     server = await start_server(nursery, tls_cert=cert, tls_key=key)
     context = ssl.create_default_context()
@@ -311,13 +313,13 @@ async def test_tls(nursery: trio.Nursery, certificate: tuple[trustme.CA, str, st
             await ann.ok("update_message", message=str(number) * 250)
         await bob.next("message_updated", message="49" * 250)
         for junk in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\x16\x03\x01", b"\xff" * 5000):
-            await throw(server, junk, 1)
+            await send_junk(server, junk, 1)
         await ann.ok("heartbeat")
     await server.stop()
     assert server.events("connection.failed") == []
 
 
-async def test_a_bug_in_one_connection_ends_that_connection_only(
+async def test_bug_in_one_connection_ends_only_that_connection(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*_: object) -> None:
@@ -326,14 +328,14 @@ async def test_a_bug_in_one_connection_ends_that_connection_only(
     async with band(server, "Ann", "Bob") as (ann, bob):
         with monkeypatch.context() as patch:
             patch.setattr("bandsync.net.connection.Connection.run", broken)
-            await throw(server, UPGRADE + b"\r\n", 1)
+            await send_junk(server, UPGRADE + b"\r\n", 1)
         (logged,) = server.events("connection.failed")
         assert "a bug" in logged["exception"]
         await ann.ok("play")
         await bob.next("play")
 
 
-async def test_a_bug_is_told_with_an_id_and_ends_nothing(
+async def test_bug_in_a_command_is_reported_with_an_id_and_ends_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP side of the one port, spoken by hand and by a foreign client."""
+"""HTTP on the port of the WebSockets, with raw bytes and with a foreign client."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ async def get(server: Server, path: str, method: str = "GET", **headers: str) ->
 
 
 async def raw(server: Server, data: bytes) -> bytes:
-    """Send bytes, and read until the server closes."""
+    """Send bytes, and return what the server sends until it closes."""
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     async with stream:
         with trio.fail_after(PATIENCE_S):
@@ -31,7 +31,7 @@ async def raw(server: Server, data: bytes) -> bytes:
             return b"".join([part async for part in stream])
 
 
-async def test_health_is_the_seeds_document_and_more(server: Server) -> None:
+async def test_health_has_the_fields_of_the_seed_and_more(server: Server) -> None:
     async with band(server, "Ann", "Bob"):
         response = await get(server, "/api/health")
     assert response.status_code == 200
@@ -57,13 +57,15 @@ async def test_health_is_the_seeds_document_and_more(server: Server) -> None:
     }
 
 
-async def test_storage_status(server: Server) -> None:
+async def test_storage_status_names_the_mode(server: Server) -> None:
     status = (await get(server, "/api/storage/status")).json()
     assert (status["mode"], status["degraded"]) == ("memory (disabled)", False)
     assert status["lastFailover"] is None
 
 
-async def test_sessions_need_the_token(nursery: trio.Nursery, server: Server) -> None:
+async def test_sessions_and_metrics_require_the_admin_token(
+    nursery: trio.Nursery, server: Server
+) -> None:
     assert (await get(server, "/api/sessions")).status_code == 403
     assert (await get(server, "/metrics")).status_code == 200
     guarded = await start_server(nursery, admin_token="häsh")
@@ -87,7 +89,7 @@ async def test_sessions_need_the_token(nursery: trio.Nursery, server: Server) ->
     await guarded.stop()
 
 
-async def test_tasks_are_those_of_the_connections(server: Server) -> None:
+async def test_task_count_follows_the_connections(server: Server) -> None:
     async def tasks() -> float:
         text = (await get(server, "/metrics")).text
         (family,) = [
@@ -97,14 +99,15 @@ async def test_tasks_are_those_of_the_connections(server: Server) -> None:
 
     alone = await tasks()
     async with band(server, "Ann", "Bob"):
-        # Of each its own, and that of the handshakes; the clients of this test are counted, too.
+        # Each connection has its own task and the reader of trio-websocket. The clients of this
+        # test are counted, too.
         assert await tasks() >= alone + 4
     with trio.fail_after(PATIENCE_S):
         while await tasks() > alone:
             await wait_all_tasks_blocked(0.01)
 
 
-async def test_metrics_have_names_and_help(server: Server) -> None:
+async def test_metrics_have_names_help_and_values(server: Server) -> None:
     async with band(server, "Ann", "Bob") as (ann, bob):
         await ann.ok("play")
         await bob.ask("play")
@@ -141,7 +144,9 @@ async def test_metrics_have_names_and_help(server: Server) -> None:
         ("DELETE", "/"),
     ],
 )
-async def test_anything_else_is_404_in_json(server: Server, method: str, path: str) -> None:
+async def test_unknown_path_or_method_is_404_in_json(
+    server: Server, method: str, path: str
+) -> None:
     answer = await raw(
         server, f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
     )
@@ -149,13 +154,13 @@ async def test_anything_else_is_404_in_json(server: Server, method: str, path: s
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"] == "not_found"
 
 
-async def test_head_has_no_body_and_the_query_does_not_count(server: Server) -> None:
+async def test_head_request_has_no_body_and_ignores_the_query(server: Server) -> None:
     response = await get(server, "/api/health?verbose=1", "HEAD")
     assert (response.status_code, response.content) == (200, b"")
     assert int(response.headers["content-length"]) > 100
 
 
-async def test_several_requests_on_one_connection(server: Server) -> None:
+async def test_connection_serves_several_requests(server: Server) -> None:
     one = b"GET /api/health HTTP/1.1\r\nHost: x\r\n\r\n"
     last = b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     answer = await raw(server, one + one + last)
@@ -163,12 +168,12 @@ async def test_several_requests_on_one_connection(server: Server) -> None:
     assert answer.count(b"HTTP/1.1 404") == 1
 
 
-async def test_a_body_that_nobody_reads(server: Server) -> None:
+async def test_request_body_is_discarded(server: Server) -> None:
     head = b"POST /api/health HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n\r\n"
     assert (await raw(server, head + b"x" * 500_000)).startswith(b"HTTP/1.1 404")
 
 
-async def test_a_malformed_head_is_400(server: Server) -> None:
+async def test_malformed_head_is_400(server: Server) -> None:
     for head in (
         b"GET\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00",
@@ -180,9 +185,9 @@ async def test_a_malformed_head_is_400(server: Server) -> None:
         assert (await raw(server, head)).startswith(b"HTTP/1.1 400"), head
 
 
-async def test_a_head_over_the_limit_is_431(server: Server) -> None:
-    least = len(b"GET / HTTP/1.1\r\nHost: x\r\nX-Padding: \r\n\r\n")
-    for size in (16_385 - least, 17_000, 1_000_000):
+async def test_head_over_the_limit_is_431(server: Server) -> None:
+    shortest = len(b"GET / HTTP/1.1\r\nHost: x\r\nX-Padding: \r\n\r\n")
+    for size in (16_385 - shortest, 17_000, 1_000_000):
         padding = b"X-Padding: " + b"x" * size
         head = b"GET / HTTP/1.1\r\nHost: x\r\n" + padding + b"\r\n\r\n"
         assert (await raw(server, head)).startswith(b"HTTP/1.1 431"), size
@@ -191,7 +196,7 @@ async def test_a_head_over_the_limit_is_431(server: Server) -> None:
     assert (await raw(server, head)).startswith(b"HTTP/1.1 200")
 
 
-async def test_the_page_is_served_with_a_strict_policy(server: Server) -> None:
+async def test_page_has_a_strict_content_security_policy(server: Server) -> None:
     page = await get(server, "/")
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -209,7 +214,7 @@ async def status_of_upgrade(server: Server, path: str = "/ws", **options: Any) -
         return refused.response.status_code
 
 
-async def test_an_upgrade_may_name_its_connection_header_twice(server: Server) -> None:
+async def test_upgrade_with_two_connection_headers_is_accepted(server: Server) -> None:
     answer = await raw(
         server,
         b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -220,12 +225,12 @@ async def test_an_upgrade_may_name_its_connection_header_twice(server: Server) -
     assert answer.startswith(b"HTTP/1.1 101")
 
 
-async def test_upgrades_elsewhere_are_404(server: Server) -> None:
+async def test_upgrade_of_another_path_is_404(server: Server) -> None:
     assert await status_of_upgrade(server, "/wsx") == 404
     assert await status_of_upgrade(server, "/") == 404
 
 
-async def test_origins(nursery: trio.Nursery, server: Server) -> None:
+async def test_upgrade_of_a_foreign_origin_is_403(nursery: trio.Nursery, server: Server) -> None:
     own = f"http://127.0.0.1:{server.port}"
     assert await status_of_upgrade(server, origin=own) == 101
     assert await status_of_upgrade(server, origin="https://evil.example") == 403
@@ -236,7 +241,7 @@ async def test_origins(nursery: trio.Nursery, server: Server) -> None:
     await listed.stop()
 
 
-def test_origin_rule() -> None:
+def test_origin_is_compared_with_the_host_and_the_list() -> None:
     def request(**headers: str) -> HttpRequest:
         return HttpRequest("GET", "/ws", headers)
 
@@ -246,9 +251,9 @@ def test_origin_rule() -> None:
     assert origin_allowed(request(origin="null", host="x.example"), {"*"})
 
 
-async def test_while_draining_http_is_answered_and_upgrades_are_not(nursery: trio.Nursery) -> None:
+async def test_draining_server_answers_http_and_refuses_upgrades(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, drain_timeout_ms=60_000)
-    # A client that never answers the close keeps the drain waiting for a moment.
+    # A client that never answers the close frame prolongs the drain.
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     await stream.send_all(
         b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -266,15 +271,15 @@ async def test_while_draining_http_is_answered_and_upgrades_are_not(nursery: tri
     assert server.events("server.stopped")
 
 
-async def test_the_two_lines(server: Server) -> None:
+async def test_server_announces_address_and_storage(server: Server) -> None:
     assert server.lines == [
         f"BandSync listening on http://127.0.0.1:{server.port}",
         "Storage: memory (REDIS_ENABLED=false)",
     ]
 
 
-async def test_websocket_in_the_first_packet(server: Server) -> None:
-    """Frames that come with the head, before the handshake is answered, count."""
+async def test_frames_that_arrive_with_the_head_are_served(server: Server) -> None:
+    """The client sends them before it has the answer to its handshake."""
     join = json.dumps({"type": "join_session", "sessionId": "song"}).encode()
     head = (
         b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
@@ -294,7 +299,7 @@ async def test_websocket_in_the_first_packet(server: Server) -> None:
     ("sent", "counted"),
     [(b"", 1), (b"GET / HTTP/1.1\r\nHos", 1), (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 0)],
 )
-async def test_a_head_that_is_not_complete_in_ten_seconds_is_dropped(
+async def test_incomplete_head_is_dropped_after_ten_seconds(
     nursery: trio.Nursery, mock_clock: MockClock, sent: bytes, counted: int
 ) -> None:
     server = await start_server(nursery)

@@ -21,7 +21,7 @@ from bandsync.net import connection as connection_module
 from bandsync.net.connection import Connection
 from bandsync.rooms.mirror import Mirror
 from bandsync.rooms.room import Room
-from tests.net.test_abuse import UPGRADE, throw
+from tests.net.test_abuse import UPGRADE, send_junk
 from tests.support.servers import PATIENCE_S, Server, band, musician, start_server
 
 CLOSE = Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True)
@@ -197,7 +197,7 @@ async def test_connection_that_ends_during_its_handshake_leaves_no_garbage(
     with without_collector():
         before = count_objects(of_connections)
         for _ in range(3):
-            await throw(server, UPGRADE + b"\r\n" + last, how)
+            await send_junk(server, UPGRADE + b"\r\n" + last, how)
         await until_freed(of_connections, before)
 
 

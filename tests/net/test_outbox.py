@@ -1,4 +1,4 @@
-"""The outbox: never blocks, stays within its bounds, keeps frames whole and in order."""
+"""The send queue: a push never blocks, limits hold, frames stay whole and in order."""
 
 from collections.abc import Callable
 
@@ -12,20 +12,21 @@ FRAME = b"f" * 1000
 
 
 class Pipe(trio.abc.SendStream):
-    """A peer that takes as many bytes as it is told to.
+    """The stream of a peer that accepts a limited number of bytes.
 
     Attributes:
-        taken: what it took.
-        room: how many bytes it takes more.
+        sent: the bytes that it has accepted.
+        room: how many more bytes it accepts.
+        gone: whether sends fail.
     """
 
     def __init__(self, room: int) -> None:
-        self.taken = b""
+        self.sent = b""
         self.room = room
         self.gone = False
         self._changed = trio.Event()
 
-    def open_up(self, room: int) -> None:
+    def add_room(self, room: int) -> None:
         self.room += room
         self._changed.set()
         self._changed = trio.Event()
@@ -36,7 +37,7 @@ class Pipe(trio.abc.SendStream):
         if not self.room:
             raise BlockingIOError
         sent = min(self.room, len(data))
-        self.taken += data[:sent]
+        self.sent += data[:sent]
         self.room -= sent
         return sent
 
@@ -55,11 +56,11 @@ class Pipe(trio.abc.SendStream):
 
     async def aclose(self) -> None:
         self.gone = True
-        self.open_up(0)
+        self.add_room(0)
 
 
 class Box:
-    """An outbox into a `Pipe`, and what it reported."""
+    """The owner of an outbox that sends into a `Pipe`."""
 
     def __init__(
         self, nursery: trio.Nursery, room: int, *, limit: int = 100_000, direct: bool = True
@@ -87,15 +88,15 @@ def numbered(count: int) -> list[bytes]:
     return [f"<{number:>8}>".encode() * 100 for number in range(count)]
 
 
-async def test_a_peer_that_keeps_up_costs_no_task(nursery: trio.Nursery) -> None:
+async def test_peer_that_keeps_up_needs_no_writer_task(nursery: trio.Nursery) -> None:
     box = Box(nursery, 10**9)
     for frame in numbered(50):
         box.outbox.push(frame)
-    assert box.pipe.taken == b"".join(numbered(50))
+    assert box.pipe.sent == b"".join(numbered(50))
     assert len(nursery.child_tasks) == 0
 
 
-async def test_the_backlog_comes_out_whole_and_in_order(
+async def test_backlog_is_sent_whole_and_in_order(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     for direct in (True, False):
@@ -104,17 +105,17 @@ async def test_the_backlog_comes_out_whole_and_in_order(
         for frame in frames:
             box.outbox.push(frame)
         for _ in range(100):
-            box.pipe.open_up(777)
+            box.pipe.add_room(777)
             await trio.sleep(0.01)
         await box.outbox.flush()
-        assert box.pipe.taken == b"".join(frames)
+        assert box.pipe.sent == b"".join(frames)
         assert box.reports == []
         box.outbox.push(b"more")
         await box.outbox.flush()
-        assert box.pipe.taken.endswith(b"more")
+        assert box.pipe.sent.endswith(b"more")
 
 
-async def test_volatile_frames_go_first(nursery: trio.Nursery) -> None:
+async def test_volatile_frame_is_dropped_above_its_mark(nursery: trio.Nursery) -> None:
     box = Box(nursery, 0, limit=200_000)
     for _ in range(70):
         box.outbox.push(FRAME)
@@ -123,7 +124,7 @@ async def test_volatile_frames_go_first(nursery: trio.Nursery) -> None:
     assert box.reports == []
 
 
-async def test_what_is_volatile_makes_room_for_what_is_not(
+async def test_waiting_volatile_frames_are_dropped_for_others_at_the_limit(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     box = Box(nursery, 0, limit=66_000)
@@ -131,29 +132,29 @@ async def test_what_is_volatile_makes_room_for_what_is_not(
         box.outbox.push_volatile(b"v" * 1000)
     for _ in range(60):
         box.outbox.push(FRAME)
-    # The first is with the writer already; a frame that was begun is written to its end.
+    # The writer task has the first one already; a frame that was started is written to its end.
     assert box.counters.dropped == 59
     assert box.reports == []
-    box.pipe.open_up(10**6)
+    box.pipe.add_room(10**6)
     await box.outbox.flush()
-    assert box.pipe.taken == b"v" * 1000 + FRAME * 60
+    assert box.pipe.sent == b"v" * 1000 + FRAME * 60
 
 
-async def test_over_the_limit_the_peer_is_let_go_once(
+async def test_queue_over_the_limit_reports_a_slow_consumer_once(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     box = Box(nursery, 500, limit=100_000)
     for _ in range(150):
         box.outbox.push(FRAME)
     assert box.reports == ["slow"]
-    # The close frame follows the frame that was begun, and nothing else.
+    # Only the close frame follows the frame that was started.
     box.outbox.push_last(b"close")
-    box.pipe.open_up(10**6)
+    box.pipe.add_room(10**6)
     await box.outbox.flush()
-    assert box.pipe.taken == FRAME + b"close"
+    assert box.pipe.sent == FRAME + b"close"
 
 
-async def test_a_write_without_progress_has_a_deadline(
+async def test_write_without_progress_times_out(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     box = Box(nursery, 500)
@@ -162,13 +163,13 @@ async def test_a_write_without_progress_has_a_deadline(
     await box.outbox.flush()
     assert trio.current_time() - start == 10
     assert box.reports == ["slow"]
-    # Half a frame is out: nothing may follow it.
-    box.pipe.open_up(10**6)
+    # Half a frame was sent, so nothing may follow it.
+    box.pipe.add_room(10**6)
     box.outbox.push_last(b"close")
-    assert box.pipe.taken == FRAME[:500]
+    assert box.pipe.sent == FRAME[:500]
 
 
-async def test_a_peer_that_is_gone(nursery: trio.Nursery) -> None:
+async def test_push_to_a_broken_stream_reports_once(nursery: trio.Nursery) -> None:
     box = Box(nursery, 10**6)
     box.pipe.gone = True
     box.outbox.push(FRAME)
@@ -176,7 +177,7 @@ async def test_a_peer_that_is_gone(nursery: trio.Nursery) -> None:
     assert box.reports == ["broken"]
 
 
-async def test_a_peer_that_goes_while_it_is_written_to(
+async def test_stream_that_breaks_during_a_write_is_reported(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     box = Box(nursery, 0)

@@ -1,4 +1,4 @@
-"""A TCP stream: what it says of a socket that is closed."""
+"""`TcpStream`: errors of a closed socket."""
 
 import socket
 
@@ -8,7 +8,7 @@ import trio
 from bandsync.net.stream import TcpStream
 
 
-async def test_of_a_closed_stream_every_wait_says_so() -> None:
+async def test_every_wait_on_a_closed_stream_raises() -> None:
     for _ in range(3):
         ours, theirs = socket.socketpair()
         ours.setblocking(False)

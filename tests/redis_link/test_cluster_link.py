@@ -218,8 +218,8 @@ async def test_a_node_may_come_and_another_may_go(
             assert replies == [b"x"] * len(keys)
             with trio.fail_after(PATIENCE_S):
                 # Known to be without slots, not yet known to be no master.
-                assert await link.number(Endpoint(HOST, last.port)) is None
-                assert await link.number(Endpoint(HOST, new.port)) is not None
+                assert await link.hash_tag(Endpoint(HOST, last.port)) is None
+                assert await link.hash_tag(Endpoint(HOST, new.port)) is not None
 
             async def left() -> bool:
                 return Endpoint(HOST, last.port) not in link.masters
@@ -321,7 +321,7 @@ async def test_a_node_that_misses_a_master_for_a_moment_is_asked_again(
     # For as long as this machine may need.
     delays = (0.0, *[0.05] * round(PATIENCE_S / 0.05))
     monkeypatch.setattr("bandsync.redis_link.cluster.link.REDIRECT_DELAYS_S", delays)
-    monkeypatch.setattr("bandsync.redis_link.cluster.link._TRIES_WHILE_DOWN", len(delays))
+    monkeypatch.setattr("bandsync.redis_link.cluster.link._ATTEMPTS_WHILE_DOWN", len(delays))
     node = mended.masters[0]
     keys = [key for key in KEYS if mended.owner(key) is node]
     slot = next(slot for slot in range(5000) if slot not in map(slot_of, keys))

@@ -116,7 +116,7 @@ async def test_many_slots_move_at_once(stage: Stage) -> None:
     source, target, _ = cluster.masters
     moving = [each for each in CHANNELS if stage.link.owner(key_slot(each)).port == source.port]
     # Not that of the probe, which is another test's.
-    number = await stage.link.number(stage.link.owner(key_slot(moving[0])))
+    number = await stage.link.hash_tag(stage.link.owner(key_slot(moving[0])))
     probe = key_slot(b"%d" % number)
     slots = {key_slot(each) for each in moving} - {probe}
     moving = [each for each in moving if key_slot(each) in slots][:30]
@@ -132,7 +132,7 @@ async def test_many_slots_move_at_once(stage: Stage) -> None:
 async def test_without_the_slot_of_its_probe_it_is_lost(stage: Stage) -> None:
     cluster = stage.cluster
     channel = stage.channel_of(1)
-    number = await stage.link.number(stage.link.owner(key_slot(channel)))
+    number = await stage.link.hash_tag(stage.link.owner(key_slot(channel)))
     _, source, target = cluster.masters
     await blocking(cluster.move_slots, [key_slot(b"%d" % number)], source, target)
     error = await stage.outcome.wait()
@@ -172,8 +172,8 @@ async def test_a_loss_while_channels_move_ends_it(
         raise LinkLostError("lost already")
 
     subscriber = stage.subscriber
-    monkeypatch.setattr(subscriber, "_follow", follow)
-    subscriber._gone(b"a channel")  # noqa: SLF001
+    monkeypatch.setattr(subscriber, "_resubscribe", follow)
+    subscriber._on_removed(b"a channel")  # noqa: SLF001
     subscriber._lose(LinkLostError("in the same moment"))  # noqa: SLF001
     assert "in the same moment" in str(await stage.outcome.wait())
 
@@ -186,9 +186,9 @@ async def test_a_channel_that_is_taken_away_while_it_is_left(
     monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery, first: bool
 ) -> None:
     """The node's word comes before the answer, which is an error then, or after it."""
-    gone: list[bytes] = []
+    removed: list[bytes] = []
     scripted = ScriptedRedis(monkeypatch)
-    subscriber = subscriber_to(RedisAddress("stage.example"), gone=gone.append)
+    subscriber = subscriber_to(RedisAddress("stage.example"), on_removed=removed.append)
 
     async def begin() -> None:
         await scripted.answer(b"+OK\r\n", _push(b"ssubscribe", PROBE))
@@ -211,16 +211,16 @@ async def test_a_channel_that_is_taken_away_while_it_is_left(
             await scripted.send(_push(b"sunsubscribe", b"a") + moved)
         else:
             await scripted.send(_push(b"sunsubscribe", b"a"))
-    assert gone == []
+    assert removed == []
     # What follows has an answer of its own.
     async with trio.open_nursery() as callers:
         callers.start_soon(subscriber.subscribe, b"b")
         await scripted.answer(_push(b"ssubscribe", b"b"))
     await scripted.send(_push(b"sunsubscribe", b"b"))
     with trio.fail_after(PATIENCE_S):
-        while not gone:  # noqa: ASYNC110
+        while not removed:  # noqa: ASYNC110
             await trio.sleep(0.001)
-    assert gone == [b"b"]
+    assert removed == [b"b"]
 
     async def refused() -> None:
         with pytest.raises(MovedError):

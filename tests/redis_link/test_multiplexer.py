@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 import trustme
+from msgspec.structs import replace
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -31,6 +32,7 @@ from bandsync.redis_link.redis_address import RedisAddress, TLSOptions, parse_ad
 from bandsync.redis_link.script import Script
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
+from tests.support.redis_storages import PATIENT
 from tests.support.scripted_redis import ADDRESS, ScriptedRedis, start
 from tests.support.servers import PATIENCE_S
 
@@ -51,15 +53,16 @@ async def proxy(shared_redis: RedisServer, nursery: trio.Nursery) -> AsyncIterat
     nursery.cancel_scope.cancel()
 
 
-def link_to(target: str | RedisAddress, **changes: Any) -> Link:
+def link_to(
+    target: str | RedisAddress,
+    *,
+    name: str = "bandsync-test",
+    max_queued: int = 10_000,
+    **deadlines: float,
+) -> Link:
     address = parse_address(target) if isinstance(target, str) else target
-    options: dict[str, Any] = {
-        "name": "bandsync-test",
-        "connect_timeout_s": PATIENCE_S,
-        "command_timeout_s": PATIENCE_S,
-        "silence_s": PATIENCE_S,
-    }
-    return Link(address, **options | changes)
+    timeouts = replace(PATIENT, **deadlines)
+    return Link(address, name=name, timeouts=timeouts, max_queued=max_queued)
 
 
 async def why_not(target: str | RedisAddress, **changes: Any) -> RedisError:
@@ -299,7 +302,7 @@ async def test_no_answer_to_the_introduction(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ScriptedRedis(monkeypatch)
-    error = await why_not(ADDRESS, connect_timeout_s=3)
+    error = await why_not(ADDRESS, connect_s=3)
     assert isinstance(error, TimeoutError)
     assert trio.current_time() == 3
 
@@ -379,7 +382,7 @@ async def test_tls_to_one_that_does_not_speak_it(
 async def test_tls_that_does_not_come_about(shared_redis: RedisServer) -> None:
     # A Redis in the clear takes our hello for the beginning of a long line.
     address = RedisAddress(host=HOST, port=shared_redis.port, tls=TLSOptions())
-    assert isinstance(await why_not(address, connect_timeout_s=0.1), TimeoutError)
+    assert isinstance(await why_not(address, connect_s=0.1), TimeoutError)
 
 
 async def test_a_redis_that_wants_a_certificate(
@@ -659,7 +662,7 @@ async def test_silence(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=60)
+    link = link_to(ADDRESS, silence_s=1, command_s=60)
     outcome = await start(nursery, link, scripted)
     # Idle is not silent.
     await trio.sleep(100)
@@ -681,7 +684,7 @@ async def test_silence_counts_from_the_latest_sign_of_life(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=5)
+    link = link_to(ADDRESS, silence_s=1, command_s=5)
     await start(nursery, link, scripted)
     replies: list[object] = []
 
@@ -719,7 +722,7 @@ async def test_the_oldest_counts_not_the_newest(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=60)
+    link = link_to(ADDRESS, silence_s=1, command_s=60)
     outcome = await start(nursery, link, scripted)
     began = trio.current_time()
 
@@ -741,7 +744,7 @@ async def test_the_watch_sleeps_while_replies_come(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=5)
+    link = link_to(ADDRESS, silence_s=1, command_s=5)
     await start(nursery, link, scripted)
     sleep_until = anyio.sleep_until
     deadlines: list[float] = []
@@ -765,7 +768,7 @@ async def test_a_peer_that_does_not_read(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch, lockstep=True)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=60)
+    link = link_to(ADDRESS, silence_s=1, command_s=60)
     outcome = await start(nursery, link, scripted)
     began = trio.current_time()
     with pytest.raises(TimeoutError):
@@ -784,7 +787,7 @@ async def test_a_stopped_redis_and_a_black_hole(
         await link.execute("PING")
     assert isinstance(await outcome.wait(), TimeoutError)
     proxy.heal()
-    link = link_to(redis_server.url(), command_timeout_s=0.2)
+    link = link_to(redis_server.url(), command_s=0.2)
     outcome = await start(nursery, link)
     redis_server.stop()
     try:
@@ -800,7 +803,7 @@ async def test_our_own_stall_is_not_the_silence_of_redis(
     shared_redis: RedisServer, nursery: trio.Nursery
 ) -> None:
     silence_s = 1.0
-    link = link_to(shared_redis.url(), silence_s=silence_s, command_timeout_s=silence_s)
+    link = link_to(shared_redis.url(), silence_s=silence_s, command_s=silence_s)
     await start(nursery, link)
     for _ in range(3):
         async with trio.open_nursery() as callers:
@@ -831,7 +834,7 @@ async def test_a_stall_before_the_command_is_sent(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=1)
+    link = link_to(ADDRESS, silence_s=1, command_s=1)
     await start(nursery, link, scripted)
 
     async def stall() -> None:
@@ -858,7 +861,7 @@ async def test_a_stall_while_the_watch_waits_for_the_reader(
     nursery: trio.Nursery,
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
-    link = link_to(ADDRESS, silence_s=1, command_timeout_s=1)
+    link = link_to(ADDRESS, silence_s=1, command_s=1)
     await start(nursery, link, scripted)
     sleep = anyio.sleep
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.redis_address import RedisAddress, TLSOptions
@@ -27,6 +28,7 @@ from tests.support.outages import (
     stored_chat,
     until,
 )
+from tests.support.redis_storages import PATIENT
 from tests.support.servers import PATIENCE_S, Musician, band, start_server
 
 
@@ -46,7 +48,7 @@ def calm(redis_binary: None) -> Iterator[Watched]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis is tried again more often than operators would like."""
-    monkeypatch.setattr("bandsync.storage.manager.MAX_RETRY_DELAY_S", 0.2)
+    monkeypatch.setattr("bandsync.storage.recovery_policy.MAX_RETRY_DELAY_S", 0.2)
 
 
 def asking(hosts: list[int], *, master: str = MASTER, **changes: Any) -> Sentinels:
@@ -134,11 +136,9 @@ async def test_hanging_sentinels_cost_no_more_than_the_connect_timeout(calm: Wat
         link = MasterLink(
             sentinels,
             RedisAddress(),
-            found=lambda _: None,
+            on_found=lambda _: None,
             name="test",
-            connect_timeout_s=0.1,
-            command_timeout_s=PATIENCE_S,
-            silence_s=PATIENCE_S,
+            timeouts=replace(PATIENT, connect_s=0.1),
         )
         with trio.fail_after(PATIENCE_S / 2), pytest.raises(Exception, match="no answer") as caught:
             await link.run()
@@ -300,7 +300,7 @@ async def test_sentinels_that_are_gone_change_nothing_until_they_are_needed(
 async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(
     redis_binary: None, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.redis_link.sentinel._LOOK_PERIOD_S", 0.05)
+    monkeypatch.setattr("bandsync.redis_link.sentinel._QUERY_PERIOD_S", 0.05)
     with Watched(user="guard") as watched:
         old, new = watched.servers
         server = await start_server(nursery, **QUICK, **watched.settings())

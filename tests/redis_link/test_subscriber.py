@@ -6,6 +6,7 @@ import anyio
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 from redis.exceptions import NoPermissionError, RedisError, TimeoutError  # noqa: A004
 
 from bandsync.redis_link.errors import LinkLostError, loss_reason
@@ -14,6 +15,7 @@ from bandsync.redis_link.redis_address import RedisAddress, parse_address
 from bandsync.redis_link.subscriber import Subscriber
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.redis_server import HOST, RedisServer
+from tests.support.redis_storages import PATIENT
 from tests.support.scripted_redis import ADDRESS, ScriptedRedis, start
 from tests.support.servers import PATIENCE_S
 
@@ -25,9 +27,7 @@ async def link(shared_redis: RedisServer, nursery: trio.Nursery) -> AsyncIterato
     link = Link(
         parse_address(shared_redis.url()),
         name="bandsync-test",
-        connect_timeout_s=PATIENCE_S,
-        command_timeout_s=PATIENCE_S,
-        silence_s=PATIENCE_S,
+        timeouts=PATIENT,
     )
     await nursery.start(link.run)
     yield link
@@ -87,13 +87,9 @@ def subscriber_to(
     on_message: Callable[[bytes, bytes], None] = ignore,
     probe: Callable[[bytes], Awaitable[object]] = no_probe,
     probe_interval_s: float = 10 * PATIENCE_S,
-    **changes: Any,
+    on_removed: Callable[[bytes], None] | None = None,
+    **deadlines: float,
 ) -> Subscriber:
-    options: dict[str, Any] = {
-        "connect_timeout_s": PATIENCE_S,
-        "command_timeout_s": PATIENCE_S,
-        "silence_s": PATIENCE_S,
-    }
     return Subscriber(
         address,
         name="bandsync-test-sub",
@@ -101,7 +97,8 @@ def subscriber_to(
         probe_channel=PROBE,
         probe=probe,
         probe_interval_s=probe_interval_s,
-        **options | changes,
+        timeouts=replace(PATIENT, **deadlines),
+        on_removed=on_removed,
     )
 
 
@@ -380,7 +377,7 @@ def test_on_asyncio(shared_redis: RedisServer) -> None:
             heard.set()
 
         address = parse_address(shared_redis.url())
-        link = Link(address, name="test", connect_timeout_s=20, command_timeout_s=20, silence_s=20)
+        link = Link(address, name="test", timeouts=PATIENT)
 
         async def probe(payload: bytes) -> None:
             await link.execute("PUBLISH", PROBE, payload)

@@ -13,7 +13,7 @@ from bandsync.redis_link.redis_address import RedisAddress
 from bandsync.storage.base import Presence
 from bandsync.storage.health import PRESENCE_EXPIRY_MS, HealthCheck, NameTakenError
 from scripts.testbed.redis_server import RedisServer
-from tests.support.redis_storages import KEYS, open_link
+from tests.support.redis_storages import IMPATIENT, KEYS, open_link
 from tests.support.states import NOW
 
 KEY = KEYS.server("stage")
@@ -21,8 +21,7 @@ KEY = KEYS.server("stage")
 
 def health(boot_id: str, clock: ServerClock | None = None) -> HealthCheck:
     return HealthCheck(
-        interval_s=1,
-        timeout_s=1,
+        timeouts=IMPATIENT,
         clock=clock or ServerClock(NOW, 0),
         presence_key=KEY,
         presence=lambda: Presence(boot_id, NOW, f"http://{boot_id}", ["song"], 2),

@@ -24,10 +24,14 @@ from bandsync.settings import Settings
 from bandsync.storage.base import Presence
 from bandsync.storage.era import Era, Loss
 from bandsync.storage.health import PRESENCE_EXPIRY_MS, HealthCheck
-from bandsync.storage.manager import MAX_RETRY_DELAY_S, STABLE_CHECKS, StorageManager
+from bandsync.storage.manager import StorageManager
 from bandsync.storage.memory import MemoryStorage
+from bandsync.storage.operations import create_session
 from bandsync.storage.records import read_presence, write_presence
+from bandsync.storage.recovery_policy import MAX_RETRY_DELAY_S, STABLE_CHECKS
 from bandsync.storage.redis import Keys
+from bandsync.storage.redis_connector import read_timeouts
+from tests.support.redis_storages import IMPATIENT
 from tests.support.states import HERE, NOW
 
 SETTINGS = Settings(redis_auto_recover=True)
@@ -40,7 +44,9 @@ class ObedientLink(Link):
 
     def __init__(self, redis: "ObedientRedis") -> None:
         super().__init__(
-            RedisAddress(), name="test", connect_timeout_s=1, command_timeout_s=1, silence_s=1
+            RedisAddress(),
+            name="test",
+            timeouts=IMPATIENT,
         )
         self.redis = redis
         self.died = trio.Event()
@@ -150,9 +156,7 @@ class ObedientRedis:
         return DeafSubscriber(
             RedisAddress(),
             name="test",
-            connect_timeout_s=1,
-            command_timeout_s=1,
-            silence_s=1,
+            timeouts=IMPATIENT,
             on_message=heard,
             probe_channel=b"probe",
             probe=trio.sleep,
@@ -179,6 +183,7 @@ class Stage:
         nursery: trio.Nursery,
         *,
         redis: ObedientRedis | None = None,
+        enabled: bool = True,
         boot_id: str = "boot-1",
         **changes: object,
     ) -> None:
@@ -196,11 +201,10 @@ class Stage:
         clock = ServerClock(NOW, trio.current_time())
         self.manager = StorageManager(
             settings,
-            self.redis,
+            self.redis if enabled else None,
             memory=self.memory,
             health=HealthCheck(
-                interval_s=settings.redis_health_interval_ms / 1000,
-                timeout_s=TIMEOUT_S,
+                timeouts=read_timeouts(settings),
                 clock=clock,
                 presence_key="server:stage",
                 presence=lambda: Presence(boot_id, NOW, f"http://{boot_id}", [], 0),
@@ -249,7 +253,7 @@ class Stage:
 
     async def keep_a_session(self) -> None:
         session = replace(new_session("song", "epoch", HERE, NOW), version=1)
-        await self.memory.create_session(session)
+        await create_session(self.memory, session)
 
 
 @pytest.fixture
@@ -265,14 +269,13 @@ async def test_at_the_start_redis_is_used_at_once(stage: Stage, autojump_clock: 
     assert stage.manager.era is stage.migrations[0]
     assert stage.manager.reason is None
     assert not stage.manager.degraded
-    assert stage.manager.redis_status.connected
+    assert stage.manager.report().redis_status.connected
     # The presence says so right away.
     assert len(stage.redis.writes) == 1
 
 
 async def test_disabled_is_memory_for_good(nursery: trio.Nursery) -> None:
-    stage = Stage(nursery)
-    stage.manager._redis = None  # noqa: SLF001
+    stage = Stage(nursery, enabled=False)
     await stage.manager.run(stage, stage.tell)
     assert stage.manager.settled.is_set()
     assert (stage.manager.storage_type, stage.manager.degraded) == ("memory", False)
@@ -289,7 +292,7 @@ async def test_without_redis_it_is_tried_again_for_ever(
     assert stage.manager.reason == "refused: nobody there"
     await trio.sleep(60)
     attempts = stage.redis.attempts
-    assert stage.manager.attempts == len(attempts)
+    assert stage.manager.report().redis_status.connection_attempts == len(attempts)
     delays = [after - before for before, after in pairwise(attempts)]
     fast = delays[: SETTINGS.redis_max_retries]
     # 100 ms doubled each time, half of it drawn; then the slow cadence.
@@ -300,7 +303,7 @@ async def test_without_redis_it_is_tried_again_for_ever(
     stage.redis.there = True
     await trio.sleep(MAX_RETRY_DELAY_S)
     assert stage.manager.mode == "redis"
-    assert stage.manager.attempts == 0
+    assert stage.manager.report().redis_status.connection_attempts == 0
     # One line for the first attempt, not one for each.
     names = [call.kwargs["event"] for call in stage.log.calls]
     assert names.count("storage.unreachable") == 1
@@ -415,12 +418,12 @@ async def test_a_loss_while_migrating_is_just_a_loss(
     assert stage.manager.storage_type == "memory"
     # What is opened now is opened in Redis.
     assert stage.manager.era is stage.migrations[0]
-    assert stage.manager.migration is not None
+    assert stage.manager.report().migration is not None
     stage.redis.drop()
     await trio.sleep(0.001)
     assert stage.manager.mode == "memory"
     assert stage.migrations[0].over
-    assert stage.manager.migration is None
+    assert stage.manager.report().migration is None
     stage.gate.set()
     await trio.sleep(10)
     assert stage.manager.mode == "redis"

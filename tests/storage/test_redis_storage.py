@@ -32,7 +32,7 @@ from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, UpdateMessage
 from bandsync.wire.messages import encode
 from scripts.testbed.redis_server import RedisServer
-from tests.support.redis_storages import KEYS, LossList, open_link, redis_storage
+from tests.support.redis_storages import KEYS, PATIENT, LossList, open_link, redis_storage
 from tests.support.servers import PATIENCE_S
 from tests.support.states import Stage
 
@@ -449,9 +449,7 @@ async def impatient(
     link = Link(
         parse_address(server.url()),
         name="test",
-        connect_timeout_s=PATIENCE_S,
-        command_timeout_s=PATIENCE_S,
-        silence_s=silence_s,
+        timeouts=replace(PATIENT, silence_s=silence_s),
     )
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:

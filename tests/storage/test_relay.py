@@ -21,6 +21,7 @@ from bandsync.storage.base import Lost
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
 from bandsync.wire.commands import LeaveSession
+from tests.support.redis_storages import IMPATIENT
 from tests.support.rooms import Band, Listener, Stage, cancel_when_all_wait
 
 RETRY_CAP_S = 2.0
@@ -33,9 +34,7 @@ class ScriptedSubscriber(Subscriber):
         super().__init__(
             RedisAddress(),
             name="test",
-            connect_timeout_s=1,
-            command_timeout_s=1,
-            silence_s=1,
+            timeouts=IMPATIENT,
             on_message=heard,
             probe_channel=b"probe",
             probe=trio.sleep,
@@ -101,8 +100,8 @@ class Channel:
             self._subscriber,
             Keys("bandsync:"),
             hosted=lambda: self.hosted,
-            heard=lambda session_id, payload: self.heard.append((session_id, payload)),
-            catch_up=self._catch_up,
+            on_message=lambda session_id, payload: self.heard.append((session_id, payload)),
+            resync=self._catch_up,
             counters=self.counters,
             log=structlog.wrap_logger(self.events, processors=[]),
         )

@@ -16,7 +16,7 @@ from bandsync.redis_link.subscriber import Subscriber
 from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
 from scripts.testbed.redis_server import RedisServer
-from tests.support.redis_storages import open_link
+from tests.support.redis_storages import IMPATIENT, PATIENT, open_link
 from tests.support.servers import PATIENCE_S
 
 ROOM_IN_THE_QUEUE = 1000
@@ -34,9 +34,7 @@ class CountingSubscriber(Subscriber):
         super().__init__(
             RedisAddress(),
             name="test",
-            connect_timeout_s=1,
-            command_timeout_s=1,
-            silence_s=1,
+            timeouts=IMPATIENT,
             on_message=heard,
             probe_channel=b"probe",
             probe=trio.sleep,
@@ -80,8 +78,8 @@ class Channel:
             make_subscriber,
             self.keys,
             hosted=lambda: self.session_ids,
-            heard=lambda session_id, payload: self.heard.append(session_id),
-            catch_up=self._catch_up,
+            on_message=lambda session_id, payload: self.heard.append(session_id),
+            resync=self._catch_up,
             counters=Counters(),
             log=structlog.wrap_logger(self.log, processors=[]),
         )
@@ -124,9 +122,7 @@ async def test_thousands_of_sessions_are_heard_through_a_queue_of_hundreds(
             return Subscriber(
                 parse_address(shared_redis.url()),
                 name="test",
-                connect_timeout_s=PATIENCE_S,
-                command_timeout_s=PATIENCE_S,
-                silence_s=PATIENCE_S,
+                timeouts=PATIENT,
                 on_message=heard,
                 probe_channel=b"probe",
                 probe=lambda payload: link.execute("PUBLISH", "probe", payload),

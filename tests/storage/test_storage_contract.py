@@ -10,7 +10,9 @@ from bandsync.model.session import Session, find, present, tip
 from bandsync.rules.actions import Actor, Bind, Command, Decision
 from bandsync.rules.decide import decide
 from bandsync.rules.draft import new_session
-from bandsync.storage.base import CONFLICT, Committed, Conflict, Storage
+from bandsync.rules.refusals import CONFLICT
+from bandsync.storage import operations
+from bandsync.storage.base import Committed, Conflict, Storage
 from bandsync.storage.memory import MemoryStorage
 from bandsync.wire.commands import (
     ChatMessage,
@@ -50,30 +52,30 @@ def bind(name: str) -> tuple[Bind, Actor]:
 
 
 async def joined(storage: Storage, name: str) -> Session:
-    decision = await storage.add_member("song", *bind(name), NOW)
+    decision = await operations.add_member(storage, "song", *bind(name), NOW)
     assert isinstance(decision, Decision)
     assert isinstance(decision.reply, Snapshot)
     return decision.session
 
 
 async def test_there_is_nothing_at_first(storage: Storage) -> None:
-    assert await storage.get_session("song") is None
-    assert await storage.list_sessions() == []
-    assert not await storage.delete_session("song")
+    assert await operations.get_session(storage, "song") is None
+    assert await operations.list_sessions(storage) == []
+    assert not await operations.delete_session(storage, "song")
 
 
 async def test_create_get_list_delete(storage: Storage) -> None:
     session = new_session("song", "epoch-1", HERE, NOW)
     session = replace(session, version=1)
-    created = await storage.create_session(session)
+    created = await operations.create_session(storage, session)
     assert isinstance(created, Committed)
     assert created.session.event_id
-    assert await storage.get_session("song") == created.session
-    again = await storage.create_session(session)
+    assert await operations.get_session(storage, "song") == created.session
+    again = await operations.create_session(storage, session)
     assert again == Conflict(created.session)
-    assert [session.session_id for session in await storage.list_sessions()] == ["song"]
-    assert await storage.delete_session("song")
-    assert await storage.get_session("song") is None
+    assert [session.session_id for session in await operations.list_sessions(storage)] == ["song"]
+    assert await operations.delete_session(storage, "song")
+    assert await operations.get_session(storage, "song") is None
 
 
 async def test_commit_compares_tips(storage: Storage) -> None:
@@ -97,7 +99,7 @@ async def test_commit_compares_tips(storage: Storage) -> None:
 
 async def test_a_commit_on_a_session_that_is_gone(storage: Storage) -> None:
     session = await joined(storage, "Ann")
-    await storage.delete_session("song")
+    await operations.delete_session(storage, "song")
     assert await storage.commit(session, session, ()) == Conflict(None)
 
 
@@ -105,14 +107,14 @@ async def test_members(storage: Storage) -> None:
     await joined(storage, "Ann")
     session = await joined(storage, "Bob")
     assert [member.display_name for member in present(session)] == ["Ann", "Bob"]
-    removed = await storage.remove_member("song", "member-Ann", HERE, NOW)
+    removed = await operations.remove_member(storage, "song", "member-Ann", HERE, NOW)
     assert isinstance(removed, Decision)
-    stored = await storage.get_session("song")
+    stored = await operations.get_session(storage, "song")
     assert stored is not None
     assert find(stored, "member-Ann") is None
     assert stored.leader.member_id == "member-Bob"
     for session_id, member_id in (("song", "member-Ann"), ("other", "member-Bob")):
-        refused = await storage.remove_member(session_id, member_id, HERE, NOW)
+        refused = await operations.remove_member(storage, session_id, member_id, HERE, NOW)
         assert isinstance(refused, Refusal)
 
 
@@ -136,11 +138,13 @@ async def test_an_update_that_lost_is_decided_again(rivals: int, wins: bool) -> 
     await joined(storage, "Ann")
     storage.rivals = rivals
     actor = Actor(HERE, "connection of Ann", "member-Ann")
-    outcome = await storage.update_session("song", lambda base: decide(base, Play(), actor, NOW))
+    outcome = await operations.update_session(
+        storage, "song", lambda base: decide(base, Play(), actor, NOW)
+    )
     if not wins:
         assert outcome == CONFLICT
         return
-    stored = await storage.get_session("song")
+    stored = await operations.get_session(storage, "song")
     assert isinstance(outcome, Decision)
     assert stored == outcome.session
     assert stored.version == 1 + rivals + 1
@@ -148,7 +152,7 @@ async def test_an_update_that_lost_is_decided_again(rivals: int, wins: bool) -> 
 
 async def test_health(storage: Storage) -> None:
     await joined(storage, "Ann")
-    health = await storage.health_check()
+    health = await operations.health_check(storage)
     assert health.healthy
     assert health.total_sessions == 1
     assert health.storage_type == storage.storage_type
@@ -158,12 +162,12 @@ async def test_memory_forgets_idle_sessions() -> None:
     storage = MemoryStorage("boot-1", "for a test")
     for number in range(6):
         session = new_session(f"s{number}", "e", HERE, NOW + number * 1000)
-        await storage.create_session(session)
+        await operations.create_session(storage, session)
     hosted = {"s0"}
     assert storage.expire(NOW + 10_000, 8500, hosted, 100) == ["s1"]
     assert storage.expire(NOW + 10_000, 60_000, hosted, 3) == ["s2"]
     assert storage.expire(NOW + 10_000, 60_000, hosted, 3) == []
-    left = [session.session_id for session in await storage.list_sessions()]
+    left = [session.session_id for session in await operations.list_sessions(storage)]
     assert left == ["s0", "s3", "s4", "s5"]
     assert storage.expire(NOW + 90_000, 60_000, hosted, 3) == ["s3", "s4", "s5"]
 
@@ -183,7 +187,7 @@ async def test_memory_forgets_sessions_in_which_nothing_was_done_before_others(
             band.do("Ann", command)
         band.do("Ann", LeaveSession())
         assert band.session is not None
-        await storage.create_session(replace(band.session, session_id=f"s{number}"))
+        await operations.create_session(storage, replace(band.session, session_id=f"s{number}"))
     assert storage.expire(NOW + 10_000, 60_000, (), 4) == ["s2", "s3"]
     # Of those that are left, the longest idle.
     assert storage.expire(NOW + 10_000, 60_000, (), 2) == ["s5", "s0"]

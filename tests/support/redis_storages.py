@@ -13,12 +13,15 @@ from bandsync.redis_link.cluster.link import ClusterLink
 from bandsync.redis_link.interfaces import Executor
 from bandsync.redis_link.link import Link
 from bandsync.redis_link.redis_address import parse_address
+from bandsync.redis_link.timeouts import Timeouts
 from bandsync.settings import Settings
 from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.storage.redis_connector import RedisConnector
 from tests.support.servers import PATIENCE_S
 
 KEYS = Keys("bandsync:")
+PATIENT = Timeouts(PATIENCE_S, PATIENCE_S, PATIENCE_S, PATIENCE_S)
+IMPATIENT = Timeouts(connect_s=1, command_s=1, silence_s=1, health_interval_s=1)
 _event_ids = itertools.count(1)
 
 
@@ -28,9 +31,7 @@ async def open_link(url: str) -> AsyncIterator[Link]:
     link = Link(
         parse_address(url),
         name="test",
-        connect_timeout_s=PATIENCE_S,
-        command_timeout_s=PATIENCE_S,
-        silence_s=PATIENCE_S,
+        timeouts=PATIENT,
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(link.run)

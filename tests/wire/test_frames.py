@@ -1,4 +1,4 @@
-"""The frame codec, against those of wsproto and websockets."""
+"""The frame codec, compared with those of wsproto and websockets."""
 
 import os
 import struct
@@ -38,7 +38,7 @@ sizes = st.integers(0, 70_000)
 
 
 @given(st.lists(texts, max_size=5), st.lists(st.integers(1, 400), max_size=20))
-def test_messages_come_out_whole_however_the_stream_is_cut(
+def test_messages_are_whole_wherever_the_stream_is_split(
     messages: list[bytes], cuts: list[int]
 ) -> None:
     stream = b"".join(client_frame(Op.TEXT, message) for message in messages)
@@ -51,7 +51,7 @@ def test_messages_come_out_whole_however_the_stream_is_cut(
     assert received == [Received(Opcode.TEXT, message) for message in messages]
 
 
-def test_what_was_read_is_not_kept() -> None:
+def test_reader_keeps_no_reference_to_parsed_bytes() -> None:
     data = client_frame(Op.TEXT, b"a" * 1000)
     reader = FrameReader(16_384)
     before = sys.getrefcount(data)
@@ -60,13 +60,13 @@ def test_what_was_read_is_not_kept() -> None:
 
 
 @given(sizes)
-def test_every_length_form(size: int) -> None:
+def test_every_length_encoding_is_read(size: int) -> None:
     payload = os.urandom(size).hex().encode()[:size]
     assert read(client_frame(Op.TEXT, payload), 70_000) == [Received(Opcode.TEXT, payload)]
 
 
 @given(sizes)
-def test_what_we_send_is_what_wsproto_reads(size: int) -> None:
+def test_wsproto_reads_our_text_frames(size: int) -> None:
     client = Connection(ConnectionType.CLIENT)
     client.receive_data(text_frame(b"x" * size))
     events = list(client.events())
@@ -75,9 +75,7 @@ def test_what_we_send_is_what_wsproto_reads(size: int) -> None:
 
 
 @given(st.lists(texts, min_size=1, max_size=6), st.binary(max_size=125))
-def test_fragments_are_joined_and_control_frames_pass_between(
-    parts: list[bytes], note: bytes
-) -> None:
+def test_fragments_are_joined_around_control_frames(parts: list[bytes], note: bytes) -> None:
     stream = b""
     for index, part in enumerate(parts):
         opcode = Op.TEXT if index == 0 else Op.CONT
@@ -88,18 +86,18 @@ def test_fragments_are_joined_and_control_frames_pass_between(
     assert received.count(Received(Opcode.PONG, note)) == len(parts)
 
 
-def test_a_close_stays_whole() -> None:
+def test_close_frame_is_returned_whole() -> None:
     ping = client_frame(Op.PING, b"p")
     close = client_frame(Op.CLOSE, struct.pack("!H", 1000))
     assert read(ping + close) == [Received(Opcode.PING, b"p"), Received(Opcode.CLOSE, close)]
 
 
-def test_our_control_frames_are_readable() -> None:
+def test_control_frames_have_the_expected_bytes() -> None:
     assert ping_frame(b"12345678") == b"\x89\x0812345678"
     assert pong_frame(b"p") == b"\x8a\x01p"
 
 
-def test_the_limit_counts_bytes_not_fragments() -> None:
+def test_size_limit_counts_bytes_and_not_fragments() -> None:
     half = client_frame(Op.TEXT, b"x" * 50, fin=False) + client_frame(Op.CONT, b"", fin=False) * 9
     assert read(half + client_frame(Op.CONT, b"y" * 50), 100) == [
         Received(Opcode.TEXT, b"x" * 50 + b"y" * 50)
@@ -129,7 +127,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_breaks_the_protocol(name: str) -> None:
+def test_violation_raises_after_the_frames_before_it(name: str) -> None:
     data, code = BROKEN[name]
     good = client_frame(Op.TEXT, b"before")
     reader = FrameReader(100)
@@ -141,7 +139,7 @@ def test_what_breaks_the_protocol(name: str) -> None:
     assert caught.value.code == code
 
 
-def test_after_a_message_too_big_the_close_frame_is_still_seen() -> None:
+def test_close_frame_after_an_oversized_message_is_read() -> None:
     reader = FrameReader(100)
     huge = client_frame(Op.TEXT, b"x" * 100_000)
     close = client_frame(Op.CLOSE, struct.pack("!H", 1009))
@@ -155,7 +153,7 @@ def test_after_a_message_too_big_the_close_frame_is_still_seen() -> None:
 
 
 @given(st.binary(max_size=400))
-def test_anything_is_read_or_refused(data: bytes) -> None:
+def test_random_bytes_are_read_or_refused(data: bytes) -> None:
     try:
         read(data)
     except ProtocolError as error:

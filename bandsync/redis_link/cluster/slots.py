@@ -1,4 +1,4 @@
-"""Which node of a Redis Cluster has which keys: pure."""
+"""The hash slots of a Redis Cluster and their masters: pure."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,16 +9,15 @@ from redis.exceptions import InvalidResponse
 
 from bandsync.redis_link.connection import Argument, Reply
 
-# Any node can carry them out, about itself.
+# Commands without a key: any node executes them.
 _WITHOUT_KEY = frozenset({"PING", "TIME", "SCAN", "CLUSTER", "COMMAND"})
 _SCRIPTS = frozenset({"EVAL", "EVALSHA"})
-# Of a node that is to be called by its name, and whose name is not known: it has none, or has just
-# joined.
+# The host in place of a hostname that is preferred but unknown: it is unset, or the node is new.
 _NO_NAME = b"?"
 
 
 class Endpoint(NamedTuple):
-    """Where a node listens."""
+    """Host and port of a node."""
 
     host: str
     port: int
@@ -28,12 +27,12 @@ class Endpoint(NamedTuple):
 
 
 class Topology(Struct, frozen=True):
-    """Which master has which slot, as far as is known.
+    """Which master owns which slot.
 
     Attributes:
-        owners: one for each slot; None where there is none.
-        masters: all who have a slot, in the order of their first; after a move perhaps one who
-            has none any more.
+        owners: the master of each slot; None if it has none.
+        masters: the owners in the order of their first slot. After `moved` one of them may own no
+            slot any more.
     """
 
     owners: tuple[Endpoint | None, ...] = (None,) * REDIS_CLUSTER_HASH_SLOTS
@@ -41,31 +40,31 @@ class Topology(Struct, frozen=True):
 
     @property
     def uncovered(self) -> int:
-        """How many slots nobody has."""
+        """Number of slots without a master."""
         return self.owners.count(None)
 
     def owner(self, slot: int) -> Endpoint:
-        """Who has a slot that somebody has."""
+        """The master of a slot that has one."""
         owner = self.owners[slot]
         assert owner is not None
         return owner
 
     def moved(self, slot: int, owner: Endpoint) -> "Topology":
-        """The same with another owner of one slot."""
+        """A copy with another owner of one slot."""
         owners = list(self.owners)
         owners[slot] = owner
         masters = self.masters if owner in self.masters else (*self.masters, owner)
         return Topology(tuple(owners), masters)
 
 
-def read_topology(reply: Reply, asked: str) -> Topology:
-    """The topology in the answer to CLUSTER SLOTS.
+def read_topology(reply: Reply, sender: str) -> Topology:
+    """The topology in a reply to CLUSTER SLOTS.
 
     Args:
-        asked: the host that answered, which is meant where it names none.
+        sender: the host that replied; an empty host in the reply means this one.
 
     Raises:
-        InvalidResponse: it is none.
+        InvalidResponse: the reply is no topology.
     """
     owners: list[Endpoint | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
     ranges: list[tuple[int, Endpoint]] = []
@@ -76,9 +75,9 @@ def read_topology(reply: Reply, asked: str) -> Topology:
                     case [int(first), int(last), [host, int(port), *more], *_] if (
                         0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS and 0 < port < 65_536
                     ):
-                        called = _ip(more) if host == _NO_NAME else host
-                        known = called if isinstance(called, bytes) else b""
-                        name = known.decode(errors="replace") or asked
+                        named = _ip(more) if host == _NO_NAME else host
+                        raw = named if isinstance(named, bytes) else b""
+                        name = raw.decode(errors="replace") or sender
                         owner = Endpoint(name, port)
                         owners[first : last + 1] = [owner] * (last + 1 - first)
                         ranges.append((first, owner))
@@ -91,7 +90,7 @@ def read_topology(reply: Reply, asked: str) -> Topology:
 
 
 def _ip(details: Sequence[object]) -> object:
-    """The address of a node without a name: among what is told after its port and its id."""
+    """The IP address of a node without a hostname, from the details after its port and id."""
     match details:
         case [_, [*pairs], *_]:
             named = zip(pairs[::2], pairs[1::2], strict=False)
@@ -106,7 +105,7 @@ def slot_of(key: Argument) -> int:
 
 
 def slot_of_command(command: Sequence[Argument]) -> int | None:
-    """The slot of a command's first key or its channel; None if it is about no key."""
+    """The slot of a command's first key or channel; None if it has neither."""
     verb = command[0]
     if verb in _WITHOUT_KEY:
         return None

@@ -1,4 +1,4 @@
-"""The channels of a Cluster that publishes within shards: a subscriber at each master."""
+"""Sharded pub/sub: a subscriber at each master of a Cluster."""
 
 import contextlib
 from collections.abc import Awaitable, Callable
@@ -13,17 +13,18 @@ from bandsync.redis_link.cluster.slots import Endpoint, slot_of
 from bandsync.redis_link.errors import LinkLostError, UnusableError, again
 from bandsync.redis_link.subscriber import Subscriber
 
-# What is heard of a channel when messages may have been missed: no message, so a gap.
+# Delivered for a channel whose messages may have been missed. It is no message, so a gap.
 MISSED = b""
 
-_MOVED_AT_ONCE = 500
+_MAX_RESUBSCRIBING = 500
 
 
-class _Post(TaskStatus[None]):
-    """A subscriber at one master, from the wish for it to its end.
+class _NodeSubscriber(TaskStatus[None]):
+    """The subscriber at one master.
 
     Attributes:
-        settled: set when it is connected, or cannot be.
+        subscriber: the latest attempt; None before the first.
+        settled: set when it is connected, or failed.
     """
 
     def __init__(self) -> None:
@@ -31,23 +32,23 @@ class _Post(TaskStatus[None]):
         self.settled = anyio.Event()
 
     def started(self, value: None = None) -> None:
-        """Called by the subscriber."""
+        """Called by the subscriber when it is connected."""
         self.settled.set()
 
 
 class ClusterSubscriber:
-    """Messages of sharded channels, for as long as they come: a `Listener`.
+    """Receives the messages of sharded channels: a `ChannelSubscriber`.
 
-    A channel whose slot moves is followed to its new node. What was published there before was not
-    heard, so `MISSED` is.
+    A channel whose slot moves is resubscribed at the new master. Messages published there before
+    were missed, so `MISSED` is delivered.
 
-    Lost as a whole when one of its subscribers is.
+    It is lost as a whole when one of its subscribers is.
 
     Args:
-        cluster: knows the masters.
-        make_subscriber: for a master and a number, see `ClusterLink.number`; calls the last
-            argument with each channel that is taken away.
-        on_message: called with each message's channel and payload. Must not block.
+        cluster: supplies the masters.
+        make_subscriber: returns an unconnected subscriber for a master, a hash tag of it (see
+            `ClusterLink.hash_tag`) and a callback for each channel that the master removes.
+        on_message: called with channel and payload of each message. Must not block.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class ClusterSubscriber:
         self._cluster = cluster
         self._make_subscriber = make_subscriber
         self._on_message = on_message
-        self._posts: dict[Endpoint, _Post] = {}
+        self._nodes: dict[Endpoint, _NodeSubscriber] = {}
         self._usable = False
         self._lost: RedisError | None = None
         self._tasks: TaskGroup | None = None
-        # Taken away, and not subscribed again yet.
+        # Channels that their old master removed and that are not resubscribed yet.
         self._moving: set[bytes] = set()
-        self._some_moved = anyio.Event()
+        self._channel_removed = anyio.Event()
 
     @property
     def usable(self) -> bool:
@@ -73,79 +74,79 @@ class ClusterSubscriber:
         return self._usable
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Connect to all masters, report that as started, and listen until cancelled.
+        """Connect to all masters, report that as started, and receive until cancelled.
 
         Raises:
-            RedisError: one of them cannot be heard, or not any longer.
+            RedisError: the subscriber at one of them failed or was lost.
         """
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             try:
                 await self._until_lost(lambda: self._serve(task_status.started))
             finally:
-                # Not after the group: it takes no more tasks from when its last one has ended.
+                # Before the group ends: once its last task has ended it accepts no new ones.
                 self._lose(LinkLostError("the Cluster's subscriber was closed"))
-        # Not raised within the group, which would wrap it.
+        # Raised outside of the group, which would wrap it.
         if self._lost is not None:
             raise self._lost
 
     async def subscribe(self, channel: bytes) -> None:
-        """Return when every message published from now on will come, or `MISSED`.
+        """Return when all later messages will be received, or `MISSED` in their place.
 
         Raises:
             RedisError: the subscriber is lost.
         """
         try:
-            await self._at_its_master(channel)
+            await self._subscribe_at_master(channel)
         except RedisError as error:
-            # Who asked counts on a loss, and the catch-up after it.
+            # The caller relies on a loss, and on the resync after it.
             self._lose(error)
             raise
 
     async def unsubscribe(self, channel: bytes) -> None:
-        """Return when no more messages will come; for a channel that is not subscribed too.
+        """Return when no more messages will be received. Idempotent.
 
         Raises:
             RedisError: the subscriber is lost.
         """
         self._moving.discard(channel)
-        post = self._posts.get(self._cluster.owner(slot_of(channel)))
-        if post is not None and post.subscriber is not None:
-            # A node that has not got the slot any more has taken the channel away itself.
+        node = self._nodes.get(self._cluster.owner(slot_of(channel)))
+        if node is not None and node.subscriber is not None:
+            # A node that lost the slot has removed the channel already.
             with contextlib.suppress(MovedError):
-                await post.subscriber.unsubscribe(channel)
+                await node.subscriber.unsubscribe(channel)
 
     async def _serve(self, started: Callable[[], None]) -> None:
         for endpoint in self._cluster.masters:
-            if await self._cluster.number(endpoint) is not None:
-                await self._at(endpoint)
+            if await self._cluster.hash_tag(endpoint) is not None:
+                await self._open(endpoint)
         self._usable = True
         started()
         while True:
-            await self._some_moved.wait()
-            self._some_moved = anyio.Event()
-            # Once lost, nothing of this waits any more, and so nothing would ever end it.
+            await self._channel_removed.wait()
+            self._channel_removed = anyio.Event()
+            # After a loss nothing below waits any more, so the cancellation would never arrive.
             while self._moving and self._lost is None:
-                batch = list(self._moving)[:_MOVED_AT_ONCE]
+                batch = list(self._moving)[:_MAX_RESUBSCRIBING]
                 async with anyio.create_task_group() as tasks:
                     for channel in batch:
-                        tasks.start_soon(self._until_lost, partial(self._follow, channel))
+                        tasks.start_soon(self._until_lost, partial(self._resubscribe, channel))
 
-    async def _follow(self, channel: bytes) -> None:
-        """Subscribe a channel at its new master."""
-        await self._at_its_master(channel)
+    async def _resubscribe(self, channel: bytes) -> None:
+        """Subscribe a channel at the new master of its slot."""
+        await self._subscribe_at_master(channel)
         if channel in self._moving:
             self._moving.discard(channel)
             self._on_message(channel, MISSED)
         else:
-            # Not wanted any more.
+            # Unsubscribed meanwhile.
             await self.unsubscribe(channel)
 
-    async def _at_its_master(self, channel: bytes) -> None:
+    async def _subscribe_at_master(self, channel: bytes) -> None:
         slot = slot_of(channel)
         for delay_s in REDIRECT_DELAYS_S:
             endpoint = self._cluster.owner(slot)
-            subscriber = await self._at(endpoint)
+            subscriber = await self._open(endpoint)
             try:
                 await subscriber.subscribe(channel)
             except MovedError as error:
@@ -153,53 +154,53 @@ class ClusterSubscriber:
             else:
                 return
             await anyio.sleep(delay_s)
-        raise UnusableError(f"{channel!r} was sent on too often", "clusterdown")
+        raise UnusableError(f"{channel!r} was redirected too often", "clusterdown")
 
-    async def _at(self, endpoint: Endpoint) -> Subscriber:
-        """The subscriber at a master, when it is connected.
+    async def _open(self, endpoint: Endpoint) -> Subscriber:
+        """The subscriber at a master, once it is connected.
 
         Raises:
-            RedisError: it cannot be connected to, or all is lost.
+            RedisError: it failed, or the cluster subscriber is lost.
         """
         if self._lost is not None:
             raise again(self._lost)
-        post = self._posts.get(endpoint)
-        if post is None:
+        node = self._nodes.get(endpoint)
+        if node is None:
             assert self._tasks is not None
-            post = self._posts[endpoint] = _Post()
-            self._tasks.start_soon(self._until_lost, partial(self._keep, endpoint, post))
-        await post.settled.wait()
-        subscriber = post.subscriber
+            node = self._nodes[endpoint] = _NodeSubscriber()
+            self._tasks.start_soon(self._until_lost, partial(self._run_node, endpoint, node))
+        await node.settled.wait()
+        subscriber = node.subscriber
         if subscriber is None or not subscriber.usable:
             loss = self._lost if subscriber is None else subscriber.loss
             raise again(loss or LinkLostError(f"{endpoint}: the subscriber was closed"))
         return subscriber
 
-    async def _keep(self, endpoint: Endpoint, post: _Post) -> None:
-        """Listen at a master.
+    async def _run_node(self, endpoint: Endpoint, node: _NodeSubscriber) -> None:
+        """Run the subscriber at a master.
 
         Raises:
-            RedisError: that is not possible, or not any longer.
+            RedisError: it failed or was lost.
         """
         try:
             for delay_s in REDIRECT_DELAYS_S:
-                number = await self._cluster.number(endpoint)
-                if number is None:
+                tag = await self._cluster.hash_tag(endpoint)
+                if tag is None:
                     raise LinkLostError(f"{endpoint} has no slots any more")
-                post.subscriber = self._make_subscriber(endpoint, number, self._gone)
+                node.subscriber = self._make_subscriber(endpoint, tag, self._on_removed)
                 try:
-                    await post.subscriber.run(task_status=post)
+                    await node.subscriber.run(task_status=node)
                 except MovedError as error:
-                    # The slot of the probe is not its any more: with another one, then.
+                    # The slot of the probe channel has moved: take one of another slot.
                     self._cluster.moved(error, endpoint)
                 await anyio.sleep(delay_s)
             raise UnusableError(f"{endpoint}: no slot for the probe", "clusterdown")
         finally:
-            post.settled.set()
+            node.settled.set()
 
-    def _gone(self, channel: bytes) -> None:
+    def _on_removed(self, channel: bytes) -> None:
         self._moving.add(channel)
-        self._some_moved.set()
+        self._channel_removed.set()
 
     async def _until_lost(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -208,7 +209,7 @@ class ClusterSubscriber:
             self._lose(error)
 
     def _lose(self, error: RedisError) -> None:
-        """End everything. Only the first loss counts."""
+        """Declare it lost and end its tasks. Only the first loss counts."""
         if self._lost is None:
             self._lost = error
             self._usable = False

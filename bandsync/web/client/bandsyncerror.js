@@ -1,20 +1,20 @@
 /**
- * What can go wrong between a client and its server.
+ * The errors of the client.
  *
  * @module
  */
 
 /**
- * A refusal of the server, or the loss of the way to it.
+ * A refusal of the server, or the loss of the connection.
  *
  * `code` is one of the protocol's (`not_leader`, `invalid_field`, `session_full`, `unauthorized`, …) or
  *
- * - `not_connected`: there is no connection, nothing was sent
- * - `connection_lost`: the connection went before the answer came; it may or may not have been done
- * - `message_too_large`: longer than the server takes; nothing was sent
- * - `superseded`: this member went on in another place (another tab, mostly)
+ * - `not_connected`: there is no connection; nothing was sent
+ * - `connection_lost`: the connection was lost before the reply; it may or may not have been applied
+ * - `message_too_large`: longer than the server accepts; nothing was sent
+ * - `superseded`: this member resumed on another connection (mostly another tab)
  * - `unsupported_protocol`: the server speaks another version of the protocol
- * - `invalid_url`: there can be no WebSocket at this address
+ * - `invalid_url`: the address is not that of a WebSocket
  * - `closed`: closed by the server, with `closeCode`, or by `close()`
  */
 export class BandSyncError extends Error {
@@ -35,7 +35,7 @@ export class BandSyncError extends Error {
   }
 
   /**
-   * The one that an `error` message tells.
+   * The error of an `error` message.
    *
    * @param {{code: string, message: string, context?: object}} message
    * @returns {BandSyncError}

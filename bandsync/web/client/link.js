@@ -1,9 +1,8 @@
 /**
  * One WebSocket connection to a BandSync server, from its first packet to its loss.
  *
- * It never comes back: whoever wants another one makes another one. It keeps the session clock fed
- * with probes, and those double as the proof that the connection is alive: a dead network does not
- * close a socket for minutes, so silence counts as a loss.
+ * A lost link is not reused. It sends clock probes, which are also its liveness probes: a dead network
+ * does not close a socket for minutes, so silence counts as a loss.
  *
  * @module
  */
@@ -11,25 +10,25 @@
 import { BandSyncError } from "./bandsyncerror.js";
 import { BURST_INTERVAL_MS } from "./sessionclock.js";
 
-/** A probe that is unanswered for so long means that the connection is dead. The grace is 10 s. */
+/** After this time without a reply to a probe the connection is dead. The resume grace is 10 s. */
 const SILENCE_MS = 4500;
-/** The same while other messages arrive: the way there is dead, or so slow that it makes no odds. */
+/** The same while other messages arrive: the upstream is dead or far too slow. */
 const MUTE_MS = 9000;
-/** The same as `SILENCE_MS` where there is reason for doubt: the device slept, or the network changed. */
+/** The same as `SILENCE_MS` after the device slept or the network changed. */
 const DOUBT_MS = 2500;
-/** A request that is unanswered for so long, on a connection that lives. */
+/** Timeout of a request on a live connection. */
 const REQUEST_MS = 15_000;
 const REPORT_INTERVAL_MS = 5000;
-/** A timer that is so late was frozen, throttled or asleep. */
+/** A timer that fires this late was frozen, throttled or asleep. */
 const LATE_MS = 2000;
-/** With so many probes unanswered, more would only stand in the same queue. */
+/** Above this number of unanswered probes, more would only lengthen the queue. */
 const MAX_UNANSWERED = 25;
 const UNANSWERED_INTERVAL_MS = 1000;
 const MAX_BUFFERED_BYTES = 8192;
 const MAX_PENDING = 256;
 
 /**
- * What a link tells its owner. Nothing of it is called after `Link.close`.
+ * Callbacks of a link. None is called after `Link.close`.
  *
  * @typedef {object} LinkOwner
  * @property {(message: {type: string}) => void} onMessage every message, in order
@@ -38,7 +37,7 @@ const MAX_PENDING = 256;
  * @property {() => void} onWake the device slept, or its timers were frozen
  */
 
-/** A connection, with requests matched to their answers. */
+/** A connection, with requests matched to their replies. */
 export class Link {
   #socket;
   #owner;
@@ -51,12 +50,12 @@ export class Link {
   #reporting = false;
 
   #timer;
-  #due = 0; // when the timer should fire, on our clock
-  #dueWall = 0; // the same on the clock that also runs while the device sleeps
-  #silentSince; // our first sign of life that nothing was heard after; null if there is none
-  #patience; // how long that may last
+  #due = 0; // when the timer should fire, local clock
+  #dueWall = 0; // the same on the wall clock, which also runs while the device sleeps
+  #silentSince; // the first probe after the last received message; null if there is none
+  #patience; // how long the silence may last
   #unansweredSince = null; // the first probe after the last answer
-  #excused = false; // it was found too long once, by a timer that was late
+  #excused = false; // a late timer has found it dead once
   #unanswered = 0;
   #probedAt = -Infinity;
   #reportedAt = -Infinity;
@@ -67,11 +66,11 @@ export class Link {
    *
    * @param {string} url of the WebSocket
    * @param {object} parts
-   * @param {import("./sessionclock.js").SessionClock} parts.clock to be fed
-   * @param {{now(): number}} parts.local our own clock
+   * @param {import("./sessionclock.js").SessionClock} parts.clock that receives the probes
+   * @param {{now(): number}} parts.local the local clock
    * @param {number} parts.connectTimeoutMs the longest wait for the server's welcome
    * @param {LinkOwner} parts.owner
-   * @throws {SyntaxError | SecurityError} the URL is none, or the page may not use it
+   * @throws {SyntaxError | SecurityError} the URL is invalid, or the page may not use it
    */
   constructor(url, { clock, local, connectTimeoutMs, owner }) {
     this.#clock = clock;
@@ -86,7 +85,7 @@ export class Link {
   }
 
   /**
-   * Send a message and expect no answer.
+   * Send a message without a reply.
    *
    * @param {string} type
    * @param {object} [fields]
@@ -104,18 +103,18 @@ export class Link {
    * @param {object} [fields]
    * @returns {Promise<{version?: number}>} the `ack`
    * @throws {BandSyncError} (as a rejection) with the code of the server's `error`;
-   *   `message_too_large`; `rate_limited`, also when too many answers are missing;
-   *   `connection_lost`: nobody knows whether it was done
+   *   `message_too_large`; `rate_limited`, also with too many requests in flight;
+   *   `connection_lost`: it may or may not have been applied
    */
   request(type, fields = {}) {
     if (this.#pending.size >= MAX_PENDING) {
-      const many = `${MAX_PENDING} requests wait for their answers.`;
+      const many = `${MAX_PENDING} requests are in flight.`;
       return Promise.reject(new BandSyncError("rate_limited", many));
     }
     const requestId = String((this.#lastRequest += 1));
     const text = JSON.stringify({ type, ...fields, requestId });
     if (bytesOf(text) > this.#maxBytes) {
-      const large = `The server takes messages of at most ${this.#maxBytes} bytes.`;
+      const large = `The server accepts messages of at most ${this.#maxBytes} bytes.`;
       return Promise.reject(new BandSyncError("message_too_large", large));
     }
     return new Promise((resolve, reject) => {
@@ -124,22 +123,22 @@ export class Link {
     });
   }
 
-  /** From now on, tell the server how exact our clock is: this connection has joined. */
+  /** Start to report the clock error: this connection has joined. */
   startReports() {
     this.#reporting = true;
   }
 
-  /** Have the connection prove soon that it is alive. */
+  /** Check soon whether the connection is alive. */
   doubt() {
     if (!this.#welcomed) return;
     this.#silentSince = this.#local.now();
     this.#patience = DOUBT_MS;
-    // Soon, but however often there is doubt, no more often than in a burst.
+    // Soon, but not more often than in a burst.
     this.#schedule(Math.max(0, this.#probedAt + BURST_INTERVAL_MS - this.#local.now()));
   }
 
   /**
-   * Give the connection up; the owner hears nothing more of it.
+   * Close the connection; the owner gets no more callbacks.
    *
    * @param {number} [code] for the close frame
    */
@@ -148,7 +147,7 @@ export class Link {
     const socket = this.#socket;
     socket.onmessage = socket.onclose = null;
     socket.close(code);
-    const lost = "The connection was lost; nobody knows whether this was still done.";
+    const lost = "The connection was lost; this may or may not have been applied.";
     for (const { reject } of this.#pending.values()) {
       reject(new BandSyncError("connection_lost", lost));
     }
@@ -166,13 +165,13 @@ export class Link {
     this.#patience = SILENCE_MS;
     this.#excused = false;
     const message = parsed(data);
-    if (message === null) return this.#lost(1006, "no message");
+    if (message === null) return this.#lost(1006, "invalid message");
     if (message.type === "clock_sync") this.#measured(message, t3);
     else if (message.type === "welcome") this.#begin(message);
     this.#owner.onMessage(message);
-    // At once, now that the clock knows whose time it is.
+    // Probe at once, now that the clock has the server's time.
     if (message.type === "welcome") this.#schedule(0);
-    // Last: who awaits the answer finds the state that came before it.
+    // Last, so that the awaiting caller sees the state that arrived before the reply.
     if (message.type === "ack") this.#answer(message)?.resolve(message);
     else if (message.type === "error") this.#answer(message)?.reject(BandSyncError.of(message));
   }
@@ -246,7 +245,7 @@ export class Link {
     return oldest !== undefined && now - oldest.at >= REQUEST_MS;
   }
 
-  /** What arrived while the timer was late may come after it: one more chance. */
+  /** Messages that arrived while the timer was late may still be queued: check once more. */
   #isDeadAgain(now) {
     const again = this.#excused && this.#silentSince !== null;
     this.#excused = true;
@@ -256,7 +255,7 @@ export class Link {
   }
 }
 
-/** The message; null if it is none. */
+/** The message; null if it is invalid. */
 function parsed(data) {
   try {
     const message = JSON.parse(data);

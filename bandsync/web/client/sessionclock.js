@@ -1,85 +1,83 @@
 /**
- * The session clock, as far as this device knows it.
+ * This device's estimate of the session clock.
  *
- * The server's `clock_sync` is the NTP exchange: `t0` is read here and sent, the server notes `t1` on
- * arrival and `t2` as it answers, `t3` is read here again. Without knowing how long either way took,
- * one thing is certain: the offset (session clock minus ours) was at most t1 − t0, and is at least
- * t2 − t3. Two things are made of that:
+ * `clock_sync` is the NTP exchange: `t0` is the local time of the request, `t1` its arrival and `t2`
+ * the reply on the session clock, `t3` the local arrival of the reply. For any network delays, the
+ * offset (session clock minus local clock) is at most t1 − t0 and at least t2 − t3. This gives
  *
- * - **the bound** (`errorMs`): every exchange narrows the interval in which the offset must lie, by as
- *   much as the two clocks can have drifted apart since. It is honest: it assumes nothing about the
- *   network, least of all that both ways take the same time.
- * - **the estimate**: the middle between the quickest way there and the quickest way back, *of
- *   different exchanges*. On a network whose delay jitters evenly by J, N exchanges find it to within
- *   about J / N; the exchange with the smallest round trip is only right to within J / √N.
+ * - **the bound** (`errorMs`): the intersection of these intervals, widened by the possible drift. It
+ *   assumes nothing about the network, in particular no symmetric delays.
+ * - **the estimate**: the middle between the fastest request and the fastest reply, *of different
+ *   exchanges*. With delays that jitter evenly by J, N exchanges are right to about J / N; the exchange
+ *   with the smallest round trip is right only to about J / √N.
  *
- * The offset in use follows the estimate by slewing, so that the time it tells never runs backwards.
+ * The offset in use slews to the estimate, so that the clock never runs backwards.
  *
  * All times and offsets are milliseconds.
  *
  * @module
  */
 
-/** How far two clocks may drift apart: the server slews by 500 ppm at most, crystals are 100 ppm off. */
+/** Largest drift: the server slews by at most 500 ppm, crystals differ by 100 ppm. */
 const MAX_DRIFT = 6e-4;
-/** How far apart they drift in fact. A wrong guess makes the estimate worse, never the bound. */
+/** Typical drift. A wrong value makes the estimate worse, never the bound. */
 const USUAL_DRIFT = 5e-5;
 
 const WINDOW_MS = 30_000;
 const MAX_EXCHANGES = 128;
-/** Exchanges after which a first impression is over. */
+/** Exchanges of the first burst. */
 const BURST = 20;
-/** How precise the estimate shall be: so many milliseconds of jitter per exchange in the window. */
+/** Precision target: milliseconds of jitter per exchange in the window. */
 const JITTER_PER_EXCHANGE = 0.3;
 const MIN_EXCHANGES = 15;
 const MOST_WANTED = 100;
-/** Between the probes of a burst; `clock_sync` is limited to 20 a second. */
+/** Interval of the probes of a burst; `clock_sync` is limited to 20 a second. */
 export const BURST_INTERVAL_MS = 80;
 
-/** What the most private of browsers make of a clock; trying would take too long to find it out. */
+/** Coarsest clock of privacy-preserving browsers; measuring it would take too long. */
 const COARSEST_MS = 100;
 
 const STEP_MS = 250;
-/** 20 ms per second: a tempo that is wrong by 2 % for a moment is not heard. */
+/** 20 ms per second: a tempo error of 2 % for a moment is inaudible. */
 const SLEW = 0.02;
 
 /**
  * One `clock_sync` exchange.
  *
  * @typedef {object} Exchange
- * @property {number} t0 when the probe was sent, on our clock
- * @property {number} t1 when the server received it, on the session clock
- * @property {number} t2 when the server answered, on the session clock
- * @property {number} t3 when the answer arrived, on our clock
+ * @property {number} t0 when the probe was sent, local clock
+ * @property {number} t1 when the server received it, session clock
+ * @property {number} t2 when the server replied, session clock
+ * @property {number} t3 when the reply arrived, local clock
  */
 
 /**
- * A clock that tells the session clock's time from exchanges with the server.
+ * The session clock, estimated from exchanges with the server.
  *
- * `BandSync` feeds it; others only read it.
+ * `BandSync` adds the exchanges; others only read it.
  */
 export class SessionClock {
   #clock;
   #granularityMs;
   /** @type {{at: number, from: number, most: number, least: number}[]} oldest first */
   #exchanges = [];
-  #since = -Infinity; // exchanges from before count no more
+  #since = -Infinity; // earlier exchanges are ignored
   #fresh = 0; // exchanges since the last restart
-  #slewing = false; // a first burst is over: from now on it slews
+  #slewing = false; // after the first burst the offset slews
   #wanted = MIN_EXCHANGES;
 
-  #offset = null; // in use at #slewedAt
+  #offset = null; // offset in use at #slewedAt
   #target = null; // the estimate
   #slewedAt = 0;
-  #told = -Infinity; // the latest time that now() told
+  #latest = -Infinity; // the latest result of now()
 
-  // upper = #most + MAX_DRIFT · t and lower = #least − MAX_DRIFT · t, at t on our clock
+  // upper = #most + MAX_DRIFT · t and lower = #least − MAX_DRIFT · t, at t, local clock
   #most = Infinity;
   #least = -Infinity;
 
   /**
-   * @param {{now(): number, granularityMs?: number}} [clock] ours: milliseconds since whenever, never
-   *   running backwards; how coarse it is, is found by trying unless it says so
+   * @param {{now(): number, granularityMs?: number}} [clock] the local clock: milliseconds, never
+   *   running backwards; its granularity is measured unless given
    */
   constructor(clock = performance) {
     this.#clock = clock;
@@ -89,8 +87,8 @@ export class SessionClock {
   /**
    * The session clock's time, milliseconds since the Unix epoch.
    *
-   * Never runs backwards, except by more than 250 ms, when the clock is found to be that wrong:
-   * standing still for so long would be worse. `NaN` before the server has said anything.
+   * Never runs backwards, except by a step of more than 250 ms when the estimate was that wrong.
+   * `NaN` before the first `welcome`.
    *
    * @returns {number}
    */
@@ -98,22 +96,22 @@ export class SessionClock {
     if (this.#offset === null) return NaN;
     const local = this.#clock.now();
     this.#slew(local);
-    this.#told = Math.max(this.#told, local + this.#offset);
-    return this.#told;
+    this.#latest = Math.max(this.#latest, local + this.#offset);
+    return this.#latest;
   }
 
   /**
-   * When our own clock will show that instant of the session clock, as far as is known now.
+   * Convert an instant of the session clock to the local clock.
    *
    * @param {number} sessionMs milliseconds since the Unix epoch on the session clock
-   * @returns {number} milliseconds on `performance.now()`; `NaN` before the server has said anything
+   * @returns {number} milliseconds on `performance.now()`; `NaN` before the first `welcome`
    */
   toLocal(sessionMs) {
     return sessionMs - this.offsetMs;
   }
 
   /**
-   * Session clock minus ours, as in use now; `NaN` before the server has said anything.
+   * Session clock minus local clock, in use now; `NaN` before the first `welcome`.
    *
    * @type {number}
    */
@@ -124,7 +122,7 @@ export class SessionClock {
   }
 
   /**
-   * How wrong `now()` is at most; null as long as that is not known.
+   * Upper bound on the error of `now()`; null before the first exchange.
    *
    * @type {number | null}
    */
@@ -132,14 +130,14 @@ export class SessionClock {
     if (this.#exchanges.length === 0) return null;
     const local = this.#clock.now();
     this.#slew(local);
-    // now() may be holding still after a correction.
-    const used = Math.max(this.#offset, this.#told - local);
+    // After a correction now() may hold still.
+    const used = Math.max(this.#offset, this.#latest - local);
     const { lower, upper } = this.#bounds(local);
     return Math.max(upper - used, used - lower, 0);
   }
 
   /**
-   * Exchanges that the estimate is made of.
+   * Number of exchanges in use.
    *
    * @type {number}
    */
@@ -148,7 +146,7 @@ export class SessionClock {
   }
 
   /**
-   * Whether enough exchanges have been made for what the network needs.
+   * Whether there are enough exchanges for the jitter of this network.
    *
    * @type {boolean}
    */
@@ -157,7 +155,7 @@ export class SessionClock {
   }
 
   /**
-   * How long to wait before the next probe.
+   * Delay until the next probe, milliseconds.
    *
    * @type {number}
    */
@@ -166,7 +164,7 @@ export class SessionClock {
   }
 
   /**
-   * Take the time that a message carries, as a first impression: it is late by the message's way.
+   * Use the time in a message as a first estimate; it is late by the network delay.
    *
    * @param {number} serverTime on the session clock
    */
@@ -177,14 +175,14 @@ export class SessionClock {
     this.#slewedAt = local;
   }
 
-  /** Probe quickly for a while: something may have changed. */
+  /** Start a new burst of probes: something may have changed. */
   restart() {
     this.#fresh = 0;
   }
 
   /**
-   * Forget all exchanges, those under way included: one of the clocks is not the one that they were
-   * about. The offset stays in use until new ones prove it wrong.
+   * Discard all exchanges, those in flight included, because one of the clocks is another one now. The
+   * offset stays in use until new exchanges rule it out.
    */
   forget() {
     this.#exchanges = [];
@@ -193,7 +191,7 @@ export class SessionClock {
   }
 
   /**
-   * Take an exchange. One that cannot be true is ignored.
+   * Add an exchange. An impossible one is ignored.
    *
    * @param {Exchange} exchange
    */
@@ -207,7 +205,7 @@ export class SessionClock {
     this.#measure();
     const { lower, upper } = this.#bounds(t3);
     if (lower > upper) {
-      // No drift explains this: a clock was stepped, or stood still while the device slept.
+      // No drift explains this: a clock was stepped, or stopped while the device slept.
       this.#exchanges = this.#exchanges.slice(-1);
       this.#fresh = 1;
       this.#measure();
@@ -221,14 +219,14 @@ export class SessionClock {
     if (Math.max(old, many) > 0) this.#exchanges.splice(0, Math.max(old, many));
   }
 
-  /** Derive from the exchanges the bounds, the estimate and how many exchanges are wanted. */
+  /** Compute bounds, estimate and the wanted number of exchanges. */
   #measure() {
     const all = this.#exchanges;
     this.#most = Math.min(...all.map(({ most, from }) => most - MAX_DRIFT * from));
     this.#least = Math.max(...all.map(({ least, from }) => least + MAX_DRIFT * from));
     const there = all.map(({ most, from }) => most - USUAL_DRIFT * from);
     const back = all.map(({ least, at }) => -least - USUAL_DRIFT * at);
-    // What the passing of time adds to the one and takes from the other cancels.
+    // The elapsed time adds to one and subtracts from the other: it cancels.
     this.#target = (Math.min(...there) - Math.min(...back)) / 2;
     const jitter = Math.max(spread(there), spread(back));
     this.#wanted = clamp(Math.ceil(jitter / JITTER_PER_EXCHANGE), MIN_EXCHANGES, MOST_WANTED);
@@ -238,11 +236,11 @@ export class SessionClock {
     return { lower: this.#least - MAX_DRIFT * local, upper: this.#most + MAX_DRIFT * local };
   }
 
-  /** Bring the estimate into use: at once where slewing would be no good, else by `#slew`. */
+  /** Bring the estimate into use: by a step where slewing takes too long, otherwise by `#slew`. */
   #correct(local) {
     if (this.#offset !== null) this.#slew(local);
     if (this.#offset === null || Math.abs(this.#target - this.#offset) > STEP_MS) {
-      this.#told = -Infinity;
+      this.#latest = -Infinity;
       this.#slewing = false;
     }
     if (!this.#slewing) {
@@ -250,7 +248,7 @@ export class SessionClock {
       this.#slewedAt = local;
       this.#slewing = this.#fresh >= BURST;
     } else if (this.#fresh < BURST && this.#isPossible(local)) {
-      // A few exchanges know less than what is in use, unless they prove it wrong.
+      // A few exchanges are less precise than the offset in use, unless they rule it out.
       this.#target = this.#offset;
     }
   }
@@ -267,7 +265,7 @@ export class SessionClock {
   }
 }
 
-/** How far apart different readings of a clock are at least: browsers make theirs coarse. */
+/** Smallest difference between readings of a clock: browsers coarsen it. */
 function granularity(clock) {
   let smallest = COARSEST_MS;
   for (let round = 0; round < 3; round += 1) {

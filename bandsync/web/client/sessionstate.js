@@ -1,27 +1,27 @@
 /**
- * What a session is, and what the server's messages make of it: pure functions without a clock.
+ * The state of a session, and how messages change it: pure functions without a clock.
  *
- * A transport is an anchor, not a sample: from it anybody can tell where the song is at any instant,
- * so nothing has to be sent while the music plays. Instants are milliseconds since the Unix epoch on
+ * A transport is an anchor, not a sample: the position at any instant follows from it, so nothing has
+ * to be sent while the song plays. Instants are milliseconds since the Unix epoch on
  * the session clock.
  *
  * @module
  */
 
 /**
- * A stretch of the song from an instant on, moving at one tempo or standing still.
+ * A part of the song from an instant on, playing at one tempo or stopped.
  *
  * @typedef {object} Segment
  * @property {boolean} isPlaying
  * @property {number} positionMs at `anchorTime`, milliseconds from the start of the song
- * @property {number} anchorTime the instant that position and beat are about
+ * @property {number} anchorTime the instant of position and beat
  * @property {number} tempoBpm quarter notes per minute
  * @property {number} beat at `anchorTime`, beats from the start of the song
  * @property {number} beatsPerBar
  */
 
 /**
- * What is in force, and the one change that is scheduled after it, if there is one.
+ * The segment in force, and the one scheduled change, if there is one.
  *
  * @typedef {Segment & {next: Segment | null}} Transport
  */
@@ -46,16 +46,16 @@
  */
 
 /**
- * A session as this member knows it. Never changed: each event makes a new one.
+ * A session at one version. Immutable: each event creates a new object.
  *
  * @typedef {object} Session
  * @property {string} sessionId
- * @property {string} epoch names the life of the session; versions compare within one
+ * @property {string} epoch id of this life of the session; versions compare within one epoch
  * @property {number} version
  * @property {string} message the headline
  * @property {Transport} transport
- * @property {number | null} countInFrom the instant from which beats count the scheduled start in;
- *   null if none do, and while that is not known
+ * @property {number | null} countInFrom the instant at which the count-in of the scheduled start begins;
+ *   null without a count-in, and while it is unknown
  * @property {string | null} leaderId
  * @property {ReadonlyMap<string, Member>} members by id, in the order in which they joined
  * @property {readonly ChatMessage[]} chat the last 50, oldest first
@@ -63,13 +63,13 @@
  * @property {number} createdAt
  */
 
-/** A song is at most this long (milliseconds): there the position stands, and only the beat goes on. */
+/** The position stops here (milliseconds); the beat goes on. */
 export const MAX_POSITION_MS = 86_400_000;
-/** Chat messages that a session remembers. */
+/** Chat messages that a session keeps. */
 export const MAX_CHAT = 50;
 
 /**
- * The segment that counts at an instant.
+ * The segment in force at an instant.
  *
  * @param {Transport} transport
  * @param {number} t
@@ -105,12 +105,12 @@ export function beatAt(transport, t) {
 }
 
 /**
- * When a beat will fall.
+ * The instant at which a beat is reached.
  *
  * @param {Transport} transport
  * @param {number} beat beats from the start of the song, whole or not
  * @param {number} after no earlier than this instant
- * @returns {number | null} the first such instant; null when, as far as is known, there is none
+ * @returns {number | null} the first such instant; null if none is scheduled
  */
 export function instantOfBeat(transport, beat, after) {
   const { next } = transport;
@@ -126,10 +126,10 @@ function whenReached({ isPlaying, beat, anchorTime, tempoBpm }, wanted, after) {
 }
 
 /**
- * The session that a `snapshot` message tells.
+ * The session of a `snapshot` message.
  *
  * @param {object} message
- * @param {Session | null} [before] what was known: a snapshot does not say what is counted in
+ * @param {Session | null} [before] the previous state: a snapshot has no count-in
  * @returns {Session}
  */
 export function fromSnapshot(message, before = null) {

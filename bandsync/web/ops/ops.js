@@ -1,8 +1,8 @@
 /**
- * The operators' screen: asks `/api/ops` once a second and shows what it tells, without a request to
- * anybody else. When the server does not answer, the past stays and the screen goes on asking. It
- * never shows good news that it does not have: not in a tab in the background, whose timers browsers
- * slow down or stop, and not when the screen itself fails.
+ * The operator's screen: queries `/api/ops` once a second and shows the result; it makes no other
+ * requests. When the server does not answer, the history stays and the queries continue. It never
+ * claims a state that it does not know: not in a background tab, whose timers browsers throttle, and
+ * not when the screen itself fails.
  * @module
  */
 
@@ -12,12 +12,12 @@ import { Past } from "./opspast.js";
 import { modeName, Timeline } from "./opstimeline.js";
 
 const PERIOD_MS = 1000;
-// In a tab that nobody looks at: for its title.
+// Period in a hidden tab, whose title is still visible.
 const HIDDEN_PERIOD_MS = 5000;
 const PATIENCE_MS = 3000;
-// Later than any answer, while we can ask when we want to.
+// Timeout of a query, while timers are not throttled.
 const STALE_MS = 10_000;
-// One answer that is late is nobody's trouble.
+// A single late answer is not a failure.
 const SILENT_MS = 2500;
 const MARKS = {
   good: "M7 12.5l3.4 3.4 6.6-7.4",
@@ -27,7 +27,7 @@ const MARKS = {
 };
 const MEBIBYTE = 1024 * 1024;
 
-// Counts of a second that was not exactly one.
+// Rates of a period that was not exactly one second.
 const rate = (value) => number(value >= 10 ? Math.round(value) : Math.round(value * 10) / 10);
 
 /** @type {import("./opschart.js").Plan[]} */
@@ -69,7 +69,7 @@ const now = () => latest.overview.now + performance.now() - latest.heardMs;
 
 /** The last answer, and when it came (`performance.now()`). @type {{overview: object, heardMs: number} | null} */
 let latest = null;
-/** Why there was none since; null while there are answers. */
+/** Why there is no answer; null while there are answers. */
 let trouble = null;
 /** What this screen failed at, with the last answer; null if at nothing. @type {Error | null} */
 let failure = null;
@@ -97,7 +97,7 @@ async function ask() {
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     overview = await answer.json();
   } catch (error) {
-    // Whatever it was: there is no answer, and we go on asking.
+    // Any failure means no answer; the next query follows.
     trouble ??= error.name;
     return;
   }
@@ -192,11 +192,11 @@ function show(verdict) {
   const lasts = since === null ? "" : `since ${clockTime(since, now())} · ${duration(now() - since)}`;
   const where = latest === null ? "BandSync" : latest.overview.serverId;
   const said = level === "good" ? "All is well" : text.replace(/\.$/, "");
-  // In the background we may be stopped at any time: it says when it was true.
+  // A background tab may be stopped at any time: show the time of the last answer.
   const when = document.hidden ? ` (${axisTime(Date.now(), 60_000)})` : "";
   const title = `${said}${when} · ${where}`;
   const further = others.map((other) => `${other.text} ${other.meaning}`);
-  // Nothing is said before all of it can be.
+  // Show nothing until everything is known.
   at("state").dataset.level = level;
   at("mark").setAttribute("d", MARKS[level]);
   say(at("sentence"), text);
@@ -268,7 +268,7 @@ function row({ event, tookMs, lasts }) {
     ],
     start: () => ["Server started", "it did not answer before", "", duration(Math.max(tookMs, 0))],
   };
-  // Of a kind that only a newer server knows.
+  // Unknown kind, from a newer server.
   const other = () => [event.kind, event.inWords ?? "", event.detail ?? "", "–"];
   const [what, why, detail, took] = (cells[event.kind] ?? other)();
   const line = document.createElement("tr");

@@ -4,7 +4,7 @@ import { duration } from "./opsformat.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const HEIGHT = 104;
-// What lies behind the lines while storage is not where it should be.
+// Background while the storage is degraded.
 const SHADES = { away: "away", memory: "memory", migrating: "memory" };
 const EDGE = { top: 8, right: 2, bottom: 18, left: 2 };
 
@@ -23,7 +23,7 @@ export function svg(name, attributes = {}, ...children) {
 }
 
 /**
- * The least of 1, 2, 5, 10, 20, … that `value` does not exceed.
+ * The smallest of 1, 2, 5, 10, 20, … that is at least `value`.
  * @param {number} value above 0
  * @returns {number}
  */
@@ -39,16 +39,16 @@ export function roundUp(value) {
  */
 
 /**
- * @typedef {object} Plan what a chart shows
+ * @typedef {object} Plan content of a chart
  * @property {string} title
  * @property {string} unit
  * @property {Series[]} series one or two: the second is drawn dashed, or as an area up to it
  * @property {(value: number) => string} format without the unit
- * @property {number} least the scale reaches at least so far
+ * @property {number} least minimum top of the scale
  * @property {(sample: object) => [number, number] | null} [bounds] an area around the first series
  * @property {boolean} [signed] whether the scale has zero in the middle
- * @property {boolean} [tenfold] whether each step of the scale is ten times the one below: for what
- *   is tiny, and now and then huge
+ * @property {boolean} [tenfold] logarithmic scale, for values that are tiny and sometimes
+ *   huge
  */
 
 /** One chart: a title, the current figures, and a line over time. */
@@ -72,27 +72,27 @@ export class Chart {
   }
 
   /**
-   * Draws anew.
+   * Redraws.
    * @param {object} view
    * @param {object[]} view.samples those to show, in order
    * @param {number} view.from the left edge, session clock, milliseconds
    * @param {number} view.to the right edge
-   * @param {(earlier: object, later: object) => boolean} view.parted whether there is a hole between
+   * @param {(earlier: object, later: object) => boolean} view.parted whether there is a gap between
    * @param {object | null} view.looked the sample under the pointer
-   * @param {boolean} view.live whether the last sample is of now
+   * @param {boolean} view.live whether the last sample is current
    * @param {import("./opspast.js").Stretch[]} view.stretches of the storage
-   * @param {number[]} view.starts when the server was started
+   * @param {number[]} view.starts starts of the server
    */
   draw(view) {
     const { plan } = this;
     const shown = view.looked ?? (view.live ? view.samples.at(-1) : undefined);
     this.#figures(shown, view.samples);
-    // Outside the layout there is nothing to draw on.
+    // A hidden chart has no size.
     if (this.width < 40) return;
     const lines = plan.series.map((series) => view.samples.map(series.value));
     const bounds = plan.bounds === undefined ? [] : view.samples.map(plan.bounds);
     const sizes = [...lines, ...bounds].flat().filter(Number.isFinite).map(Math.abs);
-    // Not spread: ten minutes of several series are many arguments.
+    // No spread: ten minutes of several series would be too many arguments.
     const top = roundUp(sizes.reduce((most, size) => Math.max(most, size), plan.least));
     const tiny = sizes.reduce((least, size) => (size > 0 ? Math.min(least, size) : least), plan.least);
     const bottom = plan.tenfold ? 10 ** Math.floor(Math.log10(Math.min(tiny, top / 10))) : plan.signed ? -top : 0;
@@ -181,7 +181,7 @@ export class Chart {
       aside.textContent = `${second.name} ${text(shown === undefined ? null : second.value(shown))}`;
     }
     this.current.append(aside);
-    // The longest of a second belongs to what was measured, another quantity does not.
+    // The maximum of a second has the unit of the series; another quantity would not.
     const counted = plan.tenfold ? plan.series : [main];
     const values = counted.flatMap((series) => samples.map(series.value)).filter(Number.isFinite);
     const least = values.reduce((a, b) => Math.min(a, b), Infinity);
@@ -221,7 +221,7 @@ function path(view, values, x, y) {
       return;
     }
     const point = `${x(sample.at).toFixed(1)} ${y(value).toFixed(1)}`;
-    // A line of no length: with round ends, a value that stands alone is a dot.
+    // A line of length zero: with round caps a single value is a dot.
     text += drawing && !parted ? `L${point}` : `M${point}h0`;
     drawing = true;
   });

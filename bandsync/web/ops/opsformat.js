@@ -19,7 +19,7 @@ export function number(value) {
 }
 
 /**
- * How long something took or lasts.
+ * A duration.
  * @param {number} ms milliseconds
  * @returns {string} such as "4.2 s", "2 min 5 s" or "3 d 4 h"
  */
@@ -54,7 +54,7 @@ export function clockTime(at, now) {
 /**
  * The time of day to the minute; to the second for short spans, the date for long ones.
  * @param {number} at milliseconds since the Unix epoch
- * @param {number} stepMs how far marks are apart
+ * @param {number} stepMs distance of the marks
  * @returns {string}
  */
 export function axisTime(at, stepMs) {

@@ -1,14 +1,14 @@
 /**
- * What this screen has been told, over restarts of the server: samples, and the storage's stretches.
+ * History of the screen, across restarts of the server: samples, and periods of each storage mode.
  * No DOM, no clock: `now` is an argument.
  * @module
  */
 
 const BOOTS = 20;
 const SPANS_MS = [60_000, 120_000, 300_000];
-// Behind a load balancer another server may answer, and not ours; so many in a row are no accident.
+// Behind a load balancer another server may answer. After this many in a row, switch to it.
 const STRANGERS = 10;
-// The server was away for so long: two samples that did not come.
+// Gap after which the server counts as away: two missing samples.
 const GAP_PERIODS = 2.5;
 
 /**
@@ -16,7 +16,7 @@ const GAP_PERIODS = 2.5;
  * @property {number} from session clock, milliseconds
  * @property {number} to likewise
  * @property {string} mode "redis", "memory", "migrating", "memory (disabled)", or "away"
- * @property {object | null} event that it begins with, as in `/api/ops`
+ * @property {object | null} event at its start, as in `/api/ops`
  */
 
 /** The past of one server, however often it was started again. */
@@ -39,8 +39,8 @@ export class Past {
   }
 
   /**
-   * How far back it is worth looking: not before the server was first started, in steps so that what
-   * is drawn does not shrink all the time.
+   * Start of the visible range: not before the first start of the server, and in steps, so that the
+   * scale does not change all the time.
    * @param {number} now session clock, milliseconds
    * @returns {number} milliseconds
    */
@@ -55,7 +55,7 @@ export class Past {
   }
 
   /**
-   * Takes an answer of `/api/ops`.
+   * Adds an answer of `/api/ops`.
    * @param {object} overview
    * @returns {boolean} whether it was ours: false if another server answered, and ours is waited for
    */
@@ -72,7 +72,7 @@ export class Past {
     this.keptMs = overview.keptMs;
     let { samples } = overview;
     if (this.boot?.bootId !== overview.bootId) {
-      // What a new server recorded before our last sample is of its own past.
+      // Samples of a new server from before the last sample are its own history.
       if (overview.now > this.since) samples = samples.filter((each) => each.at > this.since);
       this.boots.push({ bootId: overview.bootId, startedAt: 0, heardAt: 0, events: [] });
       this.boots.splice(0, this.boots.length - BOOTS);
@@ -81,7 +81,7 @@ export class Past {
     boot.startedAt = overview.now - overview.uptimeMs;
     boot.heardAt = overview.now;
     boot.events = overview.events;
-    // Of a server whose clock was set back, the past is told again.
+    // After the server's clock was set back, its history is reloaded.
     if (samples.length) this.samples = this.samples.filter((each) => each.at < samples[0].at).concat(samples);
     const oldest = overview.now - this.keptMs;
     this.samples = this.samples.filter((each) => each.at >= oldest);
@@ -94,7 +94,7 @@ export class Past {
   }
 
   /**
-   * The storage's modes, one after the other, with the times in which nobody answered.
+   * The periods of each storage mode in order, and those without an answer.
    * @param {number} now session clock, milliseconds
    * @returns {Stretch[]}
    */
@@ -116,9 +116,9 @@ export class Past {
   }
 
   /**
-   * Failovers, recoveries, starts, and what only a newer server knows; the latest first.
+   * Failovers, recoveries, starts, and unknown events of a newer server; latest first.
    * @returns {{event: object, tookMs: number | null, lasts: boolean}[]} `tookMs`: how long Redis, or
-   *   before a start the server, was away; null if that is not known; `lasts`: it is not back yet
+   *   before a start the server, was away; null if unknown; `lasts`: it is still away
    */
   happenings() {
     const found = [];

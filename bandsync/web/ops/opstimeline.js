@@ -11,7 +11,7 @@ const LEFT = 68;
 const RIGHT = 12;
 const AXIS = HEIGHT - 20;
 const STEPS_MS = [10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 604_800].map((s) => s * 1000);
-// Roughly, of a character of a label.
+// Approximate width of a character of a label.
 const CHARACTER = 6.6;
 
 const MODES = {
@@ -23,7 +23,7 @@ const MODES = {
 };
 
 /**
- * What a stretch is called.
+ * Name of a storage mode.
  * @param {string} mode
  * @returns {string} the mode itself, if only a newer server knows it
  */
@@ -37,7 +37,7 @@ export class Timeline {
   }
 
   /**
-   * Draws anew.
+   * Redraws.
    * @param {import("./opspast.js").Stretch[]} stretches
    * @param {ReturnType<import("./opspast.js").Past["happenings"]>} happenings
    * @param {number} from the left edge, session clock, milliseconds
@@ -64,7 +64,7 @@ export class Timeline {
     const room = Math.max(2, Math.floor((this.width - LEFT - RIGHT) / 90));
     const step = STEPS_MS.find((each) => (to - from) / each <= room) ?? STEPS_MS.at(-1);
     const parts = [svg("path", { class: "axis", d: `M${LEFT} ${AXIS}.5H${this.width - RIGHT}` })];
-    // Marks at full local times.
+    // Marks at round local times.
     const shift = new Date(to).getTimezoneOffset() * 60_000;
     for (let at = Math.ceil((from - shift) / step) * step + shift; at <= to; at += step) {
       const where = x(at).toFixed(1);
@@ -79,7 +79,7 @@ export class Timeline {
 
   #marks(happenings, x, to) {
     const parts = [];
-    // From the right, so that the latest have their labels; the table has them all.
+    // From the right, so that the latest events get labels; the table has all.
     const free = LABELS.map(() => this.width);
     for (const { event, tookMs, lasts } of happenings) {
       const where = x(event.at);
@@ -115,7 +115,7 @@ function bar(stretch, x) {
   const size = {
     x: left.toFixed(1),
     y: whole ? LANES.redis : lane,
-    // However short it was, it happened.
+    // Even the shortest period is visible.
     width: Math.max(right - left, stretch.event?.kind === "failover" ? 3 : 0.5).toFixed(1),
     height: whole ? LANES.memory + BAR - LANES.redis : BAR,
     rx: 2,

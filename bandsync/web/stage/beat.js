@@ -1,17 +1,17 @@
 /**
- * The light: which beat it is, drawn in every frame from the extrapolated transport.
+ * The light: the current beat, drawn in every frame from the extrapolated transport.
  *
- * Nothing is timed here. Whatever a frame comes too late for, the next one shows as it is then.
+ * There are no timers. A late frame shows the state at its own instant.
  */
 
 import { segmentAt } from "./bandsync.js";
 
-// Two computations of one beat differ by float noise, and a beat must not be shown twice for that.
+// Float noise between two computations of one beat: it must not be shown twice.
 const NOISE = 1e-6;
-// A transport that was anchored anew may say that the beat just shown is a hair away.
+// A re-anchored transport may place the beat just shown slightly in the future.
 const HAIR = 0.05;
-// More than three flashes in a second can trigger seizures (WCAG 2.3.1). At this tempo the fourth
-// has a margin for frames that come early.
+// More than three flashes in a second can trigger seizures (WCAG 2.3.1). This tempo leaves a margin
+// for frames that come early.
 const MOST_FLASHES = 3;
 const FLASHES_IN_MS = 1000;
 const FASTEST_BPM = 170;
@@ -25,8 +25,8 @@ const SVG = "http://www.w3.org/2000/svg";
  * @param {number | null} countInFrom as of the session
  * @returns {{state: "stopped" | "paused" | "starting" | "playing", running: boolean,
  *   countIn: boolean, beats: number, beatsPerBar: number, tempoBpm: number, positionMs: number}}
- *   `beats` from the start of the song; in a count-in they run up to those of the start. What is
- *   before it stands: the band waits for its slowest member.
+ *   `beats` from the start of the song; in a count-in they run up to the start. Before the count-in
+ *   they do not move: that is the lead for the slowest member.
  */
 export function moment(transport, t, countInFrom = null) {
   const segment = segmentAt(transport, t);
@@ -52,7 +52,7 @@ export function moment(transport, t, countInFrom = null) {
   };
 }
 
-/** The number of the beat at `beats`, never back by one for a hair. */
+/** The number of the beat at `beats`, without stepping back by float noise. */
 export function beatNumber(beats, last) {
   const number = Math.floor(beats + NOISE);
   return number === last - 1 && last - beats < HAIR ? last : number;
@@ -71,8 +71,8 @@ export function clockFace(ms) {
 }
 
 /**
- * How bright the disc is, from 0 to 1: a flash on each beat, on each bar when beats are too fast
- * for that, and none when bars are.
+ * Brightness of the disc, from 0 to 1: a flash on each beat, on each bar when beats are too fast,
+ * and none when bars are too fast.
  */
 export function brightness({ running, beats, beatsPerBar, tempoBpm }) {
   if (!running) return 0;
@@ -82,11 +82,11 @@ export function brightness({ running, beats, beatsPerBar, tempoBpm }) {
   return Math.max(0, 1 - phase / 0.6) ** 2;
 }
 
-/** Lets no more flashes through than are safe, whatever the beats do: seeks may begin many anew. */
+/** Limits the flash rate to a safe one, also when seeks start many beats in a row. */
 export class FlashGuard {
-  #began = []; // the last flashes, milliseconds
+  #began = []; // starts of the last flashes, milliseconds
   #before = 0;
-  #dark = false; // the flash under way was one too many
+  #dark = false; // the current flash exceeds the limit
 
   /**
    * @param {number} glow wanted, 0 to 1
@@ -94,7 +94,7 @@ export class FlashGuard {
    * @returns {number} what may be shown
    */
   allowed(glow, at) {
-    // A rise is a new flash; it falls from then on.
+    // Rising brightness starts a new flash; then it falls.
     if (glow > this.#before + 0.1) {
       this.#dark = this.#began.length === MOST_FLASHES && at - this.#began[0] < FLASHES_IN_MS;
       if (!this.#dark) this.#began = [...this.#began, at].slice(-MOST_FLASHES);
@@ -139,7 +139,7 @@ export class BeatLight {
       this.#last = null;
       return;
     }
-    // What is drawn now is seen with the next frame.
+    // A frame is visible one frame later.
     const t = state.now + state.trimMs + this.#frameMs;
     const { positionMs } = this.#draw(state, t, at);
     this.#text("position", clockFace(state.heldMs ?? positionMs));
@@ -183,7 +183,7 @@ export class BeatLight {
     this.#once(id, text, () => { this.#elements[id].textContent = text; });
   }
 
-  // Sixty times a second: what is there already is not written again.
+  // Runs sixty times a second: write only what changed.
   #once(name, value, write) {
     if (this.#shown[name] === value) return;
     this.#shown[name] = value;

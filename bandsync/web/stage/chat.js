@@ -1,4 +1,4 @@
-/** The chat: what the session has, in its order. */
+/** The chat: the session's messages, in order. */
 
 const $ = (id) => document.getElementById(id);
 
@@ -20,7 +20,7 @@ export class Chat {
     const known = new Map([...this.#list.children].map((row) => [row.dataset.id, row]));
     const atEnd = this.#list.scrollHeight - this.#list.scrollTop - this.#list.clientHeight < 40;
     const rows = messages.map((message) => known.get(message.messageId) ?? chatRow(message));
-    // Rows that stay are not touched: a screen reader would speak them again.
+    // Unchanged rows stay in place: a screen reader would read new ones again.
     for (const row of known.values()) {
       if (!rows.includes(row)) row.remove();
     }

@@ -1,21 +1,21 @@
 /**
- * The click: every beat is given to the audio clock ahead of time, so that no timer and no busy
- * page can make it late. (The method: Chris Wilson, "A Tale of Two Clocks", 2013.)
+ * The click: beats are scheduled on the audio clock ahead of time, so that neither timers nor a busy
+ * page delay them. (The method: Chris Wilson, "A Tale of Two Clocks", 2013.)
  */
 
 import { inBar } from "./beat.js";
 
 const LOOK_EVERY_MS = 50;
-// Timers of a hidden page come once a second.
+// Timers of a hidden page fire once a second.
 const AHEAD_MS = 1500;
-// Clocks learn: what was planned is moved by so much, but nothing is at the last moment.
+// When the clock estimate changes by more than this, scheduled clicks move, except imminent ones.
 const MOVED_S = 0.003;
 const SETTLED_S = 0.06;
-// A click later than this is left out: late is worse than silent.
+// A click later than this is dropped: late is worse than silent.
 const LATEST_S = 0.015;
 const KEPT_MS = 1000;
 const LENGTH_S = 0.035;
-// Of float arithmetic with instants, in beats or milliseconds.
+// Float noise of instants, in beats or milliseconds.
 const NOISE = 1e-4;
 
 export class Click {
@@ -35,7 +35,7 @@ export class Click {
   constructor(read, tell) {
     this.#read = read;
     this.#tell = tell;
-    // A call, or another app, may have silenced us; browsers want a touch to begin again.
+    // A call or another app may suspend the audio; browsers need a touch to resume it.
     for (const type of ["visibilitychange", "pointerdown", "keydown"]) {
       document.addEventListener(type, () => { if (this.silent) this.#context.resume(); });
     }
@@ -45,17 +45,17 @@ export class Click {
     return this.#timer !== 0;
   }
 
-  /** On, but the device does not let it sound. */
+  /** Whether it is on, but suspended by the device. */
   get silent() {
     return this.on && this.#context.state !== "running";
   }
 
-  /** How much earlier than its beat a click must be decided on, milliseconds. */
+  /** How long before its beat a click must be scheduled, milliseconds. */
   get latencyMs() {
     return this.on ? (this.#context.outputLatency || this.#context.baseLatency || 0) * 1000 : 0;
   }
 
-  /** Turn it on; from a click or a key, or browsers stay silent. */
+  /** Turn it on. Call it from a click or key handler: browsers need a gesture. */
   async start(volume) {
     if (this.#context === null) {
       this.#context = new AudioContext({ latencyHint: "interactive" });
@@ -82,14 +82,14 @@ export class Click {
     if (this.#gain !== null) this.#gain.gain.value = volume ** 2;
   }
 
-  /** What was planned counts no more: the transport, or this device's trim, has changed. */
+  /** Reschedule: the transport or this device's trim has changed. */
   replan() {
     if (!this.on) return;
     this.#forget();
     this.#plan();
   }
 
-  /** Drop what has not begun to sound. */
+  /** Cancel clicks that have not started to sound. */
   #forget() {
     for (const [beat, { node, when }] of this.#planned) {
       if (when <= this.#context.currentTime) continue;
@@ -112,7 +112,7 @@ export class Click {
     }
     for (const { beat, at, first, period } of upcoming(transport, heard, heard + AHEAD_MS, countInFrom)) {
       const known = this.#planned.get(beat);
-      // The same number much later is another beat: somebody went back in the song.
+      // The same number much later is another beat, after a seek backwards.
       if (known && Math.abs(known.at - at) < period / 2) continue;
       const when = whenOf(at);
       if (when < time - LATEST_S) continue;
@@ -120,7 +120,7 @@ export class Click {
     }
   }
 
-  /** When the context must play what is to be heard at `local`, as `performance.now()`. */
+  /** The audio time at which a sound must start to be heard at `local` (`performance.now()`). */
   #audioTime(local) {
     const context = this.#context;
     const { contextTime, performanceTime } = context.getOutputTimestamp?.() ?? {};
@@ -145,7 +145,7 @@ export class Click {
 }
 
 /**
- * The beats of a transport between two instants: those of the song, and those that count it in.
+ * The beats of a transport between two instants, count-in included.
  *
  * @param {object} transport of protocol.md section 1
  * @param {number} from milliseconds, session clock
@@ -169,7 +169,7 @@ export function upcoming(transport, from, till, countInFrom = null) {
   });
 }
 
-/** Segments that have beats, and from when till when; before a start they may count up to it. */
+/** Segments with beats and their time ranges; before a start, the count-in. */
 function stretches({ next, ...now }, countInFrom) {
   const change = next?.anchorTime ?? Infinity;
   const found = [];

@@ -1,4 +1,4 @@
-/** The leader's controls. Followers see the same, greyed, with the reason. */
+/** The leader's controls. For followers they are disabled, with the reason. */
 
 import { clockFace } from "./beat.js";
 import { segmentAt } from "./bandsync.js";
@@ -6,12 +6,12 @@ import { TapTempo } from "./tap.js";
 import { named, rounded } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-// A session has no length: the scrubber has as many times this as the song has come.
+// A song has no known length: the scrubber grows in steps of this.
 const SCRUBBER_S = 300;
 const MIN_BPM = 20;
 const MAX_BPM = 300;
-// How far ahead a start lies: everybody must have heard of it, and the slowest loudspeaker must get
-// its first click in time.
+// Lead of a start: it must reach every member, and the slowest loudspeaker must play its first click
+// in time.
 const LEAD_MS = 250;
 const LEAD_MARGIN_MS = 150;
 const MOST_LEAD_MS = 1500;
@@ -24,7 +24,7 @@ export class Conductor {
   #scrubbing = false;
   #spoken = "";
   #tempo = "";
-  #wanted = null; // BPM, while it is on its way
+  #wanted = null; // BPM of a tempo command in flight
 
   /**
    * @param {() => BandSync | null} band
@@ -39,7 +39,7 @@ export class Conductor {
     setInterval(() => this.#follow(), 250);
   }
 
-  /** After a change: who may do what, and why not. */
+  /** After a change: enable or disable the controls, with the reason. */
   show() {
     const band = this.#band();
     const { leader, isLeader, status } = band;
@@ -48,7 +48,8 @@ export class Conductor {
     $("conduct").disabled = !online || !isLeader;
     $("reason").textContent = reason(online, isLeader, leader);
     $("ask").hidden = isLeader || absent;
-    // Leadership may be claimed when nobody has it at hand, or when the leader may be out of reach.
+    // The lead can be claimed when there is no leader, or when the leader is disconnected or may be
+    // unreachable.
     $("claim").hidden = isLeader || !(absent || band.storage?.degraded);
     for (const id of ["ask", "claim"]) $(id).disabled = !online;
     const playing = this.#playing();
@@ -62,7 +63,7 @@ export class Conductor {
     return (transport.next ?? transport).isPlaying;
   }
 
-  /** The tempo that was set last, but never over what somebody is typing. */
+  /** Show the latest tempo, unless the user is typing one. */
   #showTempo() {
     const { transport } = this.#band().session;
     const { tempoBpm, beatsPerBar } = transport.next ?? transport;
@@ -88,32 +89,32 @@ export class Conductor {
     onClick("stop", () => this.#run(this.#band().stop()));
     onClick("slower", () => this.#nudge(-1));
     onClick("faster", () => this.#nudge(1));
-    // When the finger lands, not when it leaves.
+    // On pointerdown, not on pointerup.
     $("tap").addEventListener("pointerdown", ({ timeStamp }) => this.#tap(timeStamp));
     $("tap").addEventListener("keydown", ({ key, repeat, timeStamp }) => {
       if ((key === " " || key === "Enter") && !repeat) this.#tap(timeStamp);
     });
     onChange("bpm", (bpm) => this.#setTempo(bpm));
     onChange("beats", (beatsPerBar) => this.#setTempo(this.#tempoBpm(), { beatsPerBar }));
-    onSubmit("tempoForm", () => {}); // Its fields have changed by then.
+    onSubmit("tempoForm", () => {}); // The change events of its fields have fired already.
     onSubmit("barForm", () => this.#goToBar($("bar").valueAsNumber));
     this.#listenToScrubber();
     document.addEventListener("keydown", (event) => this.#shortcut(event));
   }
 
-  /** A thumb that scrolls the page, or comes back to where it began, moves no song. */
+  /** A gesture that scrolls the page, or returns to its start, must not seek. */
   #listenToScrubber() {
     const scrubber = $("scrubber");
     const end = () => { this.#scrubbing = false; };
     scrubber.addEventListener("input", () => { this.#scrubbing = true; });
     scrubber.addEventListener("change", () => this.#seek());
     scrubber.addEventListener("pointercancel", end);
-    // Its `change`, if there is one, comes first.
+    // A `change` event, if there is one, comes first.
     scrubber.addEventListener("pointerup", () => setTimeout(end));
     scrubber.addEventListener("blur", end);
   }
 
-  /** The space bar, where it does not press or write something else. */
+  /** The space bar, unless a control or a text field has the focus. */
   #shortcut(event) {
     if (event.key !== " " || event.repeat || event.target !== document.body) return;
     if (!this.#band()?.isLeader) return;
@@ -136,18 +137,18 @@ export class Conductor {
   }
 
   #tap(at) {
-    // A disabled button hears fingers all the same.
+    // A disabled button still receives pointer events.
     const bpm = this.#band() && !$("conduct").disabled && this.#taps.tap(at);
     if (bpm) this.#run(this.#band().setTempo(Math.round(bpm)));
   }
 
-  /** The tempo that was set last. */
+  /** The latest tempo. */
   #tempoBpm() {
     const { transport } = this.#band().session;
     return (transport.next ?? transport).tempoBpm;
   }
 
-  /** From what was asked for last: fast fingers do not wait for the server. */
+  /** Relative to the latest requested tempo: fast taps do not wait for the server. */
   async #nudge(by) {
     const bpm = Math.round(this.#wanted ?? this.#tempoBpm()) + by;
     if (bpm < MIN_BPM || bpm > MAX_BPM) return;
@@ -160,7 +161,7 @@ export class Conductor {
     return this.#run(this.#band().setTempo(bpm, { ...fields, at: $("at").value }));
   }
 
-  /** The server counts beats with the tempo that will be in force there. */
+  /** The server computes beats with the tempo in force at that instant. */
   #goToBar(bar) {
     const band = this.#band();
     const at = $("at").value;
@@ -173,23 +174,23 @@ export class Conductor {
   }
 
   #seek() {
-    if (!this.#scrubbing) return; // It was cancelled.
+    if (!this.#scrubbing) return; // cancelled
     this.#scrubbing = false;
     const positionMs = $("scrubber").valueAsNumber * 1000;
     this.#run(this.#band().seek(positionMs, { at: $("at").value }));
   }
 
-  /** Where a thumb holds the scrubber, milliseconds; null while none does. */
+  /** Position of the scrubber while it is dragged, milliseconds; null otherwise. */
   get heldMs() {
     return this.#scrubbing ? $("scrubber").valueAsNumber * 1000 : null;
   }
 
-  /** The scrubber goes with the song, unless somebody holds it. */
+  /** Move the scrubber with the song, unless it is dragged. */
   #follow() {
     const band = this.#band();
     const scrubber = $("scrubber");
     if (!band?.session || document.hidden) return;
-    // A screen reader would speak every step; and keys step from where it stands.
+    // Coarse steps: a screen reader would read every one, and keys step from the current value.
     if (!this.#scrubbing && scrubber.matches(":focus-visible")) return;
     const seconds = this.#scrubbing ? scrubber.valueAsNumber : band.positionAt() / 1000;
     if (!this.#scrubbing) {

@@ -1,6 +1,6 @@
-/** What this device keeps to itself: its settings, its place in a session, its screen. */
+/** State of this device: settings, resume token, wake lock. */
 
-/** Private windows may refuse storage; the page then only forgets more. */
+/** Private windows may refuse storage; the page then keeps nothing across reloads. */
 function recall(storage, key) {
   try {
     return JSON.parse(window[storage].getItem(`bandsync.${key}`));
@@ -16,7 +16,7 @@ function remember(storage, key, value) {
 
 const DEFAULTS = { name: "", session: "", volume: 0.7, clickTrim: 0, lightTrim: 0, theme: "" };
 
-/** Settings of this device, kept for the next time. */
+/** Settings of this device, kept in local storage. */
 export class Preferences {
   #values = { ...DEFAULTS, ...recall("localStorage", "device") };
 
@@ -31,8 +31,8 @@ export class Preferences {
 }
 
 /**
- * The seat of this tab: who it is in which session, so that a reload comes back as the same
- * member. Of one tab only, because two with one seat would take it from each other for ever.
+ * The membership of this tab, so that a reload resumes the same member. It is kept per tab, because
+ * two tabs with one resume token would supersede each other for ever.
  */
 export const seat = {
   /** @returns {{sessionId: string, displayName: string, resumeToken: string, pass: string} | null} */
@@ -44,21 +44,21 @@ export const seat = {
   },
 };
 
-/** Show the colours that were asked for: "dark", "light", or "" for what the device says. */
+/** Apply a colour scheme: "dark", "light", or "" for that of the device. */
 export function showTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
 }
 
-/** Keeps the screen on while it is wanted, as far as the browser lets it. */
+/** Keeps the screen on while requested, if the browser allows it. */
 export class WakeLock {
   #wanted = false;
   #lock = null;
-  #tell;
+  #notify;
 
-  /** @param {(text: string) => void} tell told what the screen will do. */
-  constructor(tell) {
-    this.#tell = tell;
+  /** @param {(text: string) => void} notify receives a sentence about the screen. */
+  constructor(notify) {
+    this.#notify = notify;
     document.addEventListener("visibilitychange", () => this.#update());
   }
 
@@ -74,9 +74,9 @@ export class WakeLock {
       this.#lock = null;
       return;
     }
-    if (document.visibilityState !== "visible") return; // Browsers take it from hidden pages.
+    if (document.visibilityState !== "visible") return; // Browsers release the lock of hidden pages.
     if (!("wakeLock" in navigator)) {
-      this.#tell(
+      this.#notify(
         isSecureContext
           ? "This browser cannot keep the screen on: set the device not to sleep."
           : "The screen can only be kept on over https: set the device not to sleep.",
@@ -85,14 +85,14 @@ export class WakeLock {
     }
     try {
       this.#lock = await navigator.wakeLock.request("screen");
-      this.#tell("The screen stays on while you are in the session.");
+      this.#notify("The screen stays on while you are in the session.");
     } catch {
-      this.#tell("The device does not let the page keep the screen on; a low battery is a reason.");
+      this.#notify("The device does not let the page keep the screen on; a low battery is a reason.");
     }
   }
 }
 
-/** Let the page open without a network; where that is not possible, it only opens with one. */
+/** Register the service worker, which lets the page open without a network. */
 export async function keepPage() {
   try {
     await navigator.serviceWorker?.register("/sw.js");

@@ -1,9 +1,9 @@
-/** The list of members: who leads, how well each is connected and how far clocks may be apart. */
+/** The list of members: roles, connection quality and clock errors. */
 
 const $ = (id) => document.getElementById(id);
 
 export class Members {
-  #rows = new Map(); // memberId → row; kept, so that the focus stays where it is
+  #rows = new Map(); // memberId → row; reused, so that the focus stays
   #list = $("members");
   #handOver;
 
@@ -60,7 +60,7 @@ function details(connected, stats) {
   return words.join(" · ") || "connected";
 }
 
-/** "Are we together?", in numbers: the worst bound of those who are connected. */
+/** The largest clock error bound among the connected members. */
 function together(band) {
   const connected = [...band.session.members.values()].filter((member) => member.connected);
   const bounds = connected.map(({ memberId }) => band.stats.get(memberId)?.syncErrorMs);

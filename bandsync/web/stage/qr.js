@@ -1,5 +1,5 @@
 /**
- * QR codes (ISO/IEC 18004), as far as a link needs them: bytes, error correction level M,
+ * QR codes (ISO/IEC 18004), the subset that a link needs: bytes, error correction level M,
  * versions 1 to 10 (213 bytes).
  */
 
@@ -35,7 +35,7 @@ const MASKS = [
 /**
  * @param {string} text
  * @returns {boolean[][]} rows of modules, true is dark; without the quiet zone of four.
- * @throws {RangeError} it is longer than 213 bytes of UTF-8.
+ * @throws {RangeError} the text is longer than 213 bytes of UTF-8.
  */
 export function qrCode(text) {
   const bytes = new TextEncoder().encode(text);
@@ -158,7 +158,7 @@ class Grid {
         if (!corner) this.#rings(x, y, 2, (ring) => ring !== 1);
       }
     }
-    this.#format(0); // Reserves its place.
+    this.#format(0); // reserves the modules
     if (this.version >= 7) this.#versionBits();
   }
 
@@ -205,7 +205,7 @@ class Grid {
     }
   }
 
-  /** Two columns at a time, from the right, up and down in turn; column 6 is the timing's. */
+  /** Two columns at a time, from the right, alternating up and down; column 6 has the timing. */
   fill(words) {
     let at = 0;
     for (let right = this.size - 1; right >= 1; right -= 2) {
@@ -222,7 +222,7 @@ class Grid {
     }
   }
 
-  /** With the mask of the least penalty. */
+  /** Apply the mask with the smallest penalty. */
   masked() {
     let best = null;
     for (let mask = 0; mask < MASKS.length; mask++) {

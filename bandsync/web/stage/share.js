@@ -1,11 +1,11 @@
-/** The invitation: a link, and the same as a QR code that is drawn here. */
+/** The invitation: a link, also as a QR code. */
 
 import { qrPath } from "./qr.js";
 
 const $ = (id) => document.getElementById(id);
 const HERE = new Set(["localhost", "127.0.0.1", "[::1]"]);
 
-/** The link to a session on this server; without anything that is this member's own. */
+/** The link to a session on this server, without this member's secrets. */
 export function linkTo(sessionId) {
   return `${location.origin}/#${sessionId}`;
 }
@@ -34,7 +34,7 @@ async function copy(url) {
     await navigator.clipboard.writeText(url);
     $("copied").textContent = "Copied.";
   } catch {
-    // Without https there is no clipboard: mark it for the hand.
+    // Without https there is no clipboard API: select the text instead.
     getSelection().selectAllChildren($("link"));
     $("copied").textContent = "Marked: copy it by hand.";
   }

@@ -1,8 +1,7 @@
 /**
- * The stage: a page to play by. Here the parts are put together; what a session is, bandsync.js
- * knows.
+ * The stage: wires the parts of the page together. The session itself is in bandsync.js.
  *
- * Whatever others wrote reaches the page through textContent only, never as markup.
+ * Text from other members is set through textContent only, never as markup.
  */
 
 import { BandSync } from "./bandsync.js";
@@ -26,23 +25,23 @@ const WORDS = [
 ];
 
 const preferences = new Preferences();
-const requests = new Map(); // memberId → name of who asks for the lead
-const names = new Map(); // memberId → displayName; also of those who just left
-let band = null; // while in a session, or on the way into one
+const requests = new Map(); // memberId → name, for requests of the lead
+const names = new Map(); // memberId → displayName, of recent members too
+let band = null; // null outside of a session
 let pass = "";
-let outage = false; // the server had lost its storage before we came
-let attempts = 0; // to connect, that have failed
-let transport = null; // that the click was planned for
-let headline = ""; // that the field for it was filled with
+let outage = false; // the server had lost its storage before the join
+let attempts = 0; // failed attempts to connect
+let transport = null; // transport of the scheduled clicks
+let headline = ""; // content of its field
 
 const setText = (element, text) => {
-  // Writing what is there already would make a live region speak again.
+  // An unchanged live region must not be written: it would be read again.
   if (element.textContent !== text) element.textContent = text;
 };
 const say = (text) => text && setText($("news"), text);
 const nameOf = (memberId) => named(names.get(memberId) ?? "Somebody");
 
-/** Show why a command was refused; what was granted shows itself. */
+/** Show why a command was refused. Success is visible by itself. */
 async function run(command) {
   try {
     await command;
@@ -53,16 +52,16 @@ async function run(command) {
   }
 }
 
-// --- Into a session, and out of it ---
+// --- Join and leave ---
 
-/** `#session`, or `#session&pass=TOKEN` where joining needs one. */
+/** Parse `#session` or `#session&pass=TOKEN`. */
 function fromLink() {
   const [sessionId, ...rest] = location.hash.slice(1).split("&");
   const given = new URLSearchParams(rest.join("&")).get("pass") ?? "";
   return { sessionId: /^[A-Za-z0-9._-]{1,64}$/.test(sessionId) ? sessionId : "", given };
 }
 
-/** A name that can be called across a stage. */
+/** A session name that is easy to say. */
 function freshSession() {
   const drawn = crypto.getRandomValues(new Uint32Array(3));
   return `${WORDS[0][drawn[0] % 10]}-${WORDS[1][drawn[1] % 10]}-${10 + (drawn[2] % 90)}`;
@@ -79,7 +78,7 @@ async function enter(sessionId, displayName, resumeToken) {
   const keep = () =>
     seat.set({ sessionId, displayName, pass, resumeToken: mine.resumeToken });
   listen(mine, keep);
-  // The link is for others too: without what is this member's own.
+  // The link is shared: remove this member's token.
   if (location.hash !== `#${sessionId}`) history.replaceState(null, "", `#${sessionId}`);
   render();
   try {
@@ -120,7 +119,7 @@ function listen(mine, keep) {
   });
 }
 
-/** What the server says of its storage it says to those who are there when it happens. */
+/** Query the storage status: `storage_status` is sent only when it changes. */
 async function askForOutage(mine) {
   try {
     const { degraded, lastFailover } = await (await fetch("/api/storage/status")).json();
@@ -131,7 +130,7 @@ async function askForOutage(mine) {
   if (band === mine) render();
 }
 
-/** Back to the form: only a person can decide what happens next. */
+/** Return to the form: only a person can decide how to continue. */
 function leave(error = null) {
   const old = band;
   band = null;
@@ -147,7 +146,7 @@ function leave(error = null) {
   $(error?.code === "unauthorized" ? "pass" : "name").focus();
 }
 
-/** Nothing of one session stays for the next. */
+/** Clear everything of the previous session. */
 function reset() {
   requests.clear();
   names.clear();
@@ -170,7 +169,7 @@ function explained({ code, message }) {
   return message;
 }
 
-// --- What the page shows ---
+// --- Rendering ---
 
 function render() {
   const joined = band !== null && band.session !== null;
@@ -209,7 +208,7 @@ function about() {
 function showRequests() {
   const rows = $("requests");
   const shown = [...rows.children].map((row) => row.dataset.id).join();
-  if (shown === [...requests.keys()].join()) return; // The focus stays where it is.
+  if (shown === [...requests.keys()].join()) return; // keeps the focus
   rows.replaceChildren(...[...requests].map(([memberId, name]) => {
     const row = document.createElement("p");
     row.dataset.id = memberId;
@@ -249,7 +248,7 @@ function showTrims() {
   }
 }
 
-// --- The parts ---
+// --- Parts ---
 
 const playing = (trim) => () => {
   if (!band?.session) return null;
@@ -272,7 +271,7 @@ const members = new Members((memberId) => run(band.handOver(memberId)));
 const chat = new Chat();
 const wakeLock = new WakeLock((text) => setText($("awake"), text));
 
-// --- What people do ---
+// --- Controls ---
 
 const onClick = (id, act) => $(id).addEventListener("click", act);
 const onSubmit = (id, act) =>
@@ -289,7 +288,7 @@ onSubmit("join", () => {
 });
 for (const id of ["leave", "cancel"]) {
   onClick(id, () => {
-    band.leave().catch(() => {}); // Gone either way: the server keeps the place for a moment at most.
+    band.leave().catch(() => {}); // If this fails, the member leaves after its grace.
     leave();
   });
 }
@@ -300,11 +299,11 @@ onClick("stepDown", () => run(band.stepDown()));
 onSubmit("messageForm", () => run(band.updateMessage($("message").value)));
 onSubmit("chatForm", async () => {
   const text = $("text").value;
-  // Kept until the server has it, and if more was typed meanwhile.
+  // Cleared only after the ack, unless more was typed meanwhile.
   if (await run(band.chat(text)) && $("text").value === text) $("text").value = "";
 });
 onClick("click", () => {
-  // What was silent has just been touched, and sounds again.
+  // This touch resumes suspended audio.
   if (click.on && $("click").textContent === "Click on") click.stop();
   else click.start(preferences.get("volume"));
 });
@@ -342,7 +341,7 @@ setInterval(() => { if (band?.session) setText($("about"), about()); }, 1000);
 addEventListener("hashchange", () => {
   const { sessionId, given } = fromLink();
   if (band !== null) {
-    // A stray link takes nobody off the stage.
+    // Ignore a changed hash while in a session.
     if (sessionId !== band.sessionId) say(`To go to ${sessionId || "another session"}, leave this one first.`);
     history.replaceState(null, "", `#${band.sessionId}`);
     return;
@@ -351,7 +350,7 @@ addEventListener("hashchange", () => {
   pass = $("pass").value = given;
 });
 
-// --- At the start ---
+// --- Start ---
 
 const { sessionId, given } = fromLink();
 const kept = seat.get();
@@ -365,7 +364,7 @@ showTrims();
 showClick();
 keepPage();
 if (kept !== null && kept.sessionId === (sessionId || kept.sessionId)) {
-  // A reload comes back as the same member.
+  // A reload resumes the same member.
   pass = given || kept.pass;
   enter(kept.sessionId, kept.displayName, kept.resumeToken);
 } else if (preferences.get("name")) {

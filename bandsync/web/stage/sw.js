@@ -1,21 +1,21 @@
-// The page opens even while the network is away, hangs, or is lost half way.
+// Service worker: the page opens even while the network is down, hangs, or breaks halfway.
 //
-// A page is made of one whole set of files, never of two halves: of the network's, so that a server
-// that was updated does not meet an old page, or, where that does not come in time, of the set that
-// was kept last. What belongs to it is what `/` names, and what those files import.
+// A page is loaded from one complete set of files, never from a mix. It is the network's set, so that
+// an updated server never meets an old page. If that does not arrive in time, it is the latest cached
+// set. A set is `/`, the files that it names, and the files that those import.
 //
-// No skipWaiting and no claim: a new worker leaves open pages to the one that opened them.
+// No skipWaiting and no claim: open pages keep the worker that they started with.
 
 const OURS = "bandsync-page";
-// Long enough for a slow network, short enough for somebody on a stage.
+// How long a page load waits for the network before it uses the cache.
 const PATIENCE_MS = 3000;
-// What takes longer is not waited for to be kept either.
+// A refresh of the cache that takes longer is aborted.
 const LIMIT_MS = 20_000;
-// What does not name it is somebody else's page: a login before the server, for one.
+// A document without this file is not ours, but for example a captive portal.
 const HEART = "/stage.js";
 const NAMED = /(?:href|src)="(\/[\w.-]+)"|(?:from|import) "\.(\/[\w.-]+)"/g;
 
-/** Of which set each page is made: the name of a cache by the id of the client; the last few. */
+/** The cache of each open page, by client id; the last few. */
 const opened = new Map();
 const MAX_OPENED = 50;
 
@@ -34,14 +34,14 @@ self.addEventListener("fetch", (event) => {
 
 async function install() {
   const kept = await refresh(new Request("/", { redirect: "manual" }));
-  if (kept instanceof Response) throw new Error("What answers is not the page.");
+  if (kept instanceof Response) throw new Error("The response is not the page.");
 }
 
-/** The answer to a navigation; decides what the rest of the page is made of. */
+/** Answer a navigation, and select the set for the rest of the page. */
 async function open(event) {
   const kept = await newest();
   if (kept === undefined) return fetch(event.request);
-  // It goes on after our patience: what is too late for this page is in time for the next.
+  // The refresh continues after the timeout, for the next page load.
   const coming = refresh(event.request).catch(() => kept);
   event.waitUntil(coming);
   const patience = new Promise((resolve) => { setTimeout(resolve, PATIENCE_MS, kept); });
@@ -52,7 +52,7 @@ async function open(event) {
   return (await file("/", found)) ?? fetch(event.request);
 }
 
-/** Keeps what the network has now, and returns its name; or the answer, if that is no page of ours. */
+/** Cache the network's set and return its name; or the response, if it is not our page. */
 async function refresh(request) {
   const signal = AbortSignal.timeout(LIMIT_MS);
   const answer = await fetch(request, { signal });
@@ -61,19 +61,19 @@ async function refresh(request) {
   const { files, digest } = await look(answer, signal);
   const kept = await newest();
   if (kept?.includes(digest)) return kept;
-  // Files of two versions, fetched while the server was replaced, are not the same once more.
+  // Fetch twice: a mix of two versions, during an upgrade, does not repeat.
   const again = await look(await fetch("/", { signal }), signal);
   if (again.digest !== digest) throw new Error("The server is being replaced.");
-  // The last one stays: a page may just be made of it.
+  // Keep the previous set: a page may be loading from it.
   for (const old of await names()) if (old !== kept) await caches.delete(old);
   const name = `${OURS} ${digest} ${Date.now()}`;
   const cache = await caches.open(name);
-  // In this order, `/` is there last: a set that has it is whole.
+  // `/` is stored last: a set that has it is complete.
   for (const path of [...files.keys()].reverse()) await cache.put(path, files.get(path).response);
   return name;
 }
 
-/** All files that the page is made of, `/` first, and a digest of them. */
+/** All files of the page, `/` first, and a digest of them. */
 async function look(root, signal) {
   const files = new Map();
   const visit = async (path, coming) => {
@@ -92,12 +92,12 @@ async function look(root, signal) {
   return { files, digest: [...new Uint8Array(hash)].map((byte) => byte.toString(16).padStart(2, "0")).join("") };
 }
 
-/** Our caches, the oldest first. */
+/** The caches of this worker, oldest first. */
 async function names() {
   return (await caches.keys()).filter((name) => name.startsWith(OURS));
 }
 
-/** The name of the last set that is whole; undefined if there is none. */
+/** The name of the latest complete set; undefined if there is none. */
 async function newest() {
   for (const name of (await names()).reverse()) {
     if ((await file("/", name)) !== undefined) return name;
@@ -105,7 +105,7 @@ async function newest() {
   return undefined;
 }
 
-/** A file of a set, whatever its query was; undefined if it is not there. */
+/** A file of a set, ignoring the query; undefined if it is missing. */
 function file(pathname, set) {
   return caches.match(pathname, { cacheName: set });
 }

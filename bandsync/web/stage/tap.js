@@ -1,15 +1,15 @@
 /** Tap tempo: the tempo of the last taps, by least squares. */
 
 const MOST = 12;
-/** Slower than 20 BPM is no tempo: the next tap is the first of a new one. */
+/** Slower than 20 BPM: the next tap starts a new tempo. */
 const PAUSE_MS = 3000;
-/** A tap this far off what the others foretell, in beats, begins a new tempo. */
+/** A tap that is off the prediction by this much, in beats, starts a new tempo. */
 const ASTRAY = 0.4;
 
 export class TapTempo {
   #taps = [];
 
-  /** Forget the taps so far. */
+  /** Discard all taps. */
   reset() {
     this.#taps = [];
   }
@@ -36,7 +36,7 @@ export class TapTempo {
   }
 }
 
-/** The regression of the taps on their number: milliseconds per tap. */
+/** Linear regression of tap times on tap numbers: milliseconds per tap. */
 function slope(taps) {
   const middle = (taps.length - 1) / 2;
   let above = 0;

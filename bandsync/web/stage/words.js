@@ -1,4 +1,4 @@
-/** What the page says of what happens, in sentences for musicians. */
+/** Messages of the page, in sentences for musicians. */
 
 const LEFT = {
   left: "left",
@@ -8,7 +8,7 @@ const LEFT = {
   slow_consumer: "was on too slow a connection",
 };
 const LEADS = { claimed: "took the lead", handed_over: "was given the lead" };
-// Where the server's sentence speaks to programmers.
+// Replacements where the server's sentence is for programmers.
 const PLAINLY = {
   leader_present: "Somebody leads: ask for the lead.",
   not_leader: "Only the leader may do this.",
@@ -18,13 +18,13 @@ const PLAINLY = {
   conflict: "Others were faster. Once more?",
 };
 
-// Writes right to left, or turns what follows around.
+// Characters that write right to left, or change the direction of what follows.
 const TURNS = /[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufefc]/;
 
-/** A name for a sentence: one that is written the other way leaves the sentence as it is. */
+/** A name within a sentence, isolated so that right-to-left names do not reorder it. */
 export const named = (name) => (TURNS.test(name) ? `\u2068${name}\u2069` : name);
 
-/** The tempo as people say it: without the decimals that nobody hears. */
+/** The tempo, rounded to audible precision. */
 export const rounded = (bpm) => String(Math.round(bpm * 10) / 10);
 
 /**
@@ -74,7 +74,7 @@ export function news(event, nameOf, mine) {
 export const refusal = ({ code, message }) => PLAINLY[code] ?? message;
 
 /**
- * What is not as it should be, and what it means for whoever plays; "" when all is well.
+ * The current problem and what it means for the musician; "" when all is well.
  *
  * @param {BandSync} band
  * @param {boolean} outage whether the server had lost its storage before we came
@@ -100,7 +100,7 @@ export function trouble(band, outage, attempts) {
   }
 }
 
-/** The state of the connection in a word or two. */
+/** The state of the connection in one or two words. */
 export function stateOf(band) {
   switch (band?.status) {
     case "online":
