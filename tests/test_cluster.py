@@ -1,4 +1,4 @@
-"""Two servers, one band, one Redis: what happens on one is heard on the other."""
+"""Two servers, one session, one Redis: each server relays the other's changes."""
 
 from collections.abc import AsyncIterator
 
@@ -16,7 +16,7 @@ QUICK = {
     "resume_grace_ms": 500,
     "max_members": 64,
 }
-# What a client takes as the history of its session.
+# The versioned messages: the history of a session.
 HISTORY = (
     "snapshot",
     "user_joined",
@@ -78,7 +78,7 @@ def in_order(player: Musician) -> None:
 
 
 def state(snapshot: Message) -> Message:
-    """What of a snapshot is the same for all."""
+    """The part of a snapshot that is equal for all clients."""
     volatile = ("you", "serverTime", "position")
     return {name: value for name, value in snapshot.items() if name not in volatile}
 
@@ -234,7 +234,7 @@ async def test_servers_without_redis_play_on_and_merge(
     await bob.next("storage_status", storageType="memory")
     await ann.ok("chat_message", text="from the left")
     await bob.ok("chat_message", text="from the right")
-    # Whoever leads is out of Bob's reach.
+    # The leader is out of Bob's reach.
     await bob.ok("set_role", role="leader")
     await bob.ok("set_tempo", tempoBpm=77)
     cluster.redis.restart(empty=True)
@@ -246,7 +246,7 @@ async def test_servers_without_redis_play_on_and_merge(
     assert shown["transport"]["tempoBpm"] == 77
     assert shown["isPlaying"]
     assert len(shown["members"]) == 2
-    # Whoever led, or leads, hears of it by name.
+    # The former and the new leader each receive a role_changed.
     heard = [(message["memberId"], message["role"]) for message in ann.all("role_changed")]
     assert heard == [(ann.you["memberId"], "follower"), (bob.you["memberId"], "leader")]
     assert {message["reason"] for message in ann.all("role_changed")} == {"merged"}
@@ -299,7 +299,7 @@ async def test_remote_leave_updates_room_stats_at_once(cluster: Cluster) -> None
     ann = await cluster.join(cluster.left, "Ann")
     others = [await cluster.join(cluster.right, name) for name in ("Bob", "Cid", "Dan")]
     await ann.next("room_stats", memberCount=4)
-    # Of so many in so short a time, the statistics of every five seconds tell one at the most.
+    # Periodic statistics, every five seconds, could report one of these at most.
     with trio.fail_after(4):
         for count, other in zip((3, 2, 1), others, strict=True):
             await other.ok("leave_session")

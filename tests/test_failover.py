@@ -1,4 +1,4 @@
-"""Whole servers, a real Redis that breaks, and bands that must not notice: design.md section 5."""
+"""Whole servers and a real Redis that breaks: bands play on and lose nothing."""
 
 from collections.abc import Awaitable, Callable
 
@@ -30,10 +30,10 @@ from tests.support.servers import (
 
 
 class Fault(Struct):
-    """How Redis breaks and is mended.
+    """A fault of Redis, and its repair.
 
     Attributes:
-        reason: what operators are told.
+        reason: the loss reason that operators see.
         before: done while all is well, some time before.
     """
 

@@ -131,7 +131,7 @@ def calm(players: Sequence[Musician]) -> bool:
 
 @pytest.fixture
 def no_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is heard is heard over the channels, or as a gap in them: nothing else would find it."""
+    """Without anti-entropy only the channels, or a gap in them, deliver changes."""
     monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 3600.0)
 
 
@@ -154,7 +154,7 @@ async def test_changes_are_relayed_from_every_node(
             await ann.next("chat_message", text="hi")
             stored = shared_cluster.owner(key_of(song))
             assert head(stored, key_of(song))["message"]["value"] == f"Verse of {song}"
-        # Of a song that is left nothing is heard any more.
+        # A server unsubscribes from a session without local members.
         for number, song in enumerate(SONGS):
             assert subscribers(shared_cluster, song) == 2, number
             await bands[song][1].ok("leave_session")
@@ -299,7 +299,7 @@ async def test_planned_failover_to_replicas_loses_nothing(
 async def test_rolling_replacement_of_nodes_loses_nothing(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:
-    # As whoever installs a new version does it: hand over, and end the old one.
+    # A rolling upgrade: fail over to the replica, then end the old master.
     hall, yard = [await start(nursery, guarded, name) for name in ("hall", "yard")]
     async with duets(hall, yard) as bands:
         # That of slot 0 is asked for the time: another matter.
@@ -436,7 +436,7 @@ async def test_two_servers_lose_a_master_and_agree_afterwards(
                 await until(lambda server=server: recovered(server))
             await more(talks)
             if hang:
-                # As a replica, before it has answered anything as a master.
+                # It becomes a replica before it has answered anything as a master.
                 broken.resume()
             await more(talks)
         for song, players in bands.items():

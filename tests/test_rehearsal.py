@@ -1,4 +1,4 @@
-"""A band on one server, over real sockets, with a foreign client."""
+"""A band on one server over real sockets, with a client library that is not ours."""
 
 import jwt
 import pytest
@@ -325,7 +325,7 @@ async def test_joins_with_tokens(nursery: trio.Nursery) -> None:
         assert codes == ["unauthorized"] * len(refused)
         snapshot = await player.join(token=token(name="Ann", aud="us"), displayName="Mallory")
         assert snapshot["members"][0]["displayName"] == "Ann"
-    # Whose token expired in mid-song comes back all the same, to the place that is hers.
+    # An expired join token does not prevent a resume.
     async with musician(server) as again:
         snapshot = await again.join(token=token(exp=1), resumeToken=player.you["resumeToken"])
         assert snapshot["you"]["resumed"]

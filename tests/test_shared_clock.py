@@ -20,7 +20,7 @@ PARTING_MS_PER_S = 1.0
 
 
 class Span(Struct, frozen=True):
-    """What Redis's clock is ahead of Trio's, milliseconds: somewhere from ``low`` to ``high``."""
+    """Bounds in ms on how far Redis's clock is ahead of Trio's."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ def here() -> float:
 
 
 async def told_by(server: Server, player: Musician) -> Span:
-    """What a server's clock says, and what it publishes about its error."""
+    """The clock of a server, with the error that it publishes."""
     started = here()
     statuses = [await get(server, "/api/storage/status")]
     before = here()
@@ -131,7 +131,7 @@ async def test_pause_on_another_server_keeps_the_position(
         assert slack < MINUTE_MS
         position = paused[0]["transport"]["positionMs"]
         assert pausing - played - slack <= position <= done - sent + slack
-    # Whoever writes, what is written later is later.
+    # Times increase over all writers.
     for player in players:
         times = [message["serverTime"] for message in player.all("play", "pause", "role_changed")]
         assert all(after > before - slack for before, after in pairwise(times))

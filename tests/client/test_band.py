@@ -172,7 +172,7 @@ async def test_clock_error_bound_holds(server: Server) -> None:
         while ann.clock.samples < 20:
             error = ann.clock.error_ms
             assert error is not None
-            # Where it is, by an exchange of its own: as good as the truth within a process.
+            # The true offset, by another exchange: exact within one process.
             await bob.send("clock_sync", t0=trio.current_time() * 1000)
             reply = await bob.next("clock_sync")
             least, most = reply["t2"] - trio.current_time() * 1000, reply["t1"] - reply["t0"]

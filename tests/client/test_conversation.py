@@ -1,4 +1,4 @@
-"""What the client makes of what a server says, the strange things included. On virtual time."""
+"""The client's reaction to server messages, valid and invalid. On virtual time."""
 
 import msgspec
 import pytest
@@ -32,7 +32,7 @@ async def test_join_sends_its_options(script: ScriptedServer, autojump_clock: Mo
     async with joined(
         script, display_name="Ann", role="leader", token="jwt", resume_token="old", ticks=True
     ):
-        (join,) = [message for _, message in script.heard if message["type"] == "join_session"]
+        (join,) = [message for _, message in script.received if message["type"] == "join_session"]
         del join["requestId"]
         assert join == {
             "type": "join_session",
@@ -44,7 +44,7 @@ async def test_join_sends_its_options(script: ScriptedServer, autojump_clock: Mo
             "ticks": True,
         }
     async with joined(script):
-        join = [message for _, message in script.heard if message["type"] == "join_session"][-1]
+        join = [message for _, message in script.received if message["type"] == "join_session"][-1]
         assert join.keys() == {"type", "sessionId", "requestId", "ticks"}
         assert join["ticks"] is False
     # Every way out leaves.
@@ -65,7 +65,7 @@ async def test_join_token_is_fetched_for_every_join(
         await script.streams[-1].aclose()
         await trio.sleep(3)
         assert band.status == "online"
-    asked = [message for _, message in script.heard if message["type"] == "join_session"]
+    asked = [message for _, message in script.received if message["type"] == "join_session"]
     assert [join["token"] for join in asked] == ["one", "two"]
 
 
@@ -82,7 +82,7 @@ async def test_failed_token_fetch_is_retried(
 
     async with joined(script, token=token) as band:
         assert band.status == "online"
-    (join,) = [message for _, message in script.heard if message["type"] == "join_session"]
+    (join,) = [message for _, message in script.received if message["type"] == "join_session"]
     assert join["token"] == "good"
     answers = [OSError("still no network")] * 100
     with pytest.raises(client.Unreachable, match="still no network") as unreachable:
@@ -100,7 +100,7 @@ async def test_missing_version_requests_a_sync(
         script.version += 1
         await script.event("message_updated", message="late", by="ann")
         await settle()
-        asked = [message for _, message in script.heard if message["type"] == "sync_request"]
+        asked = [message for _, message in script.received if message["type"] == "sync_request"]
         assert asked == [{"type": "sync_request", "version": 1, "epoch": "one"}]
         assert (band.session.version, band.session.message) == (3, "healed")
         # The event that came too early tells nobody anything.
@@ -207,7 +207,7 @@ async def test_snapshot_of_a_new_epoch_replaces_the_view(
         await script.snapshot(message="anew")
         await settle()
         assert (band.session.epoch, band.session.version) == ("two", 3)
-        # What waited for a version of the old one waits no more.
+        # Commands that wait for a version of the old epoch return.
         assert nursery.child_tasks == set()
 
 
@@ -304,7 +304,7 @@ async def test_foreign_and_oversized_commands_raise(
         with pytest.raises(ValueError, match="16384"):
             await band.update_message("\N{EIGHTH NOTE}" * 6000)
         assert await band.chat("still here") is None
-        assert {message["type"] for _, message in script.heard} == {
+        assert {message["type"] for _, message in script.received} == {
             "join_session",
             "clock_sync",
             "chat_message",
@@ -320,7 +320,7 @@ async def test_a_request_id_names_one_command_at_a_time(
 
     async with joined(script) as band, trio.open_nursery() as nursery:
         script.answers["heartbeat"] = later
-        used = int(next(m for _, m in script.heard if m["type"] == "join_session")["requestId"])
+        used = int(next(m for _, m in script.received if m["type"] == "join_session")["requestId"])
         # The one that the client itself would take next.
         mine = Heartbeat(request_id=str(used + 1))
         nursery.start_soon(band.command, mine)
@@ -330,5 +330,5 @@ async def test_a_request_id_names_one_command_at_a_time(
         await band.chat("with another")
         await trio.sleep(2)
         await band.command(mine)
-    ids = [message["requestId"] for _, message in script.heard if "requestId" in message]
+    ids = [message["requestId"] for _, message in script.received if "requestId" in message]
     assert ids == [str(used), str(used + 1), str(used + 2), str(used + 1), str(used + 3)]

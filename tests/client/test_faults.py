@@ -59,7 +59,7 @@ async def test_client_resumes_after_a_cut(server: Server, proxy: FaultProxy, how
         assert ann.status == "resuming"
         with pytest.raises(NotConnected):
             await ann.pause()
-        # What is known stays, and the song goes on.
+        # The state stays, and the song goes on.
         beat = ann.beat_at()
         await trio.sleep(0.05)
         assert ann.beat_at() > beat
@@ -72,7 +72,7 @@ async def test_client_resumes_after_a_cut(server: Server, proxy: FaultProxy, how
         assert ann.you.resumed
         assert (ann.member_id, ann.is_leader) == (member_id, True)
         assert ann.resume_token != token
-        # What was missed came with the snapshot.
+        # The snapshot contains the missed messages.
         assert [chat.text for chat in ann.session.chat] == ["where is she?"]
         assert ann.session.transport == anchor
         assert await ann.pause() is not None

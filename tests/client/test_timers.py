@@ -1,4 +1,4 @@
-"""What the client does by the clock: backoff, silence, probing, deadlines. On virtual time."""
+"""Timers of the client: backoff, silence, probing, deadlines. On virtual time."""
 
 import random
 import ssl
@@ -153,7 +153,7 @@ async def test_silence_is_noticed_well_before_the_grace_is_over(
         script.mute = False
         await band.until_online()
         assert trio.current_time() - silent < GRACE_S - 2
-        join = [message for _, message in script.heard if message["type"] == "join_session"][-1]
+        join = [message for _, message in script.received if message["type"] == "join_session"][-1]
         assert join["resumeToken"] == "token-1"
         assert band.resume_token == "token-2"
 
@@ -190,7 +190,7 @@ async def test_join_and_leave_do_not_wait_for_a_version(
         await script.ack(message, script.version + 5)
 
     async def let_go(message: Message) -> None:
-        # Who has left hears nothing of its own `user_left`.
+        # A member that left receives no `user_left` of its own.
         await script.ack(message, script.version + 1)
 
     script.answers |= {"join_session": let_in, "leave_session": let_go}
@@ -295,7 +295,7 @@ async def test_unanswered_join_is_left_before_the_next(
     script.answers["join_session"] = no_answer
     async with joined(script):
         assert len(script.times("leave_session")) == 1
-        kinds = [message["type"] for _, message in script.heard]
+        kinds = [message["type"] for _, message in script.received]
         assert [kind for kind in kinds if kind != "clock_sync"] == [
             "join_session",
             "leave_session",
@@ -369,7 +369,7 @@ async def test_probing_follows_the_jitter_and_keeps_within_the_limits(
         expected = {0: (1.99, 2.01), 40: (1.2, 2.01), 250: (0.29, 0.31)}[jitter_ms]
         for gap in gaps(steady):
             assert expected[0] <= gap <= expected[1]
-        reports = [message for _, message in script.heard if message["type"] == "sync_report"]
+        reports = [message for _, message in script.received if message["type"] == "sync_report"]
         assert all(0 <= report["errorMs"] <= jitter_ms + 40 for report in reports)
         told = script.times("sync_report")
         assert gaps(told) == [pytest.approx(5, abs=0.001)] * 12
@@ -434,7 +434,7 @@ async def test_many_concurrent_commands_are_all_sent(
     async with joined(script) as band, trio.open_nursery() as nursery:
         for number in range(500):
             nursery.start_soon(one, band, number)
-    said = [message["text"] for _, message in script.heard if message["type"] == "chat_message"]
+    said = [message["text"] for _, message in script.received if message["type"] == "chat_message"]
     assert sorted(said, key=int) == [str(number) for number in range(500)]
 
 

@@ -45,7 +45,7 @@ def shown(session: Session) -> SessionView:
 
 
 def comparable(view: SessionView) -> SessionView:
-    """Where a member that has resumed is, events do not tell."""
+    """The view without server ids: events do not name the server of a resumed member."""
     members = {id_: replace(member, server_id="") for id_, member in view.members.items()}
     return replace(view, members=members)
 
@@ -68,7 +68,7 @@ def test_view_after_events_equals_a_fresh_snapshot(
             done = advance(view, heard(event))
             assert (done.stale, done.gap) == (False, False)
             view = done.view
-            # What is heard twice does nothing.
+            # A repeated event changes nothing.
             assert advance(view, heard(event)) == Step(view, stale=True)
         assert comparable(view) == comparable(shown(stage.session))
 

@@ -105,7 +105,7 @@ def stage(redis_server: RedisServer) -> Iterator[Stage]:
 
 
 class Balancer(SimpleNamespace):
-    """What clients see: a port, a port with TLS, and whom to trust there."""
+    """The ports of a load balancer, and the TLS context that trusts it."""
 
     port: int
     tls_port: int
@@ -148,7 +148,7 @@ def nginx(stage: Stage, ours: Balancer, certificate: Path, folder: Path) -> list
         ("# ssl_certificate /etc/nginx/bandsync.crt;", f"ssl_certificate {certificate};"),
         ("# ssl_certificate_key /etc/nginx/bandsync.key;", f"ssl_certificate_key {certificate};"),
     )
-    # Where it may write, whoever runs the test.
+    # Temporary folders that any user may write to.
     temporary = "".join(
         f"{kind}_temp_path {folder / kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -257,7 +257,7 @@ async def test_balancer_skips_draining_and_dead_servers(
         assert snapshot["isPlaying"]
         return again
 
-    # Who does not answer the goodbye makes the drain last.
+    # A client that does not answer the close prolongs the drain.
     with socket.create_connection((HOST, stage.ports[first])) as silent:
         silent.sendall(UPGRADE)
         silent.recv(4096)

@@ -54,7 +54,7 @@ def check_balancer(services: Message, image: str, mounts: dict[Path, str]) -> No
     assert published["published"] == "8080"
     # A stop that waits for those who play would let nobody in until it is killed.
     assert service["stop_signal"] == "SIGTERM"
-    # Where it may write belongs to it.
+    # Its writable folders belong to its user.
     uid, gid = service["user"].split(":")
     for place in service.get("tmpfs", []):
         assert place.endswith(f":uid={uid},gid={gid}")

@@ -48,7 +48,7 @@ def test_a_band_plays(open_page: Pages, server: ServerProcess) -> None:
         "Bob",
     ]
 
-    # What an acknowledged command did is in the state of who gave it.
+    # The sender's state contains an acknowledged command.
     after = evaluate(
         ada,
         """async () => {
@@ -236,7 +236,7 @@ def test_page_resumes_after_a_cut_network(
     before = ada.evaluate("band.beatAt()")
     until(ada, f"band.beatAt() > {before} + 0.5")
     assert evaluate(ada, "() => refusal(band.pause())")["code"] == "not_connected"
-    # What happens meanwhile is not lost.
+    # Changes during the cut are not lost.
     evaluate(bob, "() => band.chat('where is Ada?')")
     network.heal()
     assert_resumed(ada, member_id)

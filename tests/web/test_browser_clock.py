@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).parent
 WEB = TESTS.parents[1] / "bandsync" / "web"
-# Where the pages come from; nothing need listen there.
+# The origin of the pages; no server need listen there.
 NOWHERE = "http://127.0.0.1:8000"
 WIFI = {"up": [50, 110], "down": [50, 110]}
 LAN = {"up": [1, 4], "down": [1, 4]}
@@ -203,7 +203,7 @@ SAMPLE = """async ([count, everyMs]) => {
     return rows;
 }"""
 
-# What a page shows, and when by the clock of the machine that all pages of it share.
+# The beats of a page, timed by the machine's clock, which all its pages share.
 BEATS = """async ([count, everyMs]) => {
     const rows = [];
     for (let i = 0; i < count; i += 1) {
@@ -241,7 +241,7 @@ def test_error_bound_holds_with_real_servers(
     early = evaluate(page, SAMPLE, [40, 20])
     page.wait_for_function(SETTLED)
     late = evaluate(page, SAMPLE, [60, 20])
-    # Of the reference itself.
+    # The slack is the error of the reference itself.
     for row in early + late:
         assert abs(row["errorMs"]) <= row["boundMs"] + row["slackMs"], row
     record_property("early", summary([abs(row["errorMs"]) for row in early]))

@@ -399,7 +399,7 @@ def test_the_charts_can_be_read(open_page: Pages, start_process: Start) -> None:
     ]
     assert len(labels) == 12
     assert labels[0].startswith("Connections: 0, joined 0, in this span from 0 to 0")
-    # Where the pointer is, the figures are those of then.
+    # The figures are those of the instant under the pointer.
     page.locator(".chart svg").first.hover(position={"x": 200, "y": 50})
     box = page.locator(".chart svg").first.bounding_box()
     assert box is not None

@@ -90,7 +90,7 @@ def test_pages_ask_for_nothing_from_elsewhere() -> None:
 
 
 def test_the_kept_page_is_the_whole_page() -> None:
-    """What opens without a network is what `/` names and those files import: all of it, no more."""
+    """The kept files are those that `/` names and those files import: all of them, no more."""
     written = re.search(r"(?m)^const NAMED = /(.+)/g;$", WEB_FILES["sw.js"].read_text())
     assert written is not None
     named = re.compile(written[1].replace(r"\/", "/"))

@@ -152,7 +152,7 @@ def kept_page(open_page: Pages, house: House) -> "Page":
 
 
 def versions(page: "Page") -> list[list[str]]:
-    """What the kept sets are made of, the oldest first."""
+    """The versions of the files in each kept set, the oldest first."""
     found: list[list[str]] = page.evaluate(
         """async () => {
           const found = [];
@@ -253,7 +253,7 @@ def test_an_upgrade_is_seen_at_once(open_page: Pages, house: House) -> None:
         house.version = version
         page.reload()
         alive(page, version)
-    # What nobody needs any more is not kept for ever; the last but one may be needed.
+    # Only the latest two sets are kept; open pages may need the older one.
     assert versions(page) == [["3", "3"], ["2", "2"]]
     house.lost = {"/"}
     page.reload()

@@ -160,7 +160,7 @@ def test_pass_is_requested_or_read_from_the_link(open_page: Pages, start_process
     bob = open_page(f"{server.url}/#song&pass={token}")
     bob.get_by_role("button", name="Join").click()
     shows(bob, "#status", "connected")
-    # Neither the address bar nor the invitation gives it away.
+    # The pass is in neither the address bar nor the invitation.
     assert bob.url == f"{server.url}/#song"
     bob.get_by_role("button", name="Invite").click()
     assert bob.locator("#link").inner_text() == f"{server.url}/#song"

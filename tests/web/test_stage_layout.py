@@ -1,4 +1,4 @@
-"""What of the stage fits on which screen, stays on the device, and is loaded."""
+"""The stage on screens of every size, its local settings, and its weight."""
 
 import re
 from typing import TYPE_CHECKING
@@ -112,7 +112,7 @@ def test_scrolling_with_a_thumb_on_the_scrubber_moves_no_song(
     for step in range(1, 9):
         finger("touchMove", {"x": x, "y": y - 12 * step})
     finger("touchEnd")
-    # What would have been sent is overtaken by what is sent now.
+    # A seek sent by the touch would arrive before this message.
     ann.evaluate(
         """() => {
           document.getElementById("text").value = "done";

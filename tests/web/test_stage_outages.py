@@ -135,7 +135,7 @@ def test_duplicated_tab_takes_over_the_membership(
 def test_controls_do_not_move_during_requests_and_outages(
     open_page: Pages, redis_server_process: ServerProcess, redis_server: RedisServer
 ) -> None:
-    """Neither when somebody asks for the lead, nor when the server has news of its storage."""
+    """Requests for the lead and storage news leave the controls in place."""
     ann = open_stage(open_page, redis_server_process, "Ann", **PHONE)
     bob = open_stage(open_page, redis_server_process, "Bob", **PHONE)
     shows(ann, "#bandTitle", "Band (2)")
@@ -164,7 +164,7 @@ def test_banner_names_the_members_out_of_reach_during_an_outage(
     redis_server.kill()
     for page in (ann, bob):
         shows(page, "#banner", re.compile("members on other servers are out of reach"))
-    # Who comes now is told as well.
+    # A member who joins during the outage sees the banner too.
     cid = open_stage(open_page, ours, "Cid")
     shows(cid, "#banner", re.compile("^The server lost its storage"))
 
