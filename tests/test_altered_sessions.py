@@ -12,7 +12,7 @@ from tests.support.servers import (
 )
 
 
-async def test_what_is_flushed_behind_the_back_is_put_back(
+async def test_flushed_session_is_restored(
     redis_server: RedisServer, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 0.05)
@@ -36,7 +36,7 @@ async def test_what_is_flushed_behind_the_back_is_put_back(
         assert (await get(server, "/api/storage/status"))["lastFailover"] is None
 
 
-async def test_what_is_set_back_behind_the_back_is_brought_forward_by_the_next_command(
+async def test_older_stored_copy_is_merged_by_the_next_command(
     redis_server: RedisServer, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 3600.0)
@@ -64,7 +64,7 @@ async def test_what_is_set_back_behind_the_back_is_brought_forward_by_the_next_c
     ],
     ids=["a text", "another hash", "no JSON", "a newer format"],
 )
-async def test_a_session_that_cannot_be_read_stays_in_memory_until_somebody_removes_it(
+async def test_unreadable_session_stays_in_memory_until_its_key_is_removed(
     redis_server: RedisServer,
     nursery: trio.Nursery,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""Two servers, one band, one Redis: what happens on one is heard on the other."""
+"""Two servers, one session, one Redis: each server relays the other's changes."""
 
 from collections.abc import AsyncIterator
 
@@ -16,7 +16,7 @@ QUICK = {
     "resume_grace_ms": 500,
     "max_members": 64,
 }
-# What a client takes as the history of its session.
+# The versioned messages: the history of a session.
 HISTORY = (
     "snapshot",
     "user_joined",
@@ -78,7 +78,7 @@ def in_order(player: Musician) -> None:
 
 
 def state(snapshot: Message) -> Message:
-    """What of a snapshot is the same for all."""
+    """The part of a snapshot that is equal for all clients."""
     volatile = ("you", "serverTime", "position")
     return {name: value for name, value in snapshot.items() if name not in volatile}
 
@@ -99,7 +99,7 @@ async def agree(*players: Musician) -> Message:
             await trio.sleep(0.02)
 
 
-async def test_every_change_is_heard_once_and_in_order(cluster: Cluster) -> None:
+async def test_every_change_is_delivered_once_and_in_order(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     bob = await cluster.join(cluster.right, "Bob")
     assert (ann.you["role"], bob.you["role"]) == ("leader", "follower")
@@ -124,7 +124,7 @@ async def test_every_change_is_heard_once_and_in_order(cluster: Cluster) -> None
     assert shown["transport"]["tempoBpm"] == 90
 
 
-async def test_commands_at_the_same_time_on_both_sides(cluster: Cluster) -> None:
+async def test_concurrent_commands_on_both_servers_converge(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     bob = await cluster.join(cluster.right, "Bob")
 
@@ -147,7 +147,7 @@ async def test_commands_at_the_same_time_on_both_sides(cluster: Cluster) -> None
         assert numbers[-1] == 39
 
 
-async def test_the_leader_is_asked_across_servers(cluster: Cluster) -> None:
+async def test_leader_request_crosses_servers(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     bob = await cluster.join(cluster.right, "Bob")
     await bob.ok("request_leader")
@@ -181,7 +181,7 @@ async def test_resuming_elsewhere_closes_the_old_connection(cluster: Cluster) ->
     assert await again.closed() == 4001
 
 
-async def test_a_drop_and_a_leave_are_heard_elsewhere(cluster: Cluster) -> None:
+async def test_drop_and_leave_reach_the_other_server(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     bob = await cluster.join(cluster.right, "Bob")
     cid = await cluster.join(cluster.right, "Cid")
@@ -194,7 +194,7 @@ async def test_a_drop_and_a_leave_are_heard_elsewhere(cluster: Cluster) -> None:
     in_order(bob)
 
 
-async def test_a_lost_subscription_makes_changes_late_and_no_more(cluster: Cluster) -> None:
+async def test_lost_subscription_catches_up_without_failover(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     bob = await cluster.join(cluster.right, "Bob")
     cluster.redis.cli("CLIENT", "KILL", "TYPE", "pubsub")
@@ -222,7 +222,7 @@ def seen_chat(player: Musician) -> int:
     return len(known)
 
 
-async def test_each_side_plays_on_without_redis_and_both_agree_afterwards(
+async def test_servers_without_redis_play_on_and_merge(
     cluster: Cluster,
 ) -> None:
     ann = await cluster.join(cluster.left, "Ann")
@@ -234,7 +234,7 @@ async def test_each_side_plays_on_without_redis_and_both_agree_afterwards(
     await bob.next("storage_status", storageType="memory")
     await ann.ok("chat_message", text="from the left")
     await bob.ok("chat_message", text="from the right")
-    # Whoever leads is out of Bob's reach.
+    # The leader is out of Bob's reach.
     await bob.ok("set_role", role="leader")
     await bob.ok("set_tempo", tempoBpm=77)
     cluster.redis.restart(empty=True)
@@ -246,7 +246,7 @@ async def test_each_side_plays_on_without_redis_and_both_agree_afterwards(
     assert shown["transport"]["tempoBpm"] == 77
     assert shown["isPlaying"]
     assert len(shown["members"]) == 2
-    # Whoever led, or leads, hears of it by name.
+    # The former and the new leader each receive a role_changed.
     heard = [(message["memberId"], message["role"]) for message in ann.all("role_changed")]
     assert heard == [(ann.you["memberId"], "follower"), (bob.you["memberId"], "leader")]
     assert {message["reason"] for message in ann.all("role_changed")} == {"merged"}
@@ -254,7 +254,7 @@ async def test_each_side_plays_on_without_redis_and_both_agree_afterwards(
     in_order(bob)
 
 
-async def test_a_room_unsubscribes_when_nobody_is_left(cluster: Cluster) -> None:
+async def test_room_unsubscribes_after_its_last_member(cluster: Cluster) -> None:
     def channels() -> list[str]:
         return [name for name in cluster.redis.cli("PUBSUB", "CHANNELS") if "events" in name]
 
@@ -272,7 +272,7 @@ async def test_a_room_unsubscribes_when_nobody_is_left(cluster: Cluster) -> None
     await bob.next("play")
 
 
-async def test_the_band_sees_how_well_members_elsewhere_are_connected(cluster: Cluster) -> None:
+async def test_room_stats_include_remote_members(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     bob = await cluster.join(cluster.right, "Bob")
     await bob.ok("sync_report", errorMs=1.5)
@@ -295,11 +295,11 @@ async def test_the_band_sees_how_well_members_elsewhere_are_connected(cluster: C
     assert stats["quality"] == "excellent"
 
 
-async def test_the_band_sees_at_once_that_somebody_elsewhere_left(cluster: Cluster) -> None:
+async def test_remote_leave_updates_room_stats_at_once(cluster: Cluster) -> None:
     ann = await cluster.join(cluster.left, "Ann")
     others = [await cluster.join(cluster.right, name) for name in ("Bob", "Cid", "Dan")]
     await ann.next("room_stats", memberCount=4)
-    # Of so many in so short a time, the statistics of every five seconds tell one at the most.
+    # Periodic statistics, every five seconds, could report one of these at most.
     with trio.fail_after(4):
         for count, other in zip((3, 2, 1), others, strict=True):
             await other.ok("leave_session")

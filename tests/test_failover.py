@@ -1,4 +1,4 @@
-"""Whole servers, a real Redis that breaks, and bands that must not notice: design.md section 5."""
+"""Whole servers and a real Redis that breaks: bands play on and lose nothing."""
 
 from collections.abc import Awaitable, Callable
 
@@ -30,10 +30,10 @@ from tests.support.servers import (
 
 
 class Fault(Struct):
-    """How Redis breaks and is mended.
+    """A fault of Redis, and its repair.
 
     Attributes:
-        reason: what operators are told.
+        reason: the loss reason that operators see.
         before: done while all is well, some time before.
     """
 
@@ -96,7 +96,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-async def test_a_band_plays_on_while_redis_is(
+async def test_band_plays_on_while_redis_is(
     proxied_redis: ProxiedRedis, nursery: trio.Nursery, fault: Fault
 ) -> None:
     server = await start(
@@ -156,7 +156,7 @@ async def test_a_band_plays_on_while_redis_is(
 
 
 @pytest.mark.slow
-async def test_a_loss_in_the_middle_of_a_migration_is_just_a_loss(
+async def test_loss_during_a_migration_loses_nothing(
     proxied_redis: ProxiedRedis, nursery: trio.Nursery
 ) -> None:
     names = [f"song-{number}" for number in range(24)]

@@ -184,7 +184,7 @@ async def test_the_leader_that_is_cut_off_leads_afterwards(split: Split, how: Cu
         assert roles(player) == []
 
 
-async def test_of_two_new_leaders_the_later_one_leads(split: Split, how: Cut) -> None:
+async def test_later_of_two_new_leaders_wins(split: Split, how: Cut) -> None:
     ann, bob, cid, dan = split.ann, split.bob, split.cid, split.dan
     await split.cut(split.left, how)
     await split.cut(split.right, how)
@@ -203,7 +203,7 @@ async def test_of_two_new_leaders_the_later_one_leads(split: Split, how: Cut) ->
     await bob.ok("pause")
 
 
-async def test_whoever_moves_to_the_other_side_is_not_there_twice(split: Split, how: Cut) -> None:
+async def test_member_that_changes_servers_is_listed_once(split: Split, how: Cut) -> None:
     ann, cid = split.ann, split.cid
     await split.cut(split.right, how)
     await cid.ok("chat_message", text="before")
@@ -220,7 +220,7 @@ async def test_whoever_moves_to_the_other_side_is_not_there_twice(split: Split, 
     assert shown["leaderId"] == ann.you["memberId"]
 
 
-async def test_cut_off_again_and_again(split: Split) -> None:
+async def test_repeated_partitions_lose_nothing(split: Split) -> None:
     texts = []
     for number, side in enumerate((split.left, split.right, split.left)):
         await split.cut(side, reset)
@@ -235,7 +235,7 @@ async def test_cut_off_again_and_again(split: Split) -> None:
 
 
 @pytest.mark.slow
-async def test_cut_off_for_longer_than_anybody_waits(split: Split) -> None:
+async def test_long_partition_elects_and_merges(split: Split) -> None:
     ann, bob, cid, dan = split.ann, split.bob, split.cid, split.dan
     await split.cut(split.left, reset)
     await ann.ok("update_message", message="Chorus")
@@ -268,7 +268,7 @@ def names_of_all(snapshot: Message) -> list[str]:
     return sorted(member["displayName"] for member in snapshot["members"])
 
 
-async def test_what_nobody_did_is_not_changed(split: Split, how: Cut) -> None:
+async def test_idle_partition_changes_nothing(split: Split, how: Cut) -> None:
     before = await agree(*split.everybody)
     await split.cut(split.right, how)
     # The version, too, and nobody was told of any role.

@@ -131,7 +131,7 @@ def calm(players: Sequence[Musician]) -> bool:
 
 @pytest.fixture
 def no_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is heard is heard over the channels, or as a gap in them: nothing else would find it."""
+    """Without anti-entropy only the channels, or a gap in them, deliver changes."""
     monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 3600.0)
 
 
@@ -140,7 +140,7 @@ def nodes_of(cluster: RedisCluster) -> set[int]:
 
 
 @pytest.mark.usefixtures("no_comparisons")
-async def test_servers_hear_each_other_whichever_node_has_the_session(
+async def test_changes_are_relayed_from_every_node(
     shared_cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
     hall, yard = [await start(nursery, shared_cluster, name) for name in ("hall", "yard")]
@@ -154,7 +154,7 @@ async def test_servers_hear_each_other_whichever_node_has_the_session(
             await ann.next("chat_message", text="hi")
             stored = shared_cluster.owner(key_of(song))
             assert head(stored, key_of(song))["message"]["value"] == f"Verse of {song}"
-        # Of a song that is left nothing is heard any more.
+        # A server unsubscribes from a session without local members.
         for number, song in enumerate(SONGS):
             assert subscribers(shared_cluster, song) == 2, number
             await bands[song][1].ok("leave_session")
@@ -175,7 +175,7 @@ def subscribers(cluster: RedisCluster, song: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_changes_are_heard_while_a_slot_is_handed_over(
+async def test_changes_are_relayed_while_a_slot_migrates(
     cluster: RedisCluster, nursery: trio.Nursery
 ) -> None:
     hall, yard = [await start(nursery, cluster, name) for name in ("hall", "yard")]
@@ -277,7 +277,7 @@ async def test_the_real_tool_reshards_under_load(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_a_handover_to_the_replica_is_not_noticed(
+async def test_planned_failover_to_replicas_loses_nothing(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:
     hall, yard = [await start(nursery, guarded, name) for name in ("hall", "yard")]
@@ -296,10 +296,10 @@ async def test_a_handover_to_the_replica_is_not_noticed(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_nodes_are_replaced_one_by_one_without_notice(
+async def test_rolling_replacement_of_nodes_loses_nothing(
     guarded: RedisCluster, nursery: trio.Nursery
 ) -> None:
-    # As whoever installs a new version does it: hand over, and end the old one.
+    # A rolling upgrade: fail over to the replica, then end the old master.
     hall, yard = [await start(nursery, guarded, name) for name in ("hall", "yard")]
     async with duets(hall, yard) as bands:
         # That of slot 0 is asked for the time: another matter.
@@ -318,7 +318,7 @@ async def test_nodes_are_replaced_one_by_one_without_notice(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_comparisons")
-async def test_a_replica_that_takes_over_with_less_is_not_noticed_either(
+async def test_takeover_by_a_stale_replica_loses_nothing(
     redis_binary: None, nursery: trio.Nursery
 ) -> None:
     # The connections to the old master last: nothing but the next command finds out.
@@ -436,7 +436,7 @@ async def test_two_servers_lose_a_master_and_agree_afterwards(
                 await until(lambda server=server: recovered(server))
             await more(talks)
             if hang:
-                # As a replica, before it has answered anything as a master.
+                # It becomes a replica before it has answered anything as a master.
                 broken.resume()
             await more(talks)
         for song, players in bands.items():

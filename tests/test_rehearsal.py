@@ -1,4 +1,4 @@
-"""A band on one server, over real sockets, with a foreign client."""
+"""A band on one server over real sockets, with a client library that is not ours."""
 
 import jwt
 import pytest
@@ -60,7 +60,7 @@ async def test_eight_members_rehearse_a_song(server: Server) -> None:
             assert versions == list(range(index + 2, final + 1))
 
 
-async def test_two_sessions_do_not_hear_each_other(server: Server) -> None:
+async def test_sessions_are_isolated(server: Server) -> None:
     async with (
         band(server, "Ann", "Bob", session="one") as one,
         band(server, "Cid", "Dan", session="two") as two,
@@ -129,7 +129,7 @@ async def test_snapshot_of_a_new_session(server: Server) -> None:
         assert stats["members"][0]["quality"] in {"unknown", "excellent"}
 
 
-async def test_ticks_while_playing_only_to_those_who_want_them(server: Server) -> None:
+async def test_ticks_are_sent_while_playing_unless_declined(server: Server) -> None:
     async with musician(server) as leader, musician(server) as quiet:
         await leader.join()
         await quiet.join(ticks=False)
@@ -188,7 +188,7 @@ async def test_unknown_tokens_join_anew(server: Server, token: str) -> None:
         assert you["memberId"] != ann.you["memberId"]
 
 
-async def test_asking_twice_to_join_is_asking_once(server: Server) -> None:
+async def test_second_join_resumes_the_member(server: Server) -> None:
     async with band(server, "Ann") as (ann,), musician(server) as player:
         first = (await player.join())["you"]
         second = (await player.join())["you"]
@@ -221,7 +221,7 @@ async def test_leave(server: Server) -> None:
         assert (await ann.join())["you"]["role"] == "follower"
 
 
-async def test_a_full_session(nursery: trio.Nursery) -> None:
+async def test_full_session_refuses_joins(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, max_members=2)
     async with band(server, "Ann", "Bob") as (ann, _), musician(server) as third:
         assert (await third.ask("join_session", sessionId="song"))["code"] == "session_full"
@@ -275,7 +275,7 @@ async def test_drift_of_a_follower_and_sync(server: Server) -> None:
         assert (await bob.next("snapshot"))["version"] == version
 
 
-async def test_asking_for_the_lead(server: Server) -> None:
+async def test_leader_receives_and_denies_a_request(server: Server) -> None:
     async with band(server, "Ann", "Bob") as (ann, bob):
         assert (await bob.ask("set_role", role="leader"))["code"] == "leader_present"
         await bob.ok("request_leader")
@@ -325,7 +325,7 @@ async def test_joins_with_tokens(nursery: trio.Nursery) -> None:
         assert codes == ["unauthorized"] * len(refused)
         snapshot = await player.join(token=token(name="Ann", aud="us"), displayName="Mallory")
         assert snapshot["members"][0]["displayName"] == "Ann"
-    # Whose token expired in mid-song comes back all the same, to the place that is hers.
+    # An expired join token does not prevent a resume.
     async with musician(server) as again:
         snapshot = await again.join(token=token(exp=1), resumeToken=player.you["resumeToken"])
         assert snapshot["you"]["resumed"]

@@ -25,7 +25,7 @@ KEPT = ("epoch", "message", "transport", "chat", "leaderId", "settings", "create
 
 
 @pytest.mark.parametrize("how", ["drained", "killed"])
-async def test_a_server_that_starts_again_has_everything_as_it_was(
+async def test_restarted_server_restores_sessions(
     redis_server: RedisServer, nursery: trio.Nursery, how: str
 ) -> None:
     process = await start_process(nursery, redis_server.url())
@@ -67,7 +67,7 @@ async def test_a_server_that_starts_again_has_everything_as_it_was(
         in_order(bob_again)
 
 
-async def test_a_server_that_stops_during_an_outage_loses_nothing_that_redis_can_take(
+async def test_drain_during_an_outage_migrates_to_redis(
     proxied_redis: ProxiedRedis, nursery: trio.Nursery
 ) -> None:
     server = await start(nursery, proxied_redis.url)
@@ -86,7 +86,7 @@ async def test_a_server_that_stops_during_an_outage_loses_nothing_that_redis_can
         assert [chat["text"] for chat in snapshot["chat"]] == ["from memory"]
 
 
-async def test_two_lives_of_a_session_become_the_one_that_was_born_first(
+async def test_session_reopened_in_an_outage_merges_into_the_older_epoch(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
     url = redis_server.url()

@@ -35,7 +35,7 @@ RING = 50
 
 
 class Reading(Struct, frozen=True):
-    """Where a server kept its sessions at an instant.
+    """The storage of a server at an instant.
 
     Attributes:
         port: of the master; None while sessions are in memory.
@@ -63,7 +63,7 @@ class Side:
         return player
 
     async def watch(self) -> None:
-        """Ask it where its sessions are, for ever."""
+        """Poll its storage status for ever."""
         async with httpx.AsyncClient(base_url=self.process.url) as client:
             while True:
                 status = (await client.get("/api/storage/status")).json()
@@ -147,7 +147,7 @@ async def scene(guarded: Watched, nursery: trio.Nursery) -> AsyncIterator[Scene]
 
 
 class Conductor:
-    """The leader, who says something new all the time.
+    """A leader who updates the message without a pause.
 
     Attributes:
         said: what was acknowledged last.
@@ -172,7 +172,7 @@ class Conductor:
 
 @asynccontextmanager
 async def load(scene: Scene) -> AsyncIterator[tuple[Chatter, Conductor]]:
-    """Everybody talks, the leader changes things, until the end of the block."""
+    """All members chat and the leader updates the message until the end of the block."""
     talk, leader = Chatter(scene.players), Conductor(scene.left.players[0])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(talk.run)
@@ -184,7 +184,7 @@ async def load(scene: Scene) -> AsyncIterator[tuple[Chatter, Conductor]]:
 
 
 async def nothing_lost(scene: Scene, talk: Chatter, leader: Conductor) -> None:
-    """All of both sides is in the one state that everybody ends up with."""
+    """All clients end with one state that contains the changes of both sides."""
     players = scene.players
     shown = await agree(*players)
     ring = [chat["text"] for chat in shown["chat"]]
@@ -265,7 +265,7 @@ async def test_two_servers_follow_and_nothing_is_lost(scene: Scene, fault: str) 
 
 
 @pytest.mark.slow
-async def test_one_server_is_told_later_and_both_acknowledge_meanwhile(scene: Scene) -> None:
+async def test_late_notification_of_one_server_loses_nothing(scene: Scene) -> None:
     with measured(scene.players) as longest:
         async with load(scene) as (talk, leader):
             for proxy in scene.proxies:

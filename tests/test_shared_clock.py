@@ -20,7 +20,7 @@ PARTING_MS_PER_S = 1.0
 
 
 class Span(Struct, frozen=True):
-    """What Redis's clock is ahead of Trio's, milliseconds: somewhere from ``low`` to ``high``."""
+    """Bounds in ms on how far Redis's clock is ahead of Trio's."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ def here() -> float:
 
 
 async def told_by(server: Server, player: Musician) -> Span:
-    """What a server's clock says, and what it publishes about its error."""
+    """The clock of a server, with the error that it publishes."""
     started = here()
     statuses = [await get(server, "/api/storage/status")]
     before = here()
@@ -104,7 +104,7 @@ async def test_servers_on_one_redis_have_its_time(
     nursery.cancel_scope.cancel()
 
 
-async def test_what_is_anchored_on_one_server_is_paused_at_the_right_place_on_the_other(
+async def test_pause_on_another_server_keeps_the_position(
     nursery: trio.Nursery, servers: tuple[Server, Server]
 ) -> None:
     players = []
@@ -131,7 +131,7 @@ async def test_what_is_anchored_on_one_server_is_paused_at_the_right_place_on_th
         assert slack < MINUTE_MS
         position = paused[0]["transport"]["positionMs"]
         assert pausing - played - slack <= position <= done - sent + slack
-    # Whoever writes, what is written later is later.
+    # Times increase over all writers.
     for player in players:
         times = [message["serverTime"] for message in player.all("play", "pause", "role_changed")]
         assert all(after > before - slack for before, after in pairwise(times))
@@ -148,7 +148,7 @@ async def test_offset_and_error_are_published(servers: tuple[Server, Server]) ->
 
 
 @pytest.mark.parametrize("what", ["offset", "error", "uncertainty"])
-async def test_metrics_say_the_same(servers: tuple[Server, Server], what: str) -> None:
+async def test_clock_metrics_match_the_status(servers: tuple[Server, Server], what: str) -> None:
     for server in servers:
         status = await get(server, "/api/storage/status")
         (value,) = re.findall(
@@ -159,7 +159,7 @@ async def test_metrics_say_the_same(servers: tuple[Server, Server], what: str) -
 
 
 @pytest.mark.parametrize("minutes", [-5, 7], ids=["slow", "fast"])
-async def test_a_server_that_finds_redis_later_never_goes_back(
+async def test_times_stay_monotonic_when_redis_is_found_later(
     nursery: trio.Nursery, redis_server: RedisServer, skew: Skew, minutes: float
 ) -> None:
     url = redis_server.url()
@@ -223,7 +223,7 @@ async def test_a_song_does_not_jump_when_redis_is_found(
         assert asked - played - slack <= position <= here() - before + slack
 
 
-async def test_a_clock_that_is_fast_says_so_to_those_who_are_right(
+async def test_servers_with_wrong_clocks_agree_within_their_published_error(
     nursery: trio.Nursery, redis_server: RedisServer, skew: Skew
 ) -> None:
     url = redis_server.url()

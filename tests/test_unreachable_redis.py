@@ -23,7 +23,7 @@ from tests.support.servers import (
 )
 
 
-async def test_a_redis_that_comes_later_is_used_from_then_on(
+async def test_redis_that_starts_later_is_used(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
     url = redis_server.url()
@@ -68,7 +68,7 @@ async def test_a_redis_that_comes_later_is_used_from_then_on(
     ],
     ids=["no password", "wrong password", "wrong user", "wrong database"],
 )
-async def test_a_redis_that_turns_us_away_is_named_and_the_band_plays(
+async def test_refused_credentials_are_reported_without_secrets(
     redis_binary: None, nursery: trio.Nursery, url: str, reason: str
 ) -> None:
     with RedisServer(password="right") as redis:
@@ -86,7 +86,7 @@ async def test_a_redis_that_turns_us_away_is_named_and_the_band_plays(
         assert redis.cli("KEYS", "*") == []
 
 
-async def test_without_recovery_it_stays_in_memory_until_somebody_restarts_it(
+async def test_no_auto_recover_stays_in_memory(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
     server = await start(nursery, redis_server.url(), redis_auto_recover=False)
@@ -109,7 +109,7 @@ async def test_without_recovery_it_stays_in_memory_until_somebody_restarts_it(
         in_order(ann)
 
 
-async def test_a_redis_that_is_required_must_be_there(
+async def test_required_redis_must_be_reachable(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
     url = redis_server.url()
@@ -123,7 +123,7 @@ async def test_a_redis_that_is_required_must_be_there(
     assert server.lines[1].startswith("Storage: redis (")
 
 
-async def test_a_required_redis_that_refuses_the_password_is_no_redis(
+async def test_required_redis_that_refuses_the_password_stops_the_start(
     redis_binary: None, nursery: trio.Nursery
 ) -> None:
     required = QUICK | {"redis_required": True, "redis_max_retries": 0}

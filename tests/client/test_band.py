@@ -51,7 +51,7 @@ async def heard(events: client.EventStream, kind: type, **fields: object) -> Out
     raise AssertionError(f"the events ended without {kind}")
 
 
-async def test_a_member_among_foreign_ones(server: Server) -> None:
+async def test_client_joins_members_on_another_library(server: Server) -> None:
     async with band(server, "Bob") as (bob,):
         async with client.connect(url(server), "song", display_name="Ann") as ann:
             events = ann.events()
@@ -73,7 +73,7 @@ async def test_a_member_among_foreign_ones(server: Server) -> None:
         assert (left["memberId"], left["reason"]) == (ann.member_id, "left")
 
 
-async def test_a_leader_has_all_commands_and_sees_what_they_do(server: Server) -> None:
+async def test_leader_commands_return_the_version_they_caused(server: Server) -> None:
     async with client.connect(url(server), "song") as ann, musician(server) as bob:
         bob_id = (await bob.join())["you"]["memberId"]
         assert ann.is_leader
@@ -114,7 +114,7 @@ async def test_a_leader_has_all_commands_and_sees_what_they_do(server: Server) -
         assert await ann.command(Heartbeat()) is None
 
 
-async def test_a_refusal_has_all_that_the_server_said(server: Server) -> None:
+async def test_refusal_has_code_message_and_context(server: Server) -> None:
     async with client.connect(url(server), "song") as ann:
         with pytest.raises(CommandRefused) as refused:
             await ann.command(Play(count_in_beats=33))
@@ -124,7 +124,7 @@ async def test_a_refusal_has_all_that_the_server_said(server: Server) -> None:
         assert ann.session.version == 1
 
 
-async def test_a_follower_hears_what_is_for_it_alone(server: Server) -> None:
+async def test_follower_receives_messages_addressed_to_it(server: Server) -> None:
     async with (
         client.connect(url(server), "song", display_name="Ann") as ann,
         client.connect(url(server), "song", display_name="Bob") as bob,
@@ -143,7 +143,7 @@ async def test_a_follower_hears_what_is_for_it_alone(server: Server) -> None:
         assert drift.drift_ms == pytest.approx(bob.position_at() * -1 + 50_000, abs=500)
 
 
-async def test_where_the_song_is(server: Server) -> None:
+async def test_position_and_beat_agree_between_clients(server: Server) -> None:
     async with (
         client.connect(url(server), "song") as ann,
         client.connect(url(server), "song") as bob,
@@ -165,14 +165,14 @@ async def test_where_the_song_is(server: Server) -> None:
         assert bob.beat_at() > before
 
 
-async def test_the_clock_knows_how_wrong_it_is(server: Server) -> None:
+async def test_clock_error_bound_holds(server: Server) -> None:
     async with client.connect(url(server), "song") as ann, musician(server) as bob:
         # Known as soon as we are in.
         assert ann.clock.samples >= 1
         while ann.clock.samples < 20:
             error = ann.clock.error_ms
             assert error is not None
-            # Where it is, by an exchange of its own: as good as the truth within a process.
+            # The true offset, by another exchange: exact within one process.
             await bob.send("clock_sync", t0=trio.current_time() * 1000)
             reply = await bob.next("clock_sync")
             least, most = reply["t2"] - trio.current_time() * 1000, reply["t1"] - reply["t0"]
@@ -181,7 +181,7 @@ async def test_the_clock_knows_how_wrong_it_is(server: Server) -> None:
             await trio.sleep(0.05)
 
 
-async def test_ticks_only_for_those_who_want_them(server: Server) -> None:
+async def test_ticks_are_sent_only_on_request(server: Server) -> None:
     async with (
         client.connect(url(server), "song", ticks=True) as ann,
         client.connect(url(server), "song") as bob,
@@ -228,7 +228,7 @@ async def test_events_end_with_the_client(server: Server) -> None:
 
 
 @pytest.mark.parametrize("how", ["error", "cancel", "group"])
-async def test_whatever_ends_the_block_leaves_the_session(server: Server, how: str) -> None:
+async def test_every_exit_of_the_block_leaves(server: Server, how: str) -> None:
     async with band(server, "Bob") as (bob,):
         try:
             with trio.CancelScope() as scope:
@@ -250,7 +250,7 @@ async def test_whatever_ends_the_block_leaves_the_session(server: Server, how: s
         assert left["reason"] == "left"
 
 
-async def test_a_command_that_is_cancelled_harms_nobody(server: Server) -> None:
+async def test_cancelled_command_leaves_the_client_usable(server: Server) -> None:
     async with client.connect(url(server), "song") as ann:
         for _ in range(20):
             with trio.CancelScope() as scope:
@@ -260,7 +260,7 @@ async def test_a_command_that_is_cancelled_harms_nobody(server: Server) -> None:
         assert ann.session.chat[-1].text == "done"
 
 
-async def test_who_resumes_elsewhere_supersedes(server: Server) -> None:
+async def test_resume_elsewhere_supersedes_the_client(server: Server) -> None:
     with pytest.raises(Superseded):
         async with client.connect(url(server), "song") as first, musician(server) as second:
             assert (await second.join(resumeToken=first.resume_token))["you"]["resumed"]
@@ -268,7 +268,7 @@ async def test_who_resumes_elsewhere_supersedes(server: Server) -> None:
     assert first.status == "closed"
 
 
-async def test_a_command_under_way_then_is_no_error_of_its_own(server: Server) -> None:
+async def test_command_in_flight_does_not_hide_superseded(server: Server) -> None:
     async def chatter(ann: Band) -> None:
         while True:
             try:
@@ -286,7 +286,7 @@ async def test_a_command_under_way_then_is_no_error_of_its_own(server: Server) -
                 await trio.sleep_forever()
 
 
-async def test_a_session_that_is_full(nursery: trio.Nursery) -> None:
+async def test_full_session_refuses_the_client(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, max_members=1)
     async with client.connect(url(server), "song"):
         with pytest.raises(JoinRefused) as refused:
@@ -327,7 +327,7 @@ async def test_join_tokens(nursery: trio.Nursery) -> None:
         ("ws://localhost", ""),
     ],
 )
-async def test_what_can_never_be_right_is_said_at_once(address: str, session: str) -> None:
+async def test_invalid_addresses_raise_at_once(address: str, session: str) -> None:
     with pytest.raises(ValueError, match=r"address|session id|[Pp]ort") as wrong:
         async with client.connect(address, session):
             raise AssertionError("nobody is in")
@@ -350,12 +350,12 @@ async def test_what_can_never_be_right_is_said_at_once(address: str, session: st
         ),
     ],
 )
-async def test_what_a_request_cannot_carry_is_encoded(address: str, host: str, path: str) -> None:
+async def test_addresses_are_encoded(address: str, host: str, path: str) -> None:
     found = address_of(address, "song")
     assert (found.host, found.path) == (host, path)
 
 
-async def test_what_the_system_trusts_is_read_once(
+async def test_trust_store_is_loaded_once(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -369,7 +369,7 @@ async def test_what_the_system_trusts_is_read_once(
     assert made == [1]
 
 
-async def test_nobody_there() -> None:
+async def test_unreachable_server_raises() -> None:
     port = free_port()
     with pytest.raises(Unreachable, match="refused") as unreachable:
         async with client.connect(f"ws://127.0.0.1:{port}", "song", join_within=0.5):
@@ -397,7 +397,7 @@ async def test_tls(nursery: trio.Nursery, tmp_path: object) -> None:
     await server.stop()
 
 
-async def test_the_tap_hears_all(server: Server) -> None:
+async def test_tap_receives_every_message(server: Server) -> None:
     texts: list[tuple[float, str]] = []
     async with client.connect(
         url(server), "song", tap=lambda at, text: texts.append((at, text))
@@ -452,7 +452,7 @@ async def test_members_come_and_go(server: Server) -> None:
         assert list(ann.session.members) == [ann.member_id]
 
 
-async def test_the_snapshot_of_the_join_is_no_event_but_that_of_a_merge_is(server: Server) -> None:
+async def test_only_later_snapshots_are_events(server: Server) -> None:
     async with client.connect(url(server), "song") as ann:
         events = ann.events()
         await ann.leave()

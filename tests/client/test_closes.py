@@ -1,6 +1,7 @@
 """Refusals, closes and errors: when the client reconnects, and what it raises."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from bandsync.client import JoinRefused
 from tests.support.scripted_server import Message, ScriptedServer, Slow, joined, never_answer
 
 
-async def test_another_protocol_is_not_for_us(
+async def test_other_protocol_version_is_refused(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     script.protocol = 2
@@ -24,7 +25,7 @@ async def test_another_protocol_is_not_for_us(
 
 
 @pytest.mark.parametrize("code", ["rate_limited", "conflict", "internal"])
-async def test_a_refusal_that_passes_is_waited_out(
+async def test_temporary_join_refusal_is_retried(
     script: ScriptedServer, autojump_clock: MockClock, code: str
 ) -> None:
     async def refuse(message: Message) -> None:
@@ -38,7 +39,7 @@ async def test_a_refusal_that_passes_is_waited_out(
 
 
 @pytest.mark.parametrize("code", ["unauthorized", "session_full", "invalid_field", "new_code"])
-async def test_a_refusal_at_a_resume_ends_the_client(
+async def test_permanent_refusal_at_a_resume_ends_the_client(
     script: ScriptedServer, autojump_clock: MockClock, code: str
 ) -> None:
     with pytest.raises(JoinRefused) as refused:
@@ -50,7 +51,7 @@ async def test_a_refusal_at_a_resume_ends_the_client(
     assert len(script.connected) == 2
 
 
-async def test_who_is_not_wanted_stays_away(
+async def test_policy_close_ends_the_client(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     with pytest.raises(JoinRefused, match="go away") as refused:
@@ -119,7 +120,7 @@ async def test_a_command_given_during_the_close_does_not_hide_the_reason(
                 commands.start_soon(chatter, band, number / 100)
 
 
-async def test_an_interrupt_that_strikes_our_own_task_is_an_interrupt(
+async def test_interrupt_in_the_client_task_is_raised(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     def interrupted(at: float, text: str) -> None:
@@ -130,7 +131,16 @@ async def test_an_interrupt_that_strikes_our_own_task_is_an_interrupt(
             raise AssertionError("nobody is in")
 
 
-def test_an_interrupt_while_the_block_is_left_ends_it() -> None:
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Python's own handler of SIGINT: background jobs and pytest-xdist ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_interrupt_while_leaving_ends_the_block() -> None:
     ended: list[float] = []
 
     # Only the main task of a run of Trio gets it.
@@ -161,7 +171,7 @@ async def interrupt_at(seconds: float) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-async def test_what_fails_together_is_told_together(
+async def test_simultaneous_errors_are_grouped(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     def broken(at: float, text: str) -> None:
@@ -181,7 +191,7 @@ async def test_what_fails_together_is_told_together(
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1006, 1009, 1011, 1012, 4000, 4999])
-async def test_after_any_other_close_it_comes_back(
+async def test_client_resumes_after_any_other_close(
     script: ScriptedServer, autojump_clock: MockClock, code: int
 ) -> None:
     async with joined(script) as band:
@@ -194,7 +204,7 @@ async def test_after_any_other_close_it_comes_back(
         assert band.you.resumed
 
 
-async def test_a_message_beyond_all_bounds_ends_the_connection(
+async def test_oversized_message_ends_the_connection(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -203,7 +213,7 @@ async def test_a_message_beyond_all_bounds_ends_the_connection(
         assert (band.status, len(script.connected)) == ("online", 2)
 
 
-async def test_an_old_connection_is_not_listened_to(
+async def test_close_of_an_old_connection_is_ignored(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -223,7 +233,7 @@ async def test_an_old_connection_is_not_listened_to(
         await band.chat("here")
 
 
-async def test_who_tries_again_at_once_stops_nobody(
+async def test_immediate_retries_do_not_starve_the_reconnect(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:

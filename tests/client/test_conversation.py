@@ -1,4 +1,4 @@
-"""What the client makes of what a server says, the strange things included. On virtual time."""
+"""The client's reaction to server messages, valid and invalid. On virtual time."""
 
 import msgspec
 import pytest
@@ -28,13 +28,11 @@ from tests.support.scripted_server import (
 )
 
 
-async def test_what_is_asked_for_at_the_join(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
+async def test_join_sends_its_options(script: ScriptedServer, autojump_clock: MockClock) -> None:
     async with joined(
         script, display_name="Ann", role="leader", token="jwt", resume_token="old", ticks=True
     ):
-        (join,) = [message for _, message in script.heard if message["type"] == "join_session"]
+        (join,) = [message for _, message in script.received if message["type"] == "join_session"]
         del join["requestId"]
         assert join == {
             "type": "join_session",
@@ -46,7 +44,7 @@ async def test_what_is_asked_for_at_the_join(
             "ticks": True,
         }
     async with joined(script):
-        join = [message for _, message in script.heard if message["type"] == "join_session"][-1]
+        join = [message for _, message in script.received if message["type"] == "join_session"][-1]
         assert join.keys() == {"type", "sessionId", "requestId", "ticks"}
         assert join["ticks"] is False
     # Every way out leaves.
@@ -54,7 +52,7 @@ async def test_what_is_asked_for_at_the_join(
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_join_token_is_asked_for_at_every_join(
+async def test_join_token_is_fetched_for_every_join(
     script: ScriptedServer, autojump_clock: MockClock, waits: bool
 ) -> None:
     tokens = iter(["one", "two", "three"])
@@ -67,11 +65,11 @@ async def test_a_join_token_is_asked_for_at_every_join(
         await script.streams[-1].aclose()
         await trio.sleep(3)
         assert band.status == "online"
-    asked = [message for _, message in script.heard if message["type"] == "join_session"]
+    asked = [message for _, message in script.received if message["type"] == "join_session"]
     assert [join["token"] for join in asked] == ["one", "two"]
 
 
-async def test_without_a_join_token_there_is_another_attempt(
+async def test_failed_token_fetch_is_retried(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     answers: list[Exception | str] = [OSError("no network"), "good"]
@@ -84,7 +82,7 @@ async def test_without_a_join_token_there_is_another_attempt(
 
     async with joined(script, token=token) as band:
         assert band.status == "online"
-    (join,) = [message for _, message in script.heard if message["type"] == "join_session"]
+    (join,) = [message for _, message in script.received if message["type"] == "join_session"]
     assert join["token"] == "good"
     answers = [OSError("still no network")] * 100
     with pytest.raises(client.Unreachable, match="still no network") as unreachable:
@@ -93,7 +91,7 @@ async def test_without_a_join_token_there_is_another_attempt(
     assert unreachable.value.__cause__ is answers[0]
 
 
-async def test_a_missing_version_is_asked_for(
+async def test_missing_version_requests_a_sync(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -102,7 +100,7 @@ async def test_a_missing_version_is_asked_for(
         script.version += 1
         await script.event("message_updated", message="late", by="ann")
         await settle()
-        asked = [message for _, message in script.heard if message["type"] == "sync_request"]
+        asked = [message for _, message in script.received if message["type"] == "sync_request"]
         assert asked == [{"type": "sync_request", "version": 1, "epoch": "one"}]
         assert (band.session.version, band.session.message) == (3, "healed")
         # The event that came too early tells nobody anything.
@@ -115,7 +113,7 @@ async def test_a_missing_version_is_asked_for(
         assert band.session.message == "next"
 
 
-async def test_it_is_asked_for_again_when_nobody_answers(
+async def test_unanswered_sync_is_repeated(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -134,7 +132,7 @@ async def test_it_is_asked_for_again_when_nobody_answers(
 
 
 @pytest.mark.parametrize("before", ["snapshot", "sync_response", "another gap"])
-async def test_what_came_before_a_gap_does_not_hide_it(
+async def test_gap_after_a_snapshot_is_detected(
     script: ScriptedServer, autojump_clock: MockClock, before: str
 ) -> None:
     async with joined(script) as band:
@@ -163,7 +161,7 @@ async def say_there_is_no_more(script: ScriptedServer, band: client.Band) -> Non
     await script.send("sync_response", **script.head(), **fields, transport=transport)
 
 
-async def test_a_server_that_says_there_is_no_more(
+async def test_sync_response_ends_the_catch_up(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -175,7 +173,9 @@ async def test_a_server_that_says_there_is_no_more(
         assert len(script.times("sync_request")) == 1
 
 
-async def test_old_news_is_no_news(script: ScriptedServer, autojump_clock: MockClock) -> None:
+async def test_older_versions_are_ignored(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
     async with joined(script) as band:
         events = band.events()
         await script.event("message_updated", message="two", by="ann")
@@ -188,7 +188,7 @@ async def test_old_news_is_no_news(script: ScriptedServer, autojump_clock: MockC
         assert script.times("sync_request") == []
 
 
-async def test_a_session_that_began_anew_is_taken_as_it_is(
+async def test_snapshot_of_a_new_epoch_replaces_the_view(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     waiting = trio.Event()
@@ -207,11 +207,11 @@ async def test_a_session_that_began_anew_is_taken_as_it_is(
         await script.snapshot(message="anew")
         await settle()
         assert (band.session.epoch, band.session.version) == ("two", 3)
-        # What waited for a version of the old one waits no more.
+        # Commands that wait for a version of the old epoch return.
         assert nursery.child_tasks == set()
 
 
-async def test_a_newer_server_is_survived(
+async def test_unknown_messages_of_a_newer_server_are_tolerated(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -254,7 +254,7 @@ async def test_a_refusal_with_a_context_of_any_kind(
         assert refused.value.context == {"depth": 3}
 
 
-async def test_what_is_known_besides_the_session(
+async def test_storage_and_stats_are_kept(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -294,7 +294,7 @@ async def test_members_who_are_not_there(script: ScriptedServer, autojump_clock:
         assert list(band.session.members) == ["bob"]
 
 
-async def test_what_is_no_command_of_a_member_is_said_at_once(
+async def test_foreign_and_oversized_commands_raise(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -304,7 +304,7 @@ async def test_what_is_no_command_of_a_member_is_said_at_once(
         with pytest.raises(ValueError, match="16384"):
             await band.update_message("\N{EIGHTH NOTE}" * 6000)
         assert await band.chat("still here") is None
-        assert {message["type"] for _, message in script.heard} == {
+        assert {message["type"] for _, message in script.received} == {
             "join_session",
             "clock_sync",
             "chat_message",
@@ -320,7 +320,7 @@ async def test_a_request_id_names_one_command_at_a_time(
 
     async with joined(script) as band, trio.open_nursery() as nursery:
         script.answers["heartbeat"] = later
-        used = int(next(m for _, m in script.heard if m["type"] == "join_session")["requestId"])
+        used = int(next(m for _, m in script.received if m["type"] == "join_session")["requestId"])
         # The one that the client itself would take next.
         mine = Heartbeat(request_id=str(used + 1))
         nursery.start_soon(band.command, mine)
@@ -330,5 +330,5 @@ async def test_a_request_id_names_one_command_at_a_time(
         await band.chat("with another")
         await trio.sleep(2)
         await band.command(mine)
-    ids = [message["requestId"] for _, message in script.heard if "requestId" in message]
+    ids = [message["requestId"] for _, message in script.received if "requestId" in message]
     assert ids == [str(used), str(used + 1), str(used + 2), str(used + 1), str(used + 3)]

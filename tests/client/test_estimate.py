@@ -100,7 +100,7 @@ def test_instants_never_run_backwards_after_the_first_burst(
         assert 0.98 * (after - before) - 0.001 <= later - earlier <= 1.02 * (after - before) + 0.001
 
 
-def test_before_the_first_exchange_nothing_is_known_of_the_error() -> None:
+def test_error_is_unknown_before_the_first_exchange() -> None:
     estimate = ClockEstimate()
     assert estimate.offset_at(5.0) is None
     assert estimate.error_at(5.0) is None
@@ -112,7 +112,7 @@ def test_before_the_first_exchange_nothing_is_known_of_the_error() -> None:
     assert estimate.offset_at(8.0) == 1_000_000.0
 
 
-def test_the_first_exchange_is_taken_at_once_and_later_differences_are_slewed() -> None:
+def test_first_exchange_steps_and_later_ones_slew() -> None:
     world, estimate = World(), ClockEstimate()
     estimate.observe(world.exchange(100, 0, 0), world.now, burst=True)
     assert estimate.offset_at(world.now) == pytest.approx(world.offset + 50, abs=0.01)
@@ -129,7 +129,7 @@ def test_the_first_exchange_is_taken_at_once_and_later_differences_are_slewed() 
     assert estimate.offset_at(world.now) == pytest.approx(world.offset, abs=0.1)
 
 
-def test_a_clock_that_stepped_is_followed_at_once_and_what_was_before_forgotten() -> None:
+def test_step_of_the_session_clock_discards_older_exchanges() -> None:
     world, estimate = World(), ClockEstimate()
     for _ in range(30):
         estimate.observe(world.exchange(5, 0, 5), world.now, burst=False)
@@ -142,7 +142,7 @@ def test_a_clock_that_stepped_is_followed_at_once_and_what_was_before_forgotten(
     assert estimate.offset_at(world.now) == pytest.approx(world.offset, abs=0.1)
 
 
-def test_another_server_is_another_clock_but_a_good_offset_stays_in_use() -> None:
+def test_new_server_keeps_the_offset_and_discards_exchanges() -> None:
     world, estimate = World(), ClockEstimate()
     for _ in range(30):
         estimate.observe(world.exchange(2, 0, 2), world.now, burst=False)
@@ -160,7 +160,7 @@ def test_another_server_is_another_clock_but_a_good_offset_stays_in_use() -> Non
         world.wait(80)
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_exchanges_are_bounded() -> None:
     world, estimate = World(), ClockEstimate()
     for _ in range(3 * MAX_SAMPLES):
         estimate.observe(world.exchange(1, 0, 1), world.now, burst=False)
@@ -188,6 +188,6 @@ def errors(seed: int, delay: float, jitter: float) -> tuple[float, float]:
     return abs(used - world.offset), abs(naive - world.offset)
 
 
-def test_it_is_better_than_the_one_best_round_trip() -> None:
+def test_estimate_is_better_than_the_best_round_trip() -> None:
     ours, naive = zip(*(errors(seed, delay=80, jitter=60) for seed in range(100)), strict=True)
     assert sorted(ours)[98] < sorted(naive)[98] / 2

@@ -24,7 +24,9 @@ from tests.support.scripted_server import (
 )
 
 
-async def test_a_stream_is_for_one_task(script: ScriptedServer, autojump_clock: MockClock) -> None:
+async def test_event_stream_refuses_a_second_task(
+    script: ScriptedServer, autojump_clock: MockClock
+) -> None:
     async with joined(script) as band:
         events = band.events()
         async with trio.open_nursery() as nursery:
@@ -57,7 +59,7 @@ def a_chat(number: int) -> ChatSent:
     return ChatSent("song", number, START, str(number), "ann", "Ann", "x", START)
 
 
-async def test_who_does_not_keep_up_is_told(autojump_clock: MockClock) -> None:
+async def test_slow_reader_receives_events_dropped(autojump_clock: MockClock) -> None:
     stream = EventStream()
     for number in range(MAX_WAITING):
         stream.put(a_chat(number))
@@ -72,7 +74,7 @@ async def test_who_does_not_keep_up_is_told(autojump_clock: MockClock) -> None:
     assert [event async for event in stream] == [a_chat(1)]
 
 
-async def test_ticks_are_the_first_that_are_left_out(autojump_clock: MockClock) -> None:
+async def test_ticks_are_dropped_first(autojump_clock: MockClock) -> None:
     stream = EventStream()
     tick = ScrollTick("song", START, 0.0, 0.0, 120.0)
     for number in range(1000):
@@ -84,7 +86,7 @@ async def test_ticks_are_the_first_that_are_left_out(autojump_clock: MockClock) 
     assert len([event for event in found if isinstance(event, ChatSent)]) == 10
 
 
-async def test_a_stream_that_nobody_holds_is_forgotten(autojump_clock: MockClock) -> None:
+async def test_unreferenced_event_stream_is_freed(autojump_clock: MockClock) -> None:
     hub = EventHub()
     kept = hub.stream()
     dropped = [weakref.ref(hub.stream()) for _ in range(100)]

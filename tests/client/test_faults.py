@@ -45,7 +45,7 @@ async def status(events: EventStream, *wanted: client.Status) -> StatusChanged:
 
 
 @pytest.mark.parametrize("how", ["reset", "half_close"])
-async def test_a_cut_is_mended(server: Server, proxy: FaultProxy, how: str) -> None:
+async def test_client_resumes_after_a_cut(server: Server, proxy: FaultProxy, how: str) -> None:
     async with joined(proxy.port) as ann, musician(server) as bob:
         member_id, token = ann.member_id, ann.resume_token
         await bob.join()
@@ -59,7 +59,7 @@ async def test_a_cut_is_mended(server: Server, proxy: FaultProxy, how: str) -> N
         assert ann.status == "resuming"
         with pytest.raises(NotConnected):
             await ann.pause()
-        # What is known stays, and the song goes on.
+        # The state stays, and the song goes on.
         beat = ann.beat_at()
         await trio.sleep(0.05)
         assert ann.beat_at() > beat
@@ -72,7 +72,7 @@ async def test_a_cut_is_mended(server: Server, proxy: FaultProxy, how: str) -> N
         assert ann.you.resumed
         assert (ann.member_id, ann.is_leader) == (member_id, True)
         assert ann.resume_token != token
-        # What was missed came with the snapshot.
+        # The snapshot contains the missed messages.
         assert [chat.text for chat in ann.session.chat] == ["where is she?"]
         assert ann.session.transport == anchor
         assert await ann.pause() is not None
@@ -90,7 +90,9 @@ async def test_the_snapshot_of_a_resume_is_an_event(proxy: FaultProxy) -> None:
                     break
 
 
-async def test_an_answer_that_does_not_come(server: Server, proxy: FaultProxy) -> None:
+async def test_unanswered_command_is_connection_lost_and_may_have_happened(
+    server: Server, proxy: FaultProxy
+) -> None:
     async with joined(proxy.port) as ann:
         events = ann.events()
         proxy.black_hole("down")
@@ -111,7 +113,7 @@ async def test_an_answer_that_does_not_come(server: Server, proxy: FaultProxy) -
         assert [chat.text for chat in ann.session.chat] == ["did it?"]
 
 
-async def test_giving_up(proxy: FaultProxy) -> None:
+async def test_client_gives_up_after_its_limit(proxy: FaultProxy) -> None:
     with pytest.raises(Unreachable):
         async with joined(proxy.port, give_up_after=0.8):
             proxy.refuse()
@@ -127,7 +129,9 @@ async def test_leaving_without_a_connection(server: Server, proxy: FaultProxy) -
     assert ann.status == "closed"
 
 
-async def test_a_server_that_restarts(nursery: trio.Nursery, shared_redis: RedisServer) -> None:
+async def test_client_resumes_after_a_server_restart(
+    nursery: trio.Nursery, shared_redis: RedisServer
+) -> None:
     redis: dict[str, object] = {"redis_enabled": True, "redis_url": shared_redis.url()}
     port = free_port()
     server = await start_server(nursery, port=port, **redis)
@@ -149,7 +153,7 @@ async def test_a_server_that_restarts(nursery: trio.Nursery, shared_redis: Redis
     await server.stop()
 
 
-async def test_a_server_that_forgot_everything(nursery: trio.Nursery) -> None:
+async def test_client_joins_a_server_without_its_session_anew(nursery: trio.Nursery) -> None:
     port = free_port()
     server = await start_server(nursery, port=port)
     async with joined(port) as ann:
@@ -168,7 +172,7 @@ async def test_a_server_that_forgot_everything(nursery: trio.Nursery) -> None:
     await server.stop()
 
 
-async def test_a_full_server_is_asked_again(nursery: trio.Nursery) -> None:
+async def test_join_at_a_full_server_is_retried(nursery: trio.Nursery) -> None:
     server = await start_server(nursery, max_connections=1)
     async with trio.open_nursery() as inner:
         first = await inner.start(_stay, server.port)
@@ -224,7 +228,9 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("answer", "error"), ANSWERS)
-async def test_what_answers_is_no_bandsync(answer: bytes, error: type[Exception]) -> None:
+async def test_foreign_answers_are_unreachable_or_refused(
+    answer: bytes, error: type[Exception]
+) -> None:
     asked = 0
 
     async def serve(stream: trio.SocketStream) -> None:

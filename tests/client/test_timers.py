@@ -1,4 +1,4 @@
-"""What the client does by the clock: backoff, silence, probing, deadlines. On virtual time."""
+"""Timers of the client: backoff, silence, probing, deadlines. On virtual time."""
 
 import random
 import ssl
@@ -64,7 +64,7 @@ def test_delays_are_bounded(failures: int, slow: bool) -> None:
     assert most <= (30 if slow else 8)
 
 
-async def test_a_server_that_has_had_enough_is_left_alone_for_longer(
+async def test_full_server_is_retried_later(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -76,7 +76,7 @@ async def test_a_server_that_has_had_enough_is_left_alone_for_longer(
         assert 2 <= script.connected[1] - closed <= 4.1
 
 
-async def test_who_is_let_in_and_thrown_out_at_once_comes_back_ever_more_rarely(
+async def test_short_connections_keep_the_backoff_growing(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async def let_in_and_throw_out(message: Message) -> None:
@@ -91,7 +91,7 @@ async def test_who_is_let_in_and_thrown_out_at_once_comes_back_ever_more_rarely(
         assert min(gaps(script.connected)[5:]) >= 4
 
 
-async def test_a_network_that_wants_a_login_first_is_waited_out(
+async def test_captive_portal_is_retried_slowly(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     wanted: list[bytes | Exception] = []
@@ -119,7 +119,7 @@ async def test_a_network_that_wants_a_login_first_is_waited_out(
         assert min(gaps(script.attempts[1:])) >= 4
 
 
-async def test_who_drains_says_when_to_come_back(
+async def test_drain_sets_the_reconnect_time(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -153,12 +153,12 @@ async def test_silence_is_noticed_well_before_the_grace_is_over(
         script.mute = False
         await band.until_online()
         assert trio.current_time() - silent < GRACE_S - 2
-        join = [message for _, message in script.heard if message["type"] == "join_session"][-1]
+        join = [message for _, message in script.received if message["type"] == "join_session"][-1]
         assert join["resumeToken"] == "token-1"
         assert band.resume_token == "token-2"
 
 
-async def test_our_own_stall_is_no_silence_of_the_server(
+async def test_stall_of_the_process_is_not_a_loss(
     script: ScriptedServer, mock_clock: MockClock
 ) -> None:
     mock_clock.autojump_threshold = 0
@@ -171,9 +171,7 @@ async def test_our_own_stall_is_no_silence_of_the_server(
         assert band.status == "online"
 
 
-async def test_leaving_takes_no_longer_than_it_says(
-    script: ScriptedServer, autojump_clock: MockClock
-) -> None:
+async def test_leave_is_bounded(script: ScriptedServer, autojump_clock: MockClock) -> None:
     async with joined(script):
         script.mute = True
         script.answers["leave_session"] = never_answer
@@ -183,7 +181,7 @@ async def test_leaving_takes_no_longer_than_it_says(
     assert len(script.connected) == 1
 
 
-async def test_neither_joining_nor_leaving_waits_for_a_version_that_will_not_come(
+async def test_join_and_leave_do_not_wait_for_a_version(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async def let_in(message: Message) -> None:
@@ -192,7 +190,7 @@ async def test_neither_joining_nor_leaving_waits_for_a_version_that_will_not_com
         await script.ack(message, script.version + 5)
 
     async def let_go(message: Message) -> None:
-        # Who has left hears nothing of its own `user_left`.
+        # A member that left receives no `user_left` of its own.
         await script.ack(message, script.version + 1)
 
     script.answers |= {"join_session": let_in, "leave_session": let_go}
@@ -205,7 +203,7 @@ async def test_neither_joining_nor_leaving_waits_for_a_version_that_will_not_com
 YOU = {"memberId": "ann", "role": "leader", "resumeToken": "token", "resumed": False}
 
 
-async def test_a_command_is_not_waited_for_for_ever(
+async def test_command_without_an_answer_fails_after_30_s(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -232,7 +230,7 @@ async def test_a_command_returns_when_the_session_shows_it(
         assert script.times("sync_request") == []
 
 
-async def test_an_event_that_does_not_come_is_asked_for(
+async def test_missing_event_of_an_ack_requests_a_sync(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async def ack_only(message: Message) -> None:
@@ -250,7 +248,7 @@ async def test_an_event_that_does_not_come_is_asked_for(
 
 
 @pytest.mark.parametrize("resuming", [False, True])
-async def test_a_join_that_is_given_up_leaves_no_ghost(
+async def test_cancelled_join_is_left(
     script: ScriptedServer, autojump_clock: MockClock, resuming: bool
 ) -> None:
     script.answers["join_session"] = never_answer
@@ -264,7 +262,7 @@ async def test_a_join_that_is_given_up_leaves_no_ghost(
     assert left >= script.times("join_session")[-1]
 
 
-async def test_a_resume_that_is_given_up_by_a_close_keeps_the_place(
+async def test_close_during_a_resume_keeps_the_membership(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -284,7 +282,7 @@ async def cut_and_asked_again(script: ScriptedServer) -> None:
     await asked.wait()
 
 
-async def test_a_join_without_an_answer_is_taken_back_before_the_next(
+async def test_unanswered_join_is_left_before_the_next(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async def no_answer(message: Message) -> None:
@@ -297,7 +295,7 @@ async def test_a_join_without_an_answer_is_taken_back_before_the_next(
     script.answers["join_session"] = no_answer
     async with joined(script):
         assert len(script.times("leave_session")) == 1
-        kinds = [message["type"] for _, message in script.heard]
+        kinds = [message["type"] for _, message in script.received]
         assert [kind for kind in kinds if kind != "clock_sync"] == [
             "join_session",
             "leave_session",
@@ -339,7 +337,7 @@ async def test_an_acknowledged_change_is_not_lost_with_its_event(
 
 
 @pytest.mark.parametrize("what", ["welcome", "join"])
-async def test_who_lets_nobody_in_is_tried_again(
+async def test_unanswered_welcome_or_join_is_retried(
     script: ScriptedServer, autojump_clock: MockClock, what: str
 ) -> None:
     if what == "welcome":
@@ -371,7 +369,7 @@ async def test_probing_follows_the_jitter_and_keeps_within_the_limits(
         expected = {0: (1.99, 2.01), 40: (1.2, 2.01), 250: (0.29, 0.31)}[jitter_ms]
         for gap in gaps(steady):
             assert expected[0] <= gap <= expected[1]
-        reports = [message for _, message in script.heard if message["type"] == "sync_report"]
+        reports = [message for _, message in script.received if message["type"] == "sync_report"]
         assert all(0 <= report["errorMs"] <= jitter_ms + 40 for report in reports)
         told = script.times("sync_report")
         assert gaps(told) == [pytest.approx(5, abs=0.001)] * 12
@@ -383,7 +381,7 @@ async def test_probing_follows_the_jitter_and_keeps_within_the_limits(
     assert script.limited == []
 
 
-async def test_a_reconnect_learns_the_clock_anew_without_a_leap(
+async def test_reconnect_keeps_the_clock_continuous(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async with joined(script) as band:
@@ -401,7 +399,7 @@ async def test_a_reconnect_learns_the_clock_anew_without_a_leap(
     assert script.limited == []
 
 
-async def test_who_takes_nothing_is_given_up(
+async def test_clogged_connection_is_abandoned(
     script: ScriptedServer, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     streams: list[Clogged] = []
@@ -427,7 +425,7 @@ async def test_who_takes_nothing_is_given_up(
         assert band.you.resumed
 
 
-async def test_commands_wait_their_turn_when_very_many_are_given(
+async def test_many_concurrent_commands_are_all_sent(
     script: ScriptedServer, autojump_clock: MockClock
 ) -> None:
     async def one(band: Band, number: int) -> None:
@@ -436,11 +434,11 @@ async def test_commands_wait_their_turn_when_very_many_are_given(
     async with joined(script) as band, trio.open_nursery() as nursery:
         for number in range(500):
             nursery.start_soon(one, band, number)
-    said = [message["text"] for _, message in script.heard if message["type"] == "chat_message"]
+    said = [message["text"] for _, message in script.received if message["type"] == "chat_message"]
     assert sorted(said, key=int) == [str(number) for number in range(500)]
 
 
-async def test_a_ping_between_our_goodbye_and_the_answer_harms_nobody(
+async def test_ping_during_the_close_does_not_delay_it(
     script: ScriptedServer, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     streams: list[Slow] = []

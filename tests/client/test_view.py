@@ -45,7 +45,7 @@ def shown(session: Session) -> SessionView:
 
 
 def comparable(view: SessionView) -> SessionView:
-    """Where a member that has resumed is, events do not tell."""
+    """The view without server ids: events do not name the server of a resumed member."""
     members = {id_: replace(member, server_id="") for id_, member in view.members.items()}
     return replace(view, members=members)
 
@@ -53,7 +53,7 @@ def comparable(view: SessionView) -> SessionView:
 @example([("Ann", "leave", 0, 0.0)], HERE)
 @example([("Ann", "down", 0, 0.0), ("Bob", "join", 0, 0.0)], HERE)
 @given(steps, st.sampled_from(HERES))
-def test_a_view_is_what_a_fresh_snapshot_shows(
+def test_view_after_events_equals_a_fresh_snapshot(
     plan: list[tuple[str, str, int, float]], here: ServerContext
 ) -> None:
     stage = Stage(here)
@@ -68,13 +68,13 @@ def test_a_view_is_what_a_fresh_snapshot_shows(
             done = advance(view, heard(event))
             assert (done.stale, done.gap) == (False, False)
             view = done.view
-            # What is heard twice does nothing.
+            # A repeated event changes nothing.
             assert advance(view, heard(event)) == Step(view, stale=True)
         assert comparable(view) == comparable(shown(stage.session))
 
 
 @given(steps, st.data())
-def test_a_missed_version_is_noticed_at_the_next(
+def test_missed_version_is_detected_at_the_next(
     plan: list[tuple[str, str, int, float]], data: st.DataObject
 ) -> None:
     stage = Stage()
@@ -126,7 +126,7 @@ def test_the_chat_is_bounded() -> None:
     assert [chat.text for chat in view.chat] == [str(n) for n in range(4, CHAT_RING + 4)]
 
 
-def test_what_is_not_a_change_changes_nothing() -> None:
+def test_messages_without_a_change_keep_the_view() -> None:
     view = a_view()
     asked = LeaderRequested("song", 7, NOW, "bob", "Bob")
     stats = RoomStats("song", NOW, 1, 1, False, 120, 0, None, 1, None, [])
@@ -137,13 +137,13 @@ def test_what_is_not_a_change_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("version", [8, 20])
-def test_a_change_that_is_not_understood_is_a_gap(version: int) -> None:
+def test_unknown_change_is_a_gap(version: int) -> None:
     view = a_view()
     unknown = UnknownMessage("encore", {"type": "encore", "version": version})
     assert advance(view, unknown) == Step(view, gap=True)
 
 
-def test_a_newer_server_is_understood_as_far_as_possible() -> None:
+def test_unknown_fields_and_types_decode() -> None:
     known = b'{"type":"message_updated","sessionId":"song","version":8,"serverTime":1.0'
     assert decode((known + b',"message":"Hi","by":"x","mood":"sunny"}').decode()) == MessageUpdated(
         "song", 8, 1.0, "Hi", "x"
@@ -166,7 +166,7 @@ def test_junk_is_no_message(junk: str | bytes) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "{}", '{"type":1}', '{"type":"\ud800"}'])
-def test_more_junk(text: str) -> None:
+def test_malformed_text_is_no_message(text: str) -> None:
     assert decode(text) is None
 
 
@@ -174,7 +174,7 @@ tempi = st.floats(20, 300)
 
 
 @given(st.floats(0, 10_000), st.floats(0, 500), tempi, st.none() | tempi, st.booleans())
-def test_the_instant_of_a_beat_is_when_it_is_beaten(
+def test_instant_of_beat_inverts_beat_at(
     waited: float, beat: float, tempo: float, then: float | None, seeks: bool
 ) -> None:
     transport = arithmetic.play(arithmetic.initial(NOW), NOW, 0.0, 0.0)

@@ -105,7 +105,7 @@ def stage(redis_server: RedisServer) -> Iterator[Stage]:
 
 
 class Balancer(SimpleNamespace):
-    """What clients see: a port, a port with TLS, and whom to trust there."""
+    """The ports of a load balancer, and the TLS context that trusts it."""
 
     port: int
     tls_port: int
@@ -148,7 +148,7 @@ def nginx(stage: Stage, ours: Balancer, certificate: Path, folder: Path) -> list
         ("# ssl_certificate /etc/nginx/bandsync.crt;", f"ssl_certificate {certificate};"),
         ("# ssl_certificate_key /etc/nginx/bandsync.key;", f"ssl_certificate_key {certificate};"),
     )
-    # Where it may write, whoever runs the test.
+    # Temporary folders that any user may write to.
     temporary = "".join(
         f"{kind}_temp_path {folder / kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -199,7 +199,7 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_session_is_on_one_server_and_the_rest_is_spread(
+async def test_balancer_keeps_a_session_on_one_server(
     balancer: Balancer, nursery: trio.Nursery
 ) -> None:
     places = set()
@@ -237,7 +237,7 @@ async def test_pages_of_its_own_origin_may_connect_and_no_others(
 
 
 @pytest.mark.slow
-async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
+async def test_balancer_skips_draining_and_dead_servers(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
     ann = await balancer.come(nursery, "/ws/song")
@@ -257,7 +257,7 @@ async def test_a_server_that_drains_and_one_that_dies_are_passed_over(
         assert snapshot["isPlaying"]
         return again
 
-    # Who does not answer the goodbye makes the drain last.
+    # A client that does not answer the close prolongs the drain.
     with socket.create_connection((HOST, stage.ports[first])) as silent:
         silent.sendall(UPGRADE)
         silent.recv(4096)
@@ -317,7 +317,7 @@ async def test_servers_are_replaced_in_turn_and_nobody_is_turned_away(
 
 
 @pytest.mark.slow
-async def test_a_server_that_hangs_is_passed_over(
+async def test_balancer_skips_a_server_that_hangs(
     balancer: Balancer, stage: Stage, nursery: trio.Nursery
 ) -> None:
     """Before clients give up: who goes away is no reason for a balancer to ask another server."""
@@ -350,7 +350,7 @@ async def test_clients_of_a_server_that_hangs_are_let_go(
     await ann.closed()
 
 
-def test_how_long_nginx_waits_for_a_server() -> None:
+def test_nginx_timeout_is_between_ping_and_client_timeout() -> None:
     """Longer than servers are silent, shorter than the clients wait that come with BandSync."""
     sessions = re.findall(r"location /ws \{.*?\}", NGINX_CONF.read_text(), re.DOTALL)[0]
     (wait,) = re.findall(r"proxy_read_timeout (\w+);", sessions)

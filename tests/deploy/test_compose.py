@@ -54,7 +54,7 @@ def check_balancer(services: Message, image: str, mounts: dict[Path, str]) -> No
     assert published["published"] == "8080"
     # A stop that waits for those who play would let nobody in until it is killed.
     assert service["stop_signal"] == "SIGTERM"
-    # Where it may write belongs to it.
+    # Its writable folders belong to its user.
     uid, gid = service["user"].split(":")
     for place in service.get("tmpfs", []):
         assert place.endswith(f":uid={uid},gid={gid}")
@@ -68,7 +68,7 @@ def test_the_balancer_of_compose_is_nginx(compose: Message) -> None:
     assert places == {"/var/cache/nginx", "/run"}
 
 
-def test_one_more_file_puts_haproxy_in_its_place(
+def test_second_compose_file_replaces_nginx_with_haproxy(
     compose: Message, compose_haproxy: Message
 ) -> None:
     services = compose_haproxy["services"]
@@ -80,9 +80,7 @@ def test_one_more_file_puts_haproxy_in_its_place(
 
 
 @pytest.mark.parametrize("balancer_of", ["compose", "compose_haproxy"])
-def test_no_part_of_compose_can_hurt_its_machine(
-    balancer_of: str, request: pytest.FixtureRequest
-) -> None:
+def test_compose_services_are_confined(balancer_of: str, request: pytest.FixtureRequest) -> None:
     services = request.getfixturevalue(balancer_of)["services"]
     assert set(services) == {"balancer", "bandsync-1", "bandsync-2", "redis"}
     image = dict(instructions())

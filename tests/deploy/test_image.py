@@ -39,7 +39,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 @pytest.mark.slow
 def test_the_image_has_what_it_runs(tmp_path: Path) -> None:
-    """What the Dockerfile copies is laid out as it says; its commands are run as they stand."""
+    """Lay out the files that the Dockerfile copies; run its commands unchanged."""
     kept = {
         line[1:]
         for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()

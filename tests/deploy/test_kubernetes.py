@@ -47,7 +47,7 @@ def kinds(path: Path) -> list[str]:
     return [document["kind"] for document in yaml_documents(path)]
 
 
-def test_kubectl_makes_of_it_what_is_read_here(tmp_path: Path) -> None:
+def test_kubectl_renders_the_manifests_read_here(tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl")
     folder = tmp_path / "kubernetes"
@@ -62,7 +62,7 @@ def test_kubectl_makes_of_it_what_is_read_here(tmp_path: Path) -> None:
     names = {(each["kind"], each["metadata"]["name"]) for each in documents}
     bare = {(kind, re.sub(r"-[a-z0-9]{10}$", "", name)) for kind, name in names}
     assert bare == set(manifests())
-    # Whoever names them names them with their hashes.
+    # References contain the hashes of the generated names.
     (name,) = [name for kind, name in names if kind == "Secret"]
     stateful = next(each for each in documents if each["kind"] == "StatefulSet")
     (container,) = stateful["spec"]["template"]["spec"]["containers"]
@@ -101,7 +101,7 @@ def test_manifests_agree_with_each_other_and_with_the_server() -> None:
     assert container["readinessProbe"]["httpGet"]["path"] == "/api/health"
     # That of the liveness has to be good while it drains.
     assert container["livenessProbe"]["httpGet"]["path"] == "/api/storage/status"
-    # Who hangs is not waited for as one who drains.
+    # A hanging server gets less time than a draining one.
     assert container["livenessProbe"]["terminationGracePeriodSeconds"] < drain_s
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": settings.port}

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 WEB = Path(__file__).parents[2] / "bandsync" / "web"
-# Where the pages come from; nothing need listen there.
+# The origin of the pages; no server need listen there.
 ORIGIN = "http://127.0.0.1:8000"
 
 # Also notes what happens: [type, detail] in `seen`.
@@ -55,7 +55,7 @@ def until(page: "Page", expression: str) -> None:
 
 
 def details(page: "Page", type_: str) -> list[dict[str, Any]]:
-    """Of the events of this type so far."""
+    """The details of all events of this type so far."""
     return [detail for kind, detail in page.evaluate("seen") if kind == type_]
 
 

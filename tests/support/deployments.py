@@ -87,13 +87,13 @@ def yaml_documents(path: Path) -> list[Message]:
 
 
 def settings_of(variables: dict[str, str]) -> Settings:
-    """What a server makes of these; all of them must be settings."""
+    """The settings that a server parses from these variables; unknown names fail."""
     assert set(variables) <= {option.name for option in OPTIONS}
     return parse(variables)
 
 
 def seconds(text: str) -> float:
-    """Of a duration of compose."""
+    """The seconds of a compose duration such as ``1m30s``."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0}
     parts = re.findall(r"(\d+)(ms|s|m)", text)
     assert parts, text
@@ -101,7 +101,7 @@ def seconds(text: str) -> float:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Of the Dockerfile, continued lines joined."""
+    """The instructions of the Dockerfile, with continued lines joined."""
     text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in lines]
@@ -119,7 +119,7 @@ def composed(*files: str) -> Message:
     named = [part for file in files for part in ("--file", DEPLOY / file)]
     result = subprocess.run(
         [program, "--env-file", os.devnull, *named, "config", "--format", "json"],
-        # Whoever runs the tests may have settings of their own.
+        # The environment of the tests may contain other settings.
         env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
         capture_output=True,
         text=True,

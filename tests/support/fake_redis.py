@@ -12,7 +12,7 @@ from fakeredis import TcpFakeServer
 @contextmanager
 def fake_redis_server() -> Iterator[str]:
     """A fake Redis in a thread; its URL."""
-    # As old as the oldest we support, so that a newer command fails here too.
+    # The oldest supported version, so that a newer command fails here too.
     server = TcpFakeServer(("127.0.0.1", 0), server_version=(6,))
     server.RequestHandlerClass = _answering_errors(server.RequestHandlerClass)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -21,7 +21,7 @@ from tests.support.servers import (
 
 KEY = "bandsync:session:{song}"
 
-# As the defaults, but sooner.
+# The defaults with shorter periods.
 QUICK: dict[str, Any] = {
     "redis_enabled": True,
     "redis_health_interval_ms": 50,
@@ -30,12 +30,12 @@ QUICK: dict[str, Any] = {
     "tick_interval_ms": 0,
 }
 
-# What has no version of its own.
+# Messages without a version of their own.
 VOLATILE = {"room_stats", "scroll_tick", "leader_requested", "leader_denied", "drift_correction"}
 
 
 async def blocking(work: Callable[..., Any], *args: object) -> Any:
-    """Do what blocks, while the servers of this process go on."""
+    """Run a blocking function in a thread, while the servers of this process go on."""
     return await trio.to_thread.run_sync(work, *args)
 
 
@@ -46,7 +46,7 @@ async def get(server: Server, path: str) -> Any:
 
 
 async def until(wanted: Callable[[], Awaitable[Any]]) -> Any:
-    """Ask again and again, where nobody tells."""
+    """Poll until ``wanted`` returns a true value; for conditions without an event."""
     with trio.fail_after(PATIENCE_S):
         while not (found := await wanted()):  # noqa: ASYNC110
             await trio.sleep(0.02)
@@ -96,7 +96,7 @@ def in_order(player: Musician) -> None:
 
 
 def heard(player: Musician) -> set[str]:
-    """The texts that were told as an event, once at the most, or in a snapshot."""
+    """The texts received as an event, at most once, or in a snapshot."""
     events = [message["text"] for message in player.all("chat_message")]
     assert len(events) == len(set(events))
     shown = [chat["text"] for message in player.all("snapshot") for chat in message["chat"]]
@@ -104,7 +104,7 @@ def heard(player: Musician) -> set[str]:
 
 
 class Chatter:
-    """Members who never stop talking, and want an answer each time."""
+    """Members who chat without a pause and wait for each ack."""
 
     def __init__(self, players: Sequence[Musician]) -> None:
         self.texts: list[str] = []
@@ -138,7 +138,7 @@ class Chatter:
 
 @asynccontextmanager
 async def chatter(*players: Musician) -> AsyncIterator[Chatter]:
-    """Talking goes on until the end of the block."""
+    """Members chat until the end of the block."""
     talk = Chatter(players)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(talk.run)
@@ -168,7 +168,7 @@ async def reset(proxied_redis: ProxiedRedis) -> None:
 
 
 class Process:
-    """A server that can be ended as a kill does: it says goodbye to nobody."""
+    """A server in this process that can be killed without a drain."""
 
     def __init__(self, server: Server, scope: trio.CancelScope, ended: trio.Event) -> None:
         self.server = server

@@ -1,4 +1,4 @@
-"""A server that says what a test tells it to say, also what no real one would.
+"""A scripted server for pages, which also sends what no real server would.
 
 On the `websockets` library, in threads of its own. Unasked it answers `clock_sync`, nothing else.
 """

@@ -1,4 +1,4 @@
-"""A Redis that says what a test lets it say, over memory, and lines that may be lost."""
+"""A scripted Redis on memory streams, and multiplexers that may be lost."""
 
 import anyio
 import anyio.abc
@@ -20,7 +20,7 @@ class Wire(anyio.abc.ByteStream):
 
     def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self._stream = stream
-        # What left in one write.
+        # The bytes of each write.
         self.writes: list[bytes] = []
 
     async def receive(self, max_bytes: int = 65_536) -> bytes:

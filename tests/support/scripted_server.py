@@ -1,4 +1,4 @@
-"""A server that does what a test tells it to, on streams in memory, for clients on virtual time."""
+"""A scripted server on memory streams, for clients on virtual time."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -41,11 +41,11 @@ def session_now() -> float:
 
 
 class ScriptedServer:
-    """Welcomes, lets in, tells the time and acknowledges everything else, until told otherwise.
+    """Sends welcomes, admits joins, answers clock_sync and acknowledges all else, by default.
 
     Attributes:
         answers: by message type, what is done instead.
-        heard: every message with the time it came.
+        received: every message with the time it came.
         connected: when each connection was opened.
         refuse: the next connections that cannot be made.
         mute: nothing is sent any more, as if the network were gone; pings neither.
@@ -57,7 +57,7 @@ class ScriptedServer:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.answers: dict[str, Callable[[Message], Awaitable[None]]] = {}
-        self.heard: list[tuple[float, Message]] = []
+        self.received: list[tuple[float, Message]] = []
         self.connected: list[float] = []
         self.attempts: list[float] = []
         self.refuse = 0
@@ -93,7 +93,7 @@ class ScriptedServer:
                 await self.socket.send_message(text)
 
     async def event(self, type_: str, **fields: object) -> None:
-        """Tell of a change: the next version."""
+        """Send an event with the next version."""
         self.version += 1
         await self.send(type_, **self.head(), **fields)
 
@@ -139,7 +139,7 @@ class ScriptedServer:
 
     def times(self, type_: str) -> list[float]:
         """When messages of this type came."""
-        return [at for at, message in self.heard if message["type"] == type_]
+        return [at for at, message in self.received if message["type"] == type_]
 
     async def close(self, code: int, reason: str = "") -> None:
         """Close the latest connection."""
@@ -172,7 +172,7 @@ class ScriptedServer:
                 while True:
                     message = msgspec.json.decode(await socket.get_message())
                     now = trio.current_time()
-                    self.heard.append((now, message))
+                    self.received.append((now, message))
                     if not limits.allow(message["type"], now):
                         self.limited.append(message)
                     nursery.start_soon(self._answer, message, session_now())
@@ -193,7 +193,7 @@ class ScriptedServer:
 
 
 class Clogged(trio.abc.Stream):
-    """Takes bytes until it does not."""
+    """A stream whose writes block while it is clogged."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -215,7 +215,7 @@ class Clogged(trio.abc.Stream):
 
 
 class Slow(Clogged):
-    """Takes its time."""
+    """A stream whose writes are delayed."""
 
     delay_s = 0.0
 

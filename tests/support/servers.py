@@ -104,13 +104,13 @@ class Musician:
         try:
             async for text in self.socket:
                 self.inbox.append(json.loads(text))
-                self._tell()
+                self._notify()
         except ConnectionClosed:
             pass
         self.close_code = self.socket.close_code
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._news.set()
         self._news = trio.Event()
 

@@ -153,7 +153,7 @@ WHAT = [
     "deny",
 ]
 
-# What members do, in words: (name, what, argument, milliseconds passed before).
+# Steps of members: (name, action, argument, milliseconds passed before).
 steps = st.lists(
     st.tuples(
         st.sampled_from(NAMES),

@@ -1,4 +1,4 @@
-"""Where sessions are kept, for tests of what stands above."""
+"""Fixed storages for tests of the layers above."""
 
 from bandsync.storage.base import Storage, StorageType
 from bandsync.storage.era import Era

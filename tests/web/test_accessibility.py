@@ -47,7 +47,7 @@ def test_the_stage_in_trouble(open_page: Pages, start_process: Start, scheme: st
     assert violations(ann) == []
 
 
-def test_a_person_without_a_mouse_can_play(open_page: Pages, start_process: Start) -> None:
+def test_keyboard_alone_joins_and_plays(open_page: Pages, start_process: Start) -> None:
     """From the address to a playing song with the keyboard alone."""
     server = start_process()
     page = open_page(f"{server.url}/#song")

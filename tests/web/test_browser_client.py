@@ -48,7 +48,7 @@ def test_a_band_plays(open_page: Pages, server: ServerProcess) -> None:
         "Bob",
     ]
 
-    # What an acknowledged command did is in the state of who gave it.
+    # The sender's state contains an acknowledged command.
     after = evaluate(
         ada,
         """async () => {
@@ -82,7 +82,7 @@ def test_a_band_plays(open_page: Pages, server: ServerProcess) -> None:
     assert ada.evaluate("changes") > 3
 
 
-def test_the_lead_goes_round(open_page: Pages, server: ServerProcess) -> None:
+def test_lead_is_requested_denied_and_handed_over(open_page: Pages, server: ServerProcess) -> None:
     ada = join(open_page, server.ws_url, displayName="Ada")
     bob = join(open_page, server.ws_url, displayName="Bob")
     refused = evaluate(bob, "() => refusal(band.play())")
@@ -176,7 +176,7 @@ def test_leaving_and_closing(open_page: Pages, server: ServerProcess) -> None:
 
 
 @pytest.mark.slow
-def test_going_on_in_another_place(open_page: Pages, server: ServerProcess) -> None:
+def test_resume_elsewhere_supersedes_the_page(open_page: Pages, server: ServerProcess) -> None:
     here = join(open_page, server.ws_url)
     there = join(open_page, server.ws_url, resumeToken=here.evaluate("band.resumeToken"))
     until(here, "band.status === 'closed'")
@@ -189,7 +189,7 @@ def test_going_on_in_another_place(open_page: Pages, server: ServerProcess) -> N
 
 
 @pytest.mark.slow
-def test_only_a_person_can_help(open_page: Pages, start_process: Start) -> None:
+def test_permanent_refusals_close_the_page_client(open_page: Pages, start_process: Start) -> None:
     server = start_process(ALLOWED_ORIGINS=ORIGIN, JOIN_SECRET="s" * 32, MAX_MEMBERS="1")
     page = open_band(open_page, server.ws_url)
     assert evaluate(page, "() => refusal(band.join())")["code"] == "unauthorized"
@@ -222,7 +222,9 @@ def assert_resumed(page: "Page", member_id: str) -> None:
     assert statuses(page) == ["connecting", "online", "resuming", "online"]
 
 
-def test_a_cut_network(open_page: Pages, server: ServerProcess, network_to: Connect) -> None:
+def test_page_resumes_after_a_cut_network(
+    open_page: Pages, server: ServerProcess, network_to: Connect
+) -> None:
     network = network_to(server.port)
     ada = join(open_page, network.ws_url)
     bob = join(open_page, server.ws_url)
@@ -234,7 +236,7 @@ def test_a_cut_network(open_page: Pages, server: ServerProcess, network_to: Conn
     before = ada.evaluate("band.beatAt()")
     until(ada, f"band.beatAt() > {before} + 0.5")
     assert evaluate(ada, "() => refusal(band.pause())")["code"] == "not_connected"
-    # What happens meanwhile is not lost.
+    # Changes during the cut are not lost.
     evaluate(bob, "() => band.chat('where is Ada?')")
     network.heal()
     assert_resumed(ada, member_id)
@@ -258,7 +260,7 @@ def test_silence_is_noticed_within_the_grace(
 
 
 @pytest.mark.slow
-def test_a_lost_connection_admits_what_it_does_not_know(
+def test_command_in_flight_at_a_loss_is_connection_lost(
     open_page: Pages, server: ServerProcess, network_to: Connect
 ) -> None:
     network = network_to(server.port)
@@ -276,7 +278,7 @@ def test_a_lost_connection_admits_what_it_does_not_know(
 
 
 @pytest.mark.slow
-def test_an_offline_device(open_page: Pages, server: ServerProcess) -> None:
+def test_offline_device_retries_until_online(open_page: Pages, server: ServerProcess) -> None:
     page = join(open_page, server.ws_url)
     member_id = page.evaluate("band.memberId")
     page.context.set_offline(True)
@@ -288,7 +290,7 @@ def test_an_offline_device(open_page: Pages, server: ServerProcess) -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_network_is_no_dead_one(
+def test_slow_network_is_not_a_loss(
     open_page: Pages, server: ServerProcess, network_to: Connect
 ) -> None:
     network = network_to(server.port)
@@ -304,7 +306,9 @@ def test_a_slow_network_is_no_dead_one(
 
 
 @pytest.mark.slow
-def test_a_killed_server(open_page: Pages, start_process: Start, redis_server: RedisServer) -> None:
+def test_page_resumes_after_a_server_kill(
+    open_page: Pages, start_process: Start, redis_server: RedisServer
+) -> None:
     server = start_process(
         ALLOWED_ORIGINS=ORIGIN, REDIS_ENABLED="true", REDIS_URL=redis_server.url()
     )
@@ -316,7 +320,9 @@ def test_a_killed_server(open_page: Pages, start_process: Start, redis_server: R
     assert page.evaluate("band.transportAt().tempoBpm") == 77
 
 
-def test_a_server_that_forgot(open_page: Pages, server: ServerProcess) -> None:
+def test_page_joins_a_server_without_its_session_anew(
+    open_page: Pages, server: ServerProcess
+) -> None:
     page = join(open_page, server.ws_url)
     member_id, epoch = page.evaluate("[band.memberId, band.session.epoch]")
     evaluate(page, "() => band.setTempo(77)")
@@ -330,7 +336,7 @@ def test_a_server_that_forgot(open_page: Pages, server: ServerProcess) -> None:
     assert page.evaluate("band.transportAt().tempoBpm") == 88
 
 
-def test_a_drained_server(
+def test_page_resumes_after_a_drain(
     open_page: Pages, start_process: Start, redis_server: RedisServer
 ) -> None:
     server = start_process(
@@ -346,7 +352,9 @@ def test_a_drained_server(
 
 
 @pytest.mark.slow
-def test_a_frozen_server(open_page: Pages, start_process: Start, redis_server: RedisServer) -> None:
+def test_page_leaves_a_server_that_hangs(
+    open_page: Pages, start_process: Start, redis_server: RedisServer
+) -> None:
     """One that hangs is left as a dead network is; the one behind the same address takes over."""
     server = start_process(
         ALLOWED_ORIGINS=ORIGIN, REDIS_ENABLED="true", REDIS_URL=redis_server.url()

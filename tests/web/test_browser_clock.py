@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).parent
 WEB = TESTS.parents[1] / "bandsync" / "web"
-# Where the pages come from; nothing need listen there.
+# The origin of the pages; no server need listen there.
 NOWHERE = "http://127.0.0.1:8000"
 WIFI = {"up": [50, 110], "down": [50, 110]}
 LAN = {"up": [1, 4], "down": [1, 4]}
@@ -79,14 +79,14 @@ def test_symmetric_jitter_is_seen_through(
 
 
 @pytest.mark.parametrize("skew_ppm", [-100, 100])
-def test_what_cannot_be_known_is_inside_the_bound(simulate: Simulate, skew_ppm: float) -> None:
+def test_asymmetric_delay_is_inside_the_error_bound(simulate: Simulate, skew_ppm: float) -> None:
     for seen in simulate({**LOPSIDED, "skewPpm": skew_ppm, "durationMs": 60_000}):
         # Half the difference of the quickest ways: nobody can see it from here.
         assert 45 < max(seen["worst"][8:]) < 65
         assert (seen["dishonest"], seen["backwards"]) == (0, 0)
 
 
-def test_it_slews(simulate: Simulate) -> None:
+def test_clock_slews_by_at_most_two_percent(simulate: Simulate) -> None:
     worlds = [{**WIFI, "late": 0.1, "durationMs": 30_000}, {**LOPSIDED, "durationMs": 30_000}]
     for world in worlds:
         for seen in simulate(world):
@@ -94,7 +94,7 @@ def test_it_slews(simulate: Simulate) -> None:
             assert seen["fastest"] <= 16 * 1.021
 
 
-def test_a_sleep_is_made_good(simulate: Simulate) -> None:
+def test_estimate_recovers_after_a_sleep(simulate: Simulate) -> None:
     world = {**WIFI, "durationMs": 150_000, "happenings": [{"at": 20_000, "sleep": 60_000}]}
     for seen in simulate(world):
         assert max(seen["worst"][90:]) < 5
@@ -132,7 +132,7 @@ def test_it_probes_as_often_as_the_network_needs(
         assert least <= seen["last"]["probeIntervalMs"] <= most
 
 
-def test_what_cannot_be_true_is_ignored(page: "Page") -> None:
+def test_impossible_exchanges_are_ignored(page: "Page") -> None:
     seen = evaluate(
         page,
         """async () => {
@@ -203,7 +203,7 @@ SAMPLE = """async ([count, everyMs]) => {
     return rows;
 }"""
 
-# What a page shows, and when by the clock of the machine that all pages of it share.
+# The beats of a page, timed by the machine's clock, which all its pages share.
 BEATS = """async ([count, everyMs]) => {
     const rows = [];
     for (let i = 0; i < count; i += 1) {
@@ -224,7 +224,7 @@ SETTLED = "band.clock.settled"
         pytest.param((20, 20), (140, 140), marks=pytest.mark.slow),
     ],
 )
-def test_the_bound_is_honest(
+def test_error_bound_holds_with_real_servers(
     page: "Page",
     start_process: Callable[..., ServerProcess],
     network_to: Callable[[int], Network],
@@ -241,7 +241,7 @@ def test_the_bound_is_honest(
     early = evaluate(page, SAMPLE, [40, 20])
     page.wait_for_function(SETTLED)
     late = evaluate(page, SAMPLE, [60, 20])
-    # Of the reference itself.
+    # The slack is the error of the reference itself.
     for row in early + late:
         assert abs(row["errorMs"]) <= row["boundMs"] + row["slackMs"], row
     record_property("early", summary([abs(row["errorMs"]) for row in early]))

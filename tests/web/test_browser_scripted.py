@@ -57,7 +57,7 @@ def texts(page: "Page") -> list[str]:
     return found
 
 
-def test_a_gap_is_caught_up_with(joined: "tuple[Page, Peer]") -> None:
+def test_gap_requests_one_snapshot(joined: "tuple[Page, Peer]") -> None:
     page, peer = joined
     peer.send(chat(2, "two"), chat(4, "four"), chat(5, "five"))
     request = peer.next("sync_request")
@@ -82,7 +82,7 @@ def test_a_refused_sync_request_is_repeated(joined: "tuple[Page, Peer]") -> None
     until(page, "band.session.version === 3")
 
 
-def test_what_is_old_or_foreign_changes_nothing(joined: "tuple[Page, Peer]") -> None:
+def test_old_and_foreign_messages_are_ignored(joined: "tuple[Page, Peer]") -> None:
     page, peer = joined
     peer.send(chat(2, "two"), chat(2, "again"), chat(1, "old"), snapshot(1))
     peer.send({**chat(3, "elsewhere"), "sessionId": "other"})
@@ -169,7 +169,7 @@ def test_the_latest_token_resumes(joined: "tuple[Page, Peer]", scripted: Scripte
 
 
 @pytest.mark.slow
-def test_a_connection_that_was_given_up_is_not_listened_to(
+def test_messages_of_an_abandoned_connection_are_ignored(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer
 ) -> None:
     page, old = joined
@@ -216,7 +216,9 @@ def test_closes_that_are_not(
 
 
 @pytest.mark.slow
-def test_a_full_server_is_given_time(joined: "tuple[Page, Peer]", scripted: ScriptedServer) -> None:
+def test_page_waits_longer_for_a_full_server(
+    joined: "tuple[Page, Peer]", scripted: ScriptedServer
+) -> None:
     page, peer = joined
     peer.close(1013)
     until(page, "band.status === 'resuming'")
@@ -229,7 +231,7 @@ def test_a_full_server_is_given_time(joined: "tuple[Page, Peer]", scripted: Scri
 
 
 @pytest.mark.slow
-def test_waits_double_and_are_drawn(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_backoff_doubles_with_jitter(open_page: Pages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void band.join()")
     for _ in range(4):
@@ -242,7 +244,7 @@ def test_waits_double_and_are_drawn(open_page: Pages, scripted: ScriptedServer) 
 
 
 @pytest.mark.slow
-def test_a_network_that_is_back_is_used_at_once(
+def test_online_event_reconnects_at_once(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer
 ) -> None:
     page, peer = joined
@@ -276,7 +278,7 @@ def test_draining_is_waited_out(joined: "tuple[Page, Peer]", scripted: ScriptedS
 
 
 @pytest.mark.parametrize("code", ["conflict", "internal", "rate_limited"])
-def test_a_join_that_is_refused_for_now(
+def test_join_refused_temporarily_is_retried(
     open_page: Pages, scripted: ScriptedServer, code: str
 ) -> None:
     page = open_band(open_page, scripted.ws_url)
@@ -288,7 +290,7 @@ def test_a_join_that_is_refused_for_now(
     assert evaluate(page, "() => joining")["version"] == 1
 
 
-def test_our_own_seat_does_not_keep_us_out(
+def test_session_full_at_a_resume_is_retried(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer
 ) -> None:
     page, peer = joined
@@ -300,7 +302,7 @@ def test_our_own_seat_does_not_keep_us_out(
     until(page, "band.status === 'online'")
 
 
-def test_a_server_of_another_version(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_other_protocol_version_is_unsupported(open_page: Pages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void (globalThis.refused = refusal(band.join()))")
     scripted.next().welcome(protocol=2)
@@ -308,7 +310,7 @@ def test_a_server_of_another_version(open_page: Pages, scripted: ScriptedServer)
     assert page.evaluate("band.status") == "closed"
 
 
-def test_a_server_that_does_not_know_us_is_joined_anew(
+def test_not_joined_error_joins_again(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer
 ) -> None:
     page, peer = joined
@@ -320,7 +322,7 @@ def test_a_server_that_does_not_know_us_is_joined_anew(
 
 
 @pytest.mark.parametrize("nonsense", ["{", "null", "17", '{"type": 5}'])
-def test_nonsense_costs_the_connection(
+def test_invalid_message_ends_the_connection(
     joined: "tuple[Page, Peer]", scripted: ScriptedServer, nonsense: str
 ) -> None:
     page, peer = joined
@@ -329,7 +331,7 @@ def test_nonsense_costs_the_connection(
     until(page, "band.status === 'online'")
 
 
-def test_a_page_that_is_looked_at_again(joined: "tuple[Page, Peer]") -> None:
+def test_visible_page_syncs_once(joined: "tuple[Page, Peer]") -> None:
     page, peer = joined
     page.evaluate(
         """() => {
@@ -345,7 +347,7 @@ def test_a_page_that_is_looked_at_again(joined: "tuple[Page, Peer]") -> None:
 
 
 @pytest.mark.slow
-def test_probes_keep_to_the_limit(joined: "tuple[Page, Peer]") -> None:
+def test_probes_stay_within_the_rate_limit(joined: "tuple[Page, Peer]") -> None:
     page, peer = joined
     evaluate(
         page,
@@ -418,7 +420,7 @@ def test_closing_while_joining(open_page: Pages, scripted: ScriptedServer) -> No
     assert scripted.connections == 1
 
 
-def test_when_a_beat_will_fall(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_instants_of_beats_in_javascript(open_page: Pages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     found = page.evaluate(
         """() => {

@@ -180,7 +180,7 @@ def test_a_browser_gives_the_token(open_page: Pages, start_process: Start) -> No
 
 
 @pytest.mark.slow
-def test_a_token_that_is_no_longer_good_is_said(open_page: Pages, start_process: Start) -> None:
+def test_rejected_token_is_shown(open_page: Pages, start_process: Start) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops", tolerate=UNAUTHORIZED)
     says(page, WELL)
@@ -191,9 +191,7 @@ def test_a_token_that_is_no_longer_good_is_said(open_page: Pages, start_process:
 
 
 @pytest.mark.slow
-def test_behind_a_load_balancer_it_stays_with_its_server(
-    open_page: Pages, start_process: Start
-) -> None:
+def test_screen_ignores_answers_of_another_server(open_page: Pages, start_process: Start) -> None:
     server, other = start_process(SERVER_ID="left"), start_process(SERVER_ID="right")
     page = open_page(f"{server.url}/ops")
     says(page, WELL)
@@ -231,9 +229,7 @@ def altered(page: "Page", alter: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.slow
-def test_a_tab_in_the_background_claims_no_more_than_it_knows(
-    open_page: Pages, start_process: Start
-) -> None:
+def test_background_tab_dates_its_title(open_page: Pages, start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     page = open_page(tolerate=LOST_CONNECTIONS)
     page.add_init_script(MAY_HIDE)
@@ -251,7 +247,7 @@ def test_a_tab_in_the_background_claims_no_more_than_it_knows(
 
 
 @pytest.mark.slow
-def test_a_tab_that_slept_asks_before_it_says_anything(
+def test_tab_that_slept_polls_before_it_claims_health(
     open_page: Pages, start_process: Start
 ) -> None:
     server = start_process()
@@ -286,7 +282,7 @@ def test_a_tab_that_slept_asks_before_it_says_anything(
     ],
     ids=["events", "verdict", "samples", "storage", "since", "others"],
 )
-def test_a_screen_that_fails_says_so_and_goes_on(
+def test_screen_reports_its_own_failure_and_recovers(
     open_page: Pages, start_process: Start, alter: Callable[[Any], None]
 ) -> None:
     server = start_process()
@@ -307,9 +303,7 @@ def test_a_screen_that_fails_says_so_and_goes_on(
     says(page, WELL)
 
 
-def test_what_only_a_newer_server_knows_is_shown_as_it_is(
-    open_page: Pages, start_process: Start
-) -> None:
+def test_unknown_values_of_a_newer_server_are_shown(open_page: Pages, start_process: Start) -> None:
     server = start_process()
     page = open_page()
 
@@ -340,7 +334,7 @@ def test_what_only_a_newer_server_knows_is_shown_as_it_is(
 
 
 @pytest.mark.slow
-def test_a_redis_that_was_never_there_was_not_lost(open_page: Pages, start_process: Start) -> None:
+def test_redis_never_reached_is_not_shown_as_lost(open_page: Pages, start_process: Start) -> None:
     server = start_process(REDIS_ENABLED="true", REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
     page = open_page(f"{server.url}/ops")
     says(page, "Redis is not there")
@@ -405,7 +399,7 @@ def test_the_charts_can_be_read(open_page: Pages, start_process: Start) -> None:
     ]
     assert len(labels) == 12
     assert labels[0].startswith("Connections: 0, joined 0, in this span from 0 to 0")
-    # Where the pointer is, the figures are those of then.
+    # The figures are those of the instant under the pointer.
     page.locator(".chart svg").first.hover(position={"x": 200, "y": 50})
     box = page.locator(".chart svg").first.bounding_box()
     assert box is not None

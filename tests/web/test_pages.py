@@ -28,7 +28,7 @@ def header(answer: HttpResponse, name: str) -> str | None:
     return dict(answer.headers).get(name)
 
 
-def test_the_stage_is_the_root() -> None:
+def test_root_serves_the_stage() -> None:
     assert found("/").body == WEB_FILES["index.html"].read_bytes()
     assert found("/").content_type == "text/html; charset=utf-8"
 
@@ -51,7 +51,7 @@ def test_every_file_has_a_type_and_a_strict_policy() -> None:
         assert header(found(f"/{name}"), "X-Content-Type-Options") == "nosniff"
 
 
-def test_compressed_for_those_who_can() -> None:
+def test_files_are_compressed_when_accepted() -> None:
     plain = found("/stage.js")
     zipped = found("/stage.js", accept_encoding="br, gzip")
     assert header(plain, "Content-Encoding") is None
@@ -65,7 +65,7 @@ def test_compressed_for_those_who_can() -> None:
     assert header(found("/icon-192.png", accept_encoding="gzip"), "Content-Encoding") is None
 
 
-async def test_what_a_browser_has_is_not_sent_again(server: Server) -> None:
+async def test_unchanged_file_is_304(server: Server) -> None:
     async with httpx.AsyncClient(base_url=server.serving.url) as client:
         first = await client.get("/stage.css")
         tag = first.headers["etag"]
@@ -90,7 +90,7 @@ def test_pages_ask_for_nothing_from_elsewhere() -> None:
 
 
 def test_the_kept_page_is_the_whole_page() -> None:
-    """What opens without a network is what `/` names and those files import: all of it, no more."""
+    """The kept files are those that `/` names and those files import: all of them, no more."""
     written = re.search(r"(?m)^const NAMED = /(.+)/g;$", WEB_FILES["sw.js"].read_text())
     assert written is not None
     named = re.compile(written[1].replace(r"\/", "/"))

@@ -152,7 +152,7 @@ def kept_page(open_page: Pages, house: House) -> "Page":
 
 
 def versions(page: "Page") -> list[list[str]]:
-    """What the kept sets are made of, the oldest first."""
+    """The versions of the files in each kept set, the oldest first."""
     found: list[list[str]] = page.evaluate(
         """async () => {
           const found = [];
@@ -190,7 +190,7 @@ def test_the_page_opens_without_a_network(
     shows(ann, "#status", "connected")
 
 
-def test_all_that_the_page_asks_for_is_kept(
+def test_service_worker_keeps_all_requested_files(
     open_page: Pages, start_process: Callable[..., ServerProcess]
 ) -> None:
     server = start_process()
@@ -211,7 +211,7 @@ def test_all_that_the_page_asks_for_is_kept(
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_is_waited_for_once(open_page: Pages, house: House) -> None:
+def test_hanging_server_delays_the_kept_page_once(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     house.hung = {"/", *(f"/{name}" for name in WEB_FILES)}
     house.asked.clear()
@@ -229,9 +229,7 @@ def test_a_server_that_hangs_is_waited_for_once(open_page: Pages, house: House) 
         pytest.param(503, marks=pytest.mark.slow),
     ],
 )
-def test_the_failure_of_a_load_balancer_is_not_the_page(
-    open_page: Pages, house: House, status: int
-) -> None:
+def test_gateway_error_opens_the_kept_page(open_page: Pages, house: House, status: int) -> None:
     page = kept_page(open_page, house)
     house.status = status
     page.reload()
@@ -239,7 +237,7 @@ def test_the_failure_of_a_load_balancer_is_not_the_page(
 
 
 @pytest.mark.slow
-def test_whatever_the_query_was_the_page_is_the_same(open_page: Pages, house: House) -> None:
+def test_query_does_not_change_the_kept_page(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     page.goto(f"{house.url}/?from=a+friend#song")
     alive(page, 1)
@@ -255,7 +253,7 @@ def test_an_upgrade_is_seen_at_once(open_page: Pages, house: House) -> None:
         house.version = version
         page.reload()
         alive(page, version)
-    # What nobody needs any more is not kept for ever; the last but one may be needed.
+    # Only the latest two sets are kept; open pages may need the older one.
     assert versions(page) == [["3", "3"], ["2", "2"]]
     house.lost = {"/"}
     page.reload()
@@ -264,9 +262,7 @@ def test_an_upgrade_is_seen_at_once(open_page: Pages, house: House) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["/words.js", "/stage.js", "/stage.css"])
-def test_an_upgrade_over_a_slow_network_is_for_the_next_time(
-    open_page: Pages, house: House, file: str
-) -> None:
+def test_slow_upgrade_is_shown_at_the_next_load(open_page: Pages, house: House, file: str) -> None:
     page = kept_page(open_page, house)
     house.version = 2
     house.hung = {file}
@@ -279,7 +275,7 @@ def test_an_upgrade_over_a_slow_network_is_for_the_next_time(
 
 
 @pytest.mark.slow
-def test_a_network_that_is_lost_half_way(open_page: Pages, house: House) -> None:
+def test_network_lost_during_an_upgrade_keeps_the_old_page(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     house.version = 2
     house.lost = {"/words.js"}
@@ -289,7 +285,7 @@ def test_a_network_that_is_lost_half_way(open_page: Pages, house: House) -> None
 
 
 @pytest.mark.parametrize("file", ["/stage.js", pytest.param("/words.js", marks=pytest.mark.slow)])
-def test_an_upgrade_half_way_through_is_not_kept(open_page: Pages, house: House, file: str) -> None:
+def test_mixed_versions_are_not_kept(open_page: Pages, house: House, file: str) -> None:
     page = kept_page(open_page, house)
     # A file of the version before has changed already, so that there is something to keep.
     house.version = 2
@@ -305,7 +301,7 @@ def test_an_upgrade_half_way_through_is_not_kept(open_page: Pages, house: House,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [302, 403])
-def test_somebody_elses_answer_is_shown_and_not_kept(
+def test_redirect_or_denial_is_shown_and_not_kept(
     open_page: Pages, house: House, status: int
 ) -> None:
     page = kept_page(open_page, house)
@@ -319,7 +315,7 @@ def test_somebody_elses_answer_is_shown_and_not_kept(
 
 
 @pytest.mark.slow
-def test_other_pages_are_none_of_its_business(open_page: Pages, house: House) -> None:
+def test_service_worker_ignores_other_pages(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     page.goto(f"{house.url}/login")
     assert page.title() == "Log in"
@@ -329,7 +325,7 @@ def test_other_pages_are_none_of_its_business(open_page: Pages, house: House) ->
 
 
 @pytest.mark.slow
-def test_a_new_worker_leaves_open_pages_alone(open_page: Pages, house: House) -> None:
+def test_new_service_worker_waits_for_open_pages(open_page: Pages, house: House) -> None:
     page = kept_page(open_page, house)
     page.reload()
     alive(page, 1)

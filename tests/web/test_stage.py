@@ -146,7 +146,7 @@ def test_the_invitation_can_be_scanned(open_page: Pages, server_process: ServerP
 
 
 @pytest.mark.slow
-def test_a_pass_is_asked_for_and_taken_from_a_link(open_page: Pages, start_process: Start) -> None:
+def test_pass_is_requested_or_read_from_the_link(open_page: Pages, start_process: Start) -> None:
     secret = "0123456789abcdef0123456789abcdef"
     server = start_process(JOIN_SECRET=secret)
     token = jwt.encode({"sub": "ann", "session": "song", "exp": 4_000_000_000}, secret)
@@ -160,7 +160,7 @@ def test_a_pass_is_asked_for_and_taken_from_a_link(open_page: Pages, start_proce
     bob = open_page(f"{server.url}/#song&pass={token}")
     bob.get_by_role("button", name="Join").click()
     shows(bob, "#status", "connected")
-    # Neither the address bar nor the invitation gives it away.
+    # The pass is in neither the address bar nor the invitation.
     assert bob.url == f"{server.url}/#song"
     bob.get_by_role("button", name="Invite").click()
     assert bob.locator("#link").inner_text() == f"{server.url}/#song"
@@ -169,7 +169,7 @@ def test_a_pass_is_asked_for_and_taken_from_a_link(open_page: Pages, start_proce
 
 
 @pytest.mark.slow
-def test_a_draft_is_not_wiped_by_others(open_page: Pages, server_process: ServerProcess) -> None:
+def test_draft_survives_changes_of_others(open_page: Pages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     ann.get_by_label("Message to the band").fill("Bridge, then")
@@ -181,7 +181,7 @@ def test_a_draft_is_not_wiped_by_others(open_page: Pages, server_process: Server
 
 
 @pytest.mark.slow
-def test_fast_fingers_lose_no_step(open_page: Pages, server_process: ServerProcess) -> None:
+def test_rapid_clicks_all_count(open_page: Pages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     ann.evaluate("() => { for (let i = 0; i < 5; i++) document.getElementById('faster').click(); }")
@@ -204,7 +204,7 @@ def test_bar_of_the_tempo_that_comes(open_page: Pages, server_process: ServerPro
 
 
 @pytest.mark.slow
-def test_a_stray_link_takes_nobody_off_the_stage(
+def test_link_to_another_session_keeps_the_current_one(
     open_page: Pages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
@@ -218,7 +218,7 @@ def test_a_stray_link_takes_nobody_off_the_stage(
 
 
 @pytest.mark.slow
-def test_a_name_turns_no_sentence_around(open_page: Pages, server_process: ServerProcess) -> None:
+def test_bidirectional_name_is_isolated(open_page: Pages, server_process: ServerProcess) -> None:
     open_stage(open_page, server_process, "\u202eevil")
     bob = open_stage(open_page, server_process, "Bob")
     shows(bob, "#reason", "Only \u2068\u202eevil\u2069, who leads, can use these.")

@@ -1,4 +1,4 @@
-"""What the light shows and when the click sounds: the page's own arithmetic, and real audio."""
+"""The beat light and the click: the arithmetic of the page, and real audio."""
 
 import itertools
 import re
@@ -45,7 +45,7 @@ def transport(following: dict[str, Any] | None = None, **fields: Any) -> dict[st
 
 
 def test_a_count_in_runs_up_to_the_start(page: "Page") -> None:
-    """What is before the counted beats stands: the band waits for its slowest member."""
+    """The song stands before the count-in: the band waits for its slowest member."""
     start = segment(isPlaying=True, anchorTime=1_002_300, beat=8, positionMs=4000)
     shown = page.evaluate(
         """async (transport) => {
@@ -63,7 +63,7 @@ def test_a_count_in_runs_up_to_the_start(page: "Page") -> None:
     assert [each["positionMs"] for each in shown] == [4000, 4000, 4000, 4000, 4500]
 
 
-def test_a_beat_is_not_shown_twice_for_a_hair(page: "Page") -> None:
+def test_beat_is_shown_once_when_the_clock_slews_back(page: "Page") -> None:
     shown = page.evaluate(
         """async (cases) => {
           const { beatNumber } = await import("/beat.js");
@@ -163,7 +163,7 @@ def test_the_clicks_of_a_song(page: "Page") -> None:
 
 
 def test_the_clicks_around_a_change_of_tempo(page: "Page") -> None:
-    """Neither beat is lost nor clicked twice where one stretch follows the other."""
+    """No beat is lost or clicked twice at the border of two segments."""
     faster = segment(isPlaying=True, anchorTime=1_001_000, beat=2, tempoBpm=240)
     song = transport(faster, isPlaying=True)
     found = upcoming(page, song, 1_000_000, 1_001_600)
@@ -174,14 +174,14 @@ def test_the_clicks_around_a_change_of_tempo(page: "Page") -> None:
         (3, 1_001_250),
         (4, 1_001_500),
     ]
-    # Asked for piece by piece, they are the same.
+    # Queries for short spans find the same beats.
     pieces = [
         each for at in range(1_000_000, 1_001_600, 50) for each in upcoming(page, song, at, at + 50)
     ]
     assert [each["beat"] for each in pieces] == [0, 1, 2, 3, 4]
 
 
-def test_a_count_in_is_clicked_and_nothing_before_it(page: "Page") -> None:
+def test_count_in_clicks_from_its_first_beat(page: "Page") -> None:
     song = transport(segment(isPlaying=True, anchorTime=1_002_400))
     found = upcoming(page, song, 1_000_000, 1_003_000, count_in_from=1_000_400)
     assert [each["beat"] for each in found] == [-4, -3, -2, -1, 0, 1]
@@ -191,7 +191,7 @@ def test_a_count_in_is_clicked_and_nothing_before_it(page: "Page") -> None:
     assert [each["beat"] for each in alone] == [0, 1]
 
 
-# What sounds, as `performance.now()` of its beginning; and what is stopped after it has begun.
+# Records each click, with its start on `performance.now()`, and the clicks cut while sounding.
 HEAR = """() => {
   window.heard = [];
   window.cut = 0;
@@ -235,7 +235,7 @@ def clicking(open_page: Pages, server: ServerProcess, bpm: int, trim: int = 0) -
 
 
 def sounded(page: "Page", count: int) -> list[dict[str, Any]]:
-    """What has sounded so far, at least so much."""
+    """Wait for this many clicks; all that have sounded so far."""
     until(
         page, f"() => window.heard.filter(({{ at }}) => at < performance.now()).length >= {count}"
     )
@@ -262,7 +262,7 @@ def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, tri
         until(page, "() => document.getElementById('text').value === ''")
     heard = sounded(page, 9)
     gaps = [later["at"] - earlier["at"] for earlier, later in itertools.pairwise(heard)]
-    # Of one beat each: the arithmetic is exact, what may move is the estimate of the clock.
+    # One beat each: the arithmetic is exact, only the estimate of the clock may move.
     assert gaps == pytest.approx([600] * len(gaps), abs=30)
     assert [each["first"] for each in heard] == [index % 4 == 0 for index in range(len(heard))]
     assert page.evaluate("() => window.cut") == 0
@@ -274,7 +274,7 @@ def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, tri
 
     page.get_by_role("button", name="Pause").click()
     shows(page, "#state", "paused")
-    # What was planned is dropped, so nothing sounds after the end.
+    # Planned clicks are dropped, so nothing sounds after the end.
     later = page.evaluate("() => window.heard.filter(({ at }) => at > performance.now()).length")
     assert later == 0
     page.get_by_role("button", name="Click on").click()
@@ -282,7 +282,7 @@ def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, tri
 
 
 @pytest.mark.slow
-def test_a_count_in_is_heard_whole(open_page: Pages, start_process: Start) -> None:
+def test_count_in_sounds_every_beat(open_page: Pages, start_process: Start) -> None:
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("1")
     page.get_by_role("button", name="Play").click()
@@ -293,7 +293,7 @@ def test_a_count_in_is_heard_whole(open_page: Pages, start_process: Start) -> No
 
 
 @pytest.mark.slow
-def test_going_back_is_clicked_at_once(open_page: Pages, start_process: Start) -> None:
+def test_seek_back_clicks_at_once(open_page: Pages, start_process: Start) -> None:
     """The first bar again, whose beats have just sounded."""
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("0")
@@ -316,8 +316,8 @@ def test_going_back_is_clicked_at_once(open_page: Pages, start_process: Start) -
 
 
 @pytest.mark.slow
-def test_a_change_of_tempo_cuts_no_click(open_page: Pages, start_process: Start) -> None:
-    """What sounds, or has sounded, is let alone; only what is to come is planned anew."""
+def test_tempo_change_cuts_no_sounding_click(open_page: Pages, start_process: Start) -> None:
+    """A tempo change plans future clicks anew and leaves sounding ones alone."""
     page = clicking(open_page, start_process(), 120)
     page.get_by_label("Count-in").select_option("0")
     page.get_by_role("button", name="Play").click()
@@ -330,8 +330,8 @@ def test_a_change_of_tempo_cuts_no_click(open_page: Pages, start_process: Start)
 
 
 @pytest.mark.slow
-def test_a_click_that_was_silenced_comes_back(open_page: Pages, start_process: Start) -> None:
-    """As by a phone call: the button says so, and the next touch anywhere brings it back."""
+def test_suspended_audio_resumes_at_the_next_touch(open_page: Pages, start_process: Start) -> None:
+    """A phone call suspends audio: the button says so, and the next touch resumes it."""
     page = open_page()
     page.add_init_script(
         """const Original = AudioContext;
@@ -351,7 +351,7 @@ def test_a_click_that_was_silenced_comes_back(open_page: Pages, start_process: S
 
 @pytest.mark.slow
 def test_the_light_itself_flashes_no_more_than_is_safe(page: "Page") -> None:
-    """Whatever the band does: here somebody seeks eight times a second."""
+    """Eight seeks a second do not exceed the limit of three flashes."""
     flashes = page.evaluate(
         """async () => {
           const { BeatLight } = await import("/beat.js");

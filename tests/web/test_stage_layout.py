@@ -1,4 +1,4 @@
-"""What of the stage fits on which screen, stays on the device, and is loaded."""
+"""The stage on screens of every size, its local settings, and its weight."""
 
 import re
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from tests.support.stage_pages import PHONE, open_stage, shows, until
 
 
 @pytest.mark.slow
-def test_trims_and_colours_stay_on_the_device(
+def test_trims_and_colours_survive_a_reload(
     open_page: Pages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
@@ -75,7 +75,7 @@ TURNED = [
 
 
 @pytest.mark.parametrize(("width", "height"), TURNED)
-def test_a_phone_on_its_side(
+def test_landscape_phone_shows_light_and_position(
     open_page: Pages, server_process: ServerProcess, width: int, height: int
 ) -> None:
     page = open_stage(open_page, server_process, "Ann", viewport={"width": width, "height": height})
@@ -112,7 +112,7 @@ def test_scrolling_with_a_thumb_on_the_scrubber_moves_no_song(
     for step in range(1, 9):
         finger("touchMove", {"x": x, "y": y - 12 * step})
     finger("touchEnd")
-    # What would have been sent is overtaken by what is sent now.
+    # A seek sent by the touch would arrive before this message.
     ann.evaluate(
         """() => {
           document.getElementById("text").value = "done";

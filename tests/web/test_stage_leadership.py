@@ -47,7 +47,7 @@ def test_the_lead_can_be_taken_where_it_is_open(open_page: Pages, start_process:
 
 
 @pytest.mark.slow
-def test_a_lead_that_is_held_cannot_be_taken(
+def test_lead_of_a_present_leader_cannot_be_taken(
     open_page: Pages, server_process: ServerProcess
 ) -> None:
     open_stage(open_page, server_process, "Ann")

@@ -29,7 +29,7 @@ from tests.support.stage_pages import (
 
 
 @pytest.mark.slow
-def test_a_lost_network_is_resumed_by_itself(
+def test_stage_resumes_after_a_lost_network(
     open_page: Pages, server_process: ServerProcess, network_to: Callable[[int], Network]
 ) -> None:
     network = network_to(server_process.port)
@@ -100,9 +100,7 @@ def test_the_server_is_restarted(open_page: Pages, redis_server_process: ServerP
     assert_in_step(wait_for_beats(bob, 6))
 
 
-def test_a_reload_comes_back_as_the_same_member(
-    open_page: Pages, server_process: ServerProcess
-) -> None:
+def test_reload_resumes_the_same_member(open_page: Pages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     shows(ann, "#bandTitle", "Band (2)")
@@ -120,7 +118,7 @@ def test_a_reload_comes_back_as_the_same_member(
 
 
 @pytest.mark.slow
-def test_two_tabs_do_not_fight_over_one_seat(
+def test_duplicated_tab_takes_over_the_membership(
     open_page: Pages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
@@ -134,10 +132,10 @@ def test_two_tabs_do_not_fight_over_one_seat(
 
 
 @pytest.mark.slow
-def test_nothing_moves_under_a_finger(
+def test_controls_do_not_move_during_requests_and_outages(
     open_page: Pages, redis_server_process: ServerProcess, redis_server: RedisServer
 ) -> None:
-    """Neither when somebody asks for the lead, nor when the server has news of its storage."""
+    """Requests for the lead and storage news leave the controls in place."""
     ann = open_stage(open_page, redis_server_process, "Ann", **PHONE)
     bob = open_stage(open_page, redis_server_process, "Bob", **PHONE)
     shows(ann, "#bandTitle", "Band (2)")
@@ -153,7 +151,7 @@ def test_nothing_moves_under_a_finger(
 
 
 @pytest.mark.slow
-def test_a_band_on_two_servers_is_told_what_an_outage_means(
+def test_banner_names_the_members_out_of_reach_during_an_outage(
     open_page: Pages, redis_server: RedisServer, start_process: Start
 ) -> None:
     ours, theirs = (
@@ -166,13 +164,13 @@ def test_a_band_on_two_servers_is_told_what_an_outage_means(
     redis_server.kill()
     for page in (ann, bob):
         shows(page, "#banner", re.compile("members on other servers are out of reach"))
-    # Who comes now is told as well.
+    # A member who joins during the outage sees the banner too.
     cid = open_stage(open_page, ours, "Cid")
     shows(cid, "#banner", re.compile("^The server lost its storage"))
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_is_waited_for_or_not(
+def test_join_waits_for_an_absent_server_until_cancelled(
     open_page: Pages, server_process: ServerProcess
 ) -> None:
     # There is nobody to give the worker that keeps the page, either.
@@ -191,7 +189,7 @@ def test_a_server_that_is_away_is_waited_for_or_not(
 
 
 @pytest.mark.slow
-def test_a_pass_that_expired_costs_nobody_the_place(
+def test_expired_pass_still_resumes(
     open_page: Pages, start_process: Start, network_to: Callable[[int], Network]
 ) -> None:
     secret = "0123456789abcdef0123456789abcdef"
