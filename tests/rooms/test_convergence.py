@@ -812,7 +812,7 @@ def live_through(seed: int, steps: Sequence[Step]) -> World:
 
 
 @pytest.mark.parametrize("hundred", range(4))
-def test_all_agree_in_the_end(hundred: int) -> None:
+def test_servers_converge_after_faults(hundred: int) -> None:
     with short_rings():
         for seed in range(hundred * 100, hundred * 100 + 100):
             try:

@@ -63,7 +63,7 @@ def process(tmp_path: Path, redis: RedisServer, *more: str) -> Iterator[tuple[Se
         yield Server(serve, TEST_SETTINGS, CapturingLogger(), lines, trio.Event()), started
 
 
-def test_a_second_live_server_of_one_name_does_not_start_and_says_why(
+def test_second_live_server_of_same_name_refuses_to_start(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with process(tmp_path, redis_server) as (first, started):
@@ -83,7 +83,7 @@ def test_a_second_live_server_of_one_name_does_not_start_and_says_why(
         assert after["bootId"] == before["bootId"]
 
 
-def test_after_a_kill_the_same_name_is_used_again_without_a_wait(
+def test_restart_after_kill_reuses_name_without_waiting(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with process(tmp_path, redis_server) as (_, started):
@@ -102,7 +102,7 @@ def test_after_a_kill_the_same_name_is_used_again_without_a_wait(
         assert after["address"] == again.serving.url
 
 
-def test_after_a_stop_the_entry_is_gone_at_once(tmp_path: Path, redis_server: RedisServer) -> None:
+def test_presence_entry_is_deleted_on_stop(tmp_path: Path, redis_server: RedisServer) -> None:
     with process(tmp_path, redis_server) as (_, started):
         assert redis_server.cli("PTTL", KEY) > 0
         started.send_signal(signal.SIGTERM)
@@ -111,7 +111,7 @@ def test_after_a_stop_the_entry_is_gone_at_once(tmp_path: Path, redis_server: Re
     assert redis_server.cli("KEYS", "*") == []
 
 
-async def test_the_entry_says_who_and_where_and_lists_what_is_hosted(
+async def test_presence_entry_lists_process_address_and_sessions(
     nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with process(tmp_path, redis_server) as (server, started):
@@ -223,7 +223,7 @@ async def left_with(player: Musician, *expected: str) -> None:
     await until(look)
 
 
-async def test_members_of_a_killed_server_are_missed_and_removed_once(
+async def test_members_of_killed_server_are_removed_once(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
     house = House(nursery, redis_server)
@@ -261,7 +261,7 @@ async def test_members_of_a_killed_server_are_missed_and_removed_once(
     await house.stop()
 
 
-async def test_whoever_comes_back_elsewhere_in_time_keeps_the_lead(
+async def test_leader_resuming_elsewhere_in_time_keeps_the_lead(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
     # Longer than she takes, and not so long that nobody can wait for Dan's.
@@ -283,7 +283,7 @@ async def test_whoever_comes_back_elsewhere_in_time_keeps_the_lead(
     await house.stop()
 
 
-async def test_the_same_name_inherits_no_ghosts(
+async def test_server_reusing_a_name_inherits_no_members(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
     house = House(nursery, redis_server)
@@ -302,7 +302,7 @@ async def test_the_same_name_inherits_no_ghosts(
 
 
 @pytest.mark.parametrize("how_long", ["missed", "removed"])
-async def test_members_of_a_server_that_was_only_paused_come_back(
+async def test_members_of_paused_server_come_back(
     nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer, brisk: None, how_long: str
 ) -> None:
     grace_ms = GRACE_MS if how_long == "removed" else int(PATIENCE_S * 1000)

@@ -114,9 +114,7 @@ async def house(nursery: trio.Nursery) -> House:
     return House(nursery, TEST_SETTINGS)
 
 
-async def test_a_member_keeps_its_place_for_the_grace(
-    house: House, autojump_clock: MockClock
-) -> None:
+async def test_member_stays_for_its_grace(house: House, autojump_clock: MockClock) -> None:
     async with house.player("Bob") as bob:
         async with house.player("Ann"):
             pass
@@ -130,7 +128,7 @@ async def test_a_member_keeps_its_place_for_the_grace(
         assert (left["reason"], left["memberCount"]) == ("timeout", 1)
 
 
-async def test_a_resume_ends_the_grace(house: House, autojump_clock: MockClock) -> None:
+async def test_resume_ends_the_grace(house: House, autojump_clock: MockClock) -> None:
     async with house.player("Bob") as bob:
         async with house.player("Ann") as ann:
             token = ann.last("snapshot")["you"]["resumeToken"]
@@ -146,9 +144,7 @@ async def test_a_resume_ends_the_grace(house: House, autojump_clock: MockClock) 
         assert len(bob.times("user_left")) == 1
 
 
-async def test_when_the_leader_does_not_come_back_another_leads_and_the_song_plays_on(
-    house: House, autojump_clock: MockClock
-) -> None:
+async def test_song_plays_on_under_elected_leader(house: House, autojump_clock: MockClock) -> None:
     async with house.player("Ann") as ann:
         await ann.send("play")
         async with house.player("Bob") as bob, house.player("Cid"):
@@ -163,7 +159,7 @@ async def test_when_the_leader_does_not_come_back_another_leads_and_the_song_pla
             assert trio.current_time() - last < 0.2
 
 
-async def test_ticks_come_every_tenth_of_a_second_while_it_plays(
+async def test_ticks_arrive_ten_times_a_second_while_playing(
     house: House, autojump_clock: MockClock
 ) -> None:
     async with house.player() as ann, house.player("Bob", ticks=False) as bob:
@@ -181,7 +177,7 @@ async def test_ticks_come_every_tenth_of_a_second_while_it_plays(
         assert bob.times("scroll_tick") == []
 
 
-async def test_statistics_come_on_joins_and_every_five_seconds(
+async def test_stats_arrive_on_joins_and_every_five_seconds(
     house: House, autojump_clock: MockClock
 ) -> None:
     async with house.player() as ann:
@@ -206,7 +202,7 @@ class SlowStorage(MemoryStorage):
         return await super().commit(base, change, events)
 
 
-async def test_clock_answers_tell_when_the_question_came_and_when_the_answer_left(
+async def test_clock_sync_reply_has_receive_and_send_times(
     house: House, autojump_clock: MockClock
 ) -> None:
     house.stores.memory = SlowStorage("boot-1", "for a test")
@@ -224,7 +220,7 @@ async def test_clock_answers_tell_when_the_question_came_and_when_the_answer_lef
         assert reply["t2"] == pytest.approx(asked + 500, abs=0.01)
 
 
-async def test_a_latency_is_a_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
+async def test_latency_is_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
     async with house.player():
         (connection,) = house.connections.open
         # The peer answers at once; what it answers may be older than our last ping.
@@ -236,7 +232,7 @@ async def test_a_latency_is_a_smoothed_round_trip(house: House, autojump_clock: 
         assert connection.latency_ms == pytest.approx(18.75, abs=0.5)
 
 
-async def test_a_silent_client_is_closed(house: House, autojump_clock: MockClock) -> None:
+async def test_silent_client_is_closed(house: House, autojump_clock: MockClock) -> None:
     async with house.player("Bob") as bob, house.player("Ann") as ann:
         ann.websocket._pong = None  # noqa: SLF001
         heard = trio.current_time()
@@ -250,7 +246,7 @@ async def test_a_silent_client_is_closed(house: House, autojump_clock: MockClock
         assert house.hub.counters.closed == {"4000": 1}
 
 
-async def test_a_client_that_only_listens_is_not_silent(
+async def test_client_that_answers_pings_stays_open(
     house: House, autojump_clock: MockClock
 ) -> None:
     async with house.player() as ann:
@@ -258,7 +254,7 @@ async def test_a_client_that_only_listens_is_not_silent(
         assert ann.close_code is None
 
 
-async def test_a_drain_tells_everybody_and_closes_in_time(
+async def test_drain_notifies_and_closes_every_client(
     house: House, autojump_clock: MockClock
 ) -> None:
     async with house.player("Ann") as ann, house.player("Bob") as bob:
@@ -276,7 +272,7 @@ async def test_a_drain_tells_everybody_and_closes_in_time(
             assert late.inbox == []
 
 
-async def test_a_drain_waits_until_the_storage_knows_who_is_gone(
+async def test_drain_waits_until_disconnects_are_stored(
     house: House, autojump_clock: MockClock
 ) -> None:
     house.stores.memory = SlowStorage("boot-1", "for a test")
@@ -288,7 +284,7 @@ async def test_a_drain_waits_until_the_storage_knows_who_is_gone(
         assert [member.connected for member in session.members.values()] == [False, False]
 
 
-async def test_a_drain_does_not_wait_for_ever(house: House, autojump_clock: MockClock) -> None:
+async def test_drain_ends_at_its_deadline(house: House, autojump_clock: MockClock) -> None:
     async with house.player("Ann") as ann:
         ann.websocket._reader_running = False  # noqa: SLF001
         start = trio.current_time()
@@ -296,7 +292,7 @@ async def test_a_drain_does_not_wait_for_ever(house: House, autojump_clock: Mock
         assert trio.current_time() - start <= 1
 
 
-async def test_without_grace_a_member_is_gone_at_once(
+async def test_member_leaves_at_once_without_grace(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     house = House(nursery, replace(TEST_SETTINGS, resume_grace_ms=0))
@@ -307,7 +303,7 @@ async def test_without_grace_a_member_is_gone_at_once(
         assert len(bob.times("user_left")) == 1
 
 
-async def test_rooms_close_when_the_last_member_is_gone(
+async def test_room_closes_when_the_last_member_is_gone(
     house: House, autojump_clock: MockClock
 ) -> None:
     async with house.player() as ann:

@@ -54,7 +54,7 @@ async def scenario(
         max_size=30,
     )
 )
-def test_everything_is_visited_once_a_period_from_the_first_on(
+def test_every_item_is_visited_once_a_period(
     moves: Moves,
 ) -> None:
     clock = MockClock(autojump_threshold=0)
@@ -66,7 +66,7 @@ def test_everything_is_visited_once_a_period_from_the_first_on(
         assert all(abs(gap - PERIOD) < 1e-6 for gap in gaps[1:])
 
 
-async def test_coming_and_going_before_anybody_looks(
+async def test_item_discarded_before_its_visit_is_not_visited(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
@@ -82,7 +82,7 @@ async def test_coming_and_going_before_anybody_looks(
     assert seen == ["b"]
 
 
-async def test_what_was_missed_is_missed(nursery: trio.Nursery, mock_clock: MockClock) -> None:
+async def test_missed_visits_are_skipped(nursery: trio.Nursery, mock_clock: MockClock) -> None:
     rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
     seen: list[str] = []
     late: list[float] = []
@@ -95,9 +95,7 @@ async def test_what_was_missed_is_missed(nursery: trio.Nursery, mock_clock: Mock
     assert late[0] > 58
 
 
-async def test_what_is_discarded_is_let_go_of(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
+async def test_discarded_item_is_freed(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     """Also the last that was visited, by the task that waits for the next."""
     visited: list[int] = []
     rota: TimerWheel[trio.Event] = TimerWheel(PERIOD, 5)

@@ -44,7 +44,7 @@ GRACE_S = 10
 OTHER = ServerContext(server_id="hall", boot_id="boot-2", max_members=8, isolated=False)
 
 
-class Listener:
+class RecordingPeer:
     """A peer that keeps what it is sent."""
 
     def __init__(self, connection_id: str) -> None:
@@ -74,7 +74,7 @@ class Listener:
         assert reason
         self.closed = code
 
-    def heard(self, *types: str) -> list[dict[str, object]]:
+    def received(self, *types: str) -> list[dict[str, object]]:
         """The messages of these types."""
         found = []
         data = self._data
@@ -88,7 +88,7 @@ class Listener:
         return found
 
 
-class Remote(MemoryStorage):
+class FaultyStorage(MemoryStorage):
     """A storage in the place of Redis, which does what the test says.
 
     Attributes:
@@ -160,10 +160,10 @@ class Remote(MemoryStorage):
         return Lost("reset")
 
 
-class Eras(FixedStores):
+class RecoverableStores(FixedStores):
     """Stores whose Redis is lost and comes back."""
 
-    def begin(self, storage: Remote) -> Era:
+    def begin(self, storage: FaultyStorage) -> Era:
         """From now on sessions are opened in this one."""
         era = self._era = Era(storage, lambda: None)
         storage.broken = False
@@ -171,12 +171,12 @@ class Eras(FixedStores):
         return era
 
 
-class Stage:
-    """A hub on a `Remote`, and another server that is played by hand."""
+class HubHarness:
+    """A hub on a `FaultyStorage`, and another server that is played by hand."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
-        self.remote = Remote()
-        self.stores = Eras()
+        self.remote = FaultyStorage()
+        self.stores = RecoverableStores()
         self.log = CapturingLogger()
         self.era = self.stores.begin(self.remote)
         self.hub = Hub(
@@ -197,9 +197,9 @@ class Stage:
 
     async def join(
         self, name: str, session_id: str = "song", *, resume: int = 0
-    ) -> tuple[Listener, Room]:
+    ) -> tuple[RecordingPeer, Room]:
         """Join, or with the incarnation of its token resume, on a new connection."""
-        peer = Listener(f"connection {next(self._ids)} of {name}")
+        peer = RecordingPeer(f"connection {next(self._ids)} of {name}")
         bind = self.bind(name, session_id)
         if resume:
             token = ResumeToken(f"member {name}", resume, f"secret of {name}")
@@ -208,7 +208,7 @@ class Stage:
         assert not isinstance(outcome, Refusal), outcome
         return peer, outcome[0]
 
-    async def say(self, room: Room, peer: Listener, text: str) -> None:
+    async def send_chat(self, room: Room, peer: RecordingPeer, text: str) -> None:
         """A chat message that must be acknowledged."""
         message_id = f"message {next(self._ids)}"
         assert await room.command(peer, ChatMessage(text=text), message_id, text) is None
@@ -230,7 +230,7 @@ class Stage:
         assert session is not None
         return session
 
-    async def elsewhere(
+    async def commit_elsewhere(
         self, command: Command, name: str, connection: str = "", fresh_id: str = ""
     ) -> Session:
         """Another server commits a command."""
@@ -248,7 +248,7 @@ class Stage:
         return [call.kwargs for call in self.log.calls if call.kwargs["event"] == event]
 
 
-class Band(Stage):
+class RelayHarness(HubHarness):
     """Ann and Bob are here, Cid is on the server ``hall``, which is played by hand.
 
     Attributes:
@@ -258,10 +258,12 @@ class Band(Stage):
     async def meet(self) -> None:
         self.ann, self.room = await self.join("Ann")
         self.bob, _ = await self.join("Bob")
-        self.hear(await self.hall(self.bind("Cid"), "Cid", "far away"))
+        self.receive(await self.commit_remotely(self.bind("Cid"), "Cid", "far away"))
         self.remote.reads.clear()
 
-    async def hall(self, command: Command, name: str = "Cid", connection: str = "") -> bytes:
+    async def commit_remotely(
+        self, command: Command, name: str = "Cid", connection: str = ""
+    ) -> bytes:
         """The other server commits a command; what it says of it."""
         base = self.stored()
         member = base.members.get(f"member {name}")
@@ -270,19 +272,23 @@ class Band(Stage):
         actor = Actor(OTHER, connection, f"member {name}", fresh_id)
         decision = decide(base, command, actor, self.hub.now())
         assert isinstance(decision, Decision), decision
-        return await self.put(base, decision.session, decision.events)
+        return await self.commit_state(base, decision.session, decision.events)
 
-    async def put(self, base: Session, session: Session, events: tuple[Outgoing, ...]) -> bytes:
+    async def commit_state(
+        self, base: Session, session: Session, events: tuple[Outgoing, ...]
+    ) -> bytes:
         """The other server commits a state; what it says of it."""
         result = await MemoryStorage.commit(self.remote, base, session, ())
         assert isinstance(result, Committed)
-        return said(base, result.session, *map(encode, events))
+        return change_message(base, result.session, *map(encode, events))
 
     async def chats(self, count: int) -> list[bytes]:
         """So many messages of Cid, numbered from 0."""
-        return [await self.hall(ChatMessage(text=str(number))) for number in range(count)]
+        return [
+            await self.commit_remotely(ChatMessage(text=str(number))) for number in range(count)
+        ]
 
-    def hear(self, *payloads: bytes) -> None:
+    def receive(self, *payloads: bytes) -> None:
         for payload in payloads:
             self.hub.hear("song", payload)
 
@@ -292,7 +298,7 @@ class Band(Stage):
         return self.remote.reads["song"]
 
 
-def said(base: Session, session: Session, *events: bytes) -> bytes:
+def change_message(base: Session, session: Session, *events: bytes) -> bytes:
     fields, gone = changed_fields(base, session)
     return write_change(tip(base), tip(session), "hall", fields, gone, events)
 
@@ -306,21 +312,21 @@ def texts(session: Session) -> list[str]:
     return [chat.text for chat in session.chat]
 
 
-def chat(peer: Listener) -> list[object]:
-    return [message["text"] for message in peer.heard("chat_message")]
+def chat(peer: RecordingPeer) -> list[object]:
+    return [message["text"] for message in peer.received("chat_message")]
 
 
-def shown(peer: Listener) -> list[object]:
+def shown(peer: RecordingPeer) -> list[object]:
     """The texts in the latest snapshot."""
-    ring = peer.heard("snapshot")[-1]["chat"]
+    ring = peer.received("snapshot")[-1]["chat"]
     assert isinstance(ring, list)
     return [message["text"] for message in ring]
 
 
-def in_order(peer: Listener) -> None:
+def assert_versions_in_order(peer: RecordingPeer) -> None:
     """No version is skipped or comes twice without a snapshot; none is lower than one before."""
     known = 0
-    for message in peer.heard(*VERSIONED):
+    for message in peer.received(*VERSIONED):
         version = message["version"]
         assert isinstance(version, int)
         if message["type"] == "snapshot":
