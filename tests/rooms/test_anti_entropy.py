@@ -34,7 +34,7 @@ async def test_change_after_conflict_follows_a_snapshot(
         (heard,) = peer.received("chat_message")
         assert heard["text"] == "second"
         assert_versions_in_order(peer)
-    # Nothing was there to be written back.
+    # The stored state contained everything, so nothing was written back.
     assert stage.hub.counters.reconciled == 0
     assert stage.hub.counters.conflicts == 1
 
@@ -51,7 +51,7 @@ async def test_takeover_found_in_storage_closes_the_connection(
     await stage.hub.compare(stage.era)
     assert (ann.closed, bob.closed) == (4001, None)
     assert room.peers == {"member Bob": bob}
-    # What the old connection still wants, and its end, are nobody's.
+    # Commands and the end of the old connection no longer affect the member.
     refused = await room.command(ann, ChatMessage(text="hi"), "m", "r")
     assert isinstance(refused, Refusal)
     assert refused.code == "not_joined"
@@ -93,7 +93,7 @@ async def test_comparison_restores_deleted_session(
     assert texts(after) == ["hi"]
     assert room.mirror.session == after
     assert_versions_in_order(ann)
-    # And then all is as it should be.
+    # Later comparisons find nothing to write.
     written = stage.remote.commits
     for _ in range(3):
         await stage.hub.compare(stage.era)

@@ -1,4 +1,4 @@
-"""Who is alive: the entry of each server in Redis, and what becomes of those who are not."""
+"""Presence entries of servers in Redis, and the members of servers that fail."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ CHANGES = ("member_connection", "user_left", "role_changed")
 
 
 def arguments(redis: RedisServer, *more: str) -> list[str]:
-    """Of a server named ``hall``."""
+    """Command-line arguments of a server named ``hall``."""
     return [
         "--redis-enabled=true",
         f"--redis-url={redis.url()}",
@@ -75,7 +75,7 @@ def test_second_live_server_of_same_name_refuses_to_start(
             "has the same SERVER_ID;"
         ) in result.stderr
         assert "Traceback" not in result.stderr
-        # The first one has not noticed.
+        # The first server is not affected.
         assert started.poll() is None
         after = entry(redis_server)
         assert before is not None
@@ -95,7 +95,7 @@ def test_restart_after_kill_reuses_name_without_waiting(
     redis_server.cli("CONFIG", "RESETSTAT")
     with process(tmp_path, redis_server) as (again, _):
         after = entry(redis_server)
-        # Looked at once, not until it would have been refreshed.
+        # One look is enough: the dead process cannot refresh the entry.
         assert calls(redis_server, "pttl") == 1
         assert after is not None
         assert after["bootId"] != before["bootId"]
@@ -149,7 +149,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class House:
-    """Two servers that watch, and one that will be killed.
+    """Two servers that observe, and one that will be killed.
 
     Attributes:
         ann, dan: on ``hall``, the one to be killed; Ann leads.
@@ -192,14 +192,14 @@ class House:
 
 
 def names(player: Musician) -> set[str]:
-    """Whom a player has seen come."""
+    """The display names that a player has seen."""
     joined = {message["member"]["displayName"] for message in player.all("user_joined")}
     shown = player.all("snapshot")[0]["members"]
     return joined | {member["displayName"] for member in shown}
 
 
 def about(messages: list[dict[str, Any]], member: Musician) -> list[dict[str, Any]]:
-    """Those that are about a member, as they happened."""
+    """The messages about a member, ordered by version."""
     found = [message for message in messages if message["memberId"] == member.you["memberId"]]
     return sorted(found, key=lambda message: message["version"])
 
@@ -229,7 +229,7 @@ async def test_members_of_killed_server_are_removed_once(
     house = House(nursery, redis_server)
     await house.begin()
     ann, bob, cid, dan = house.ann, house.bob, house.cid, house.dan
-    # While it lives nobody is missed, however often everybody looks.
+    # While the server is alive, no check disconnects anybody.
     await trio.sleep(3 * ABSENCE_S)
     assert bob.all("member_connection") == []
     before = await current(bob)
@@ -237,11 +237,11 @@ async def test_members_of_killed_server_are_removed_once(
     await house.hall.kill()
     for player in (bob, cid):
         await left_with(player, "Bob", "Cid")
-    # Whoever else wanted to remove them has had the time by now.
+    # Wait until the other observer's check and grace are over, too.
     await trio.sleep(ABSENCE_S + GRACE_MS / 1000)
     shown = await agree(bob, cid)
     assert shown["leaderId"] == bob.you["memberId"]
-    # Whose server lost the race was shown the result; between them they heard everything.
+    # The server that lost the race sent a snapshot; together the players received every event.
     heard = {
         message["version"]: message
         for message in bob.all(*CHANGES) + cid.all(*CHANGES)
@@ -264,7 +264,7 @@ async def test_members_of_killed_server_are_removed_once(
 async def test_leader_resuming_elsewhere_in_time_keeps_the_lead(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
-    # Longer than she takes, and not so long that nobody can wait for Dan's.
+    # A grace long enough for Ann to resume, and short enough to wait for Dan's to end.
     house = House(nursery, redis_server, 5 * GRACE_MS)
     await house.begin()
     bob, cid = house.bob, house.cid
@@ -272,7 +272,7 @@ async def test_leader_resuming_elsewhere_in_time_keeps_the_lead(
     await until(lambda: missed(bob, house.ann))
     ann = await house.join(house.right, "Ann", resumeToken=house.ann.you["resumeToken"])
     assert (ann.you["resumed"], ann.you["role"]) == (True, "leader")
-    # Dan does not; when it is his turn, Ann's would have come.
+    # Dan does not resume. By the end of his grace Ann's would be over, too.
     await left_with(bob, "Ann", "Bob", "Cid")
     await trio.sleep(ABSENCE_S)
     shown = await agree(ann, bob, cid)
@@ -320,7 +320,7 @@ async def test_members_of_paused_server_come_back(
 
         await until(listed)
         started.send_signal(signal.SIGSTOP)
-        # As it would expire.
+        # Delete the entry now instead of waiting for its expiry.
         redis_server.cli("DEL", KEY)
         await until(lambda: missed(bob, ann))
         if how_long == "removed":
@@ -330,11 +330,11 @@ async def test_members_of_paused_server_come_back(
         async def seen() -> bool:
             return await blocking(entry, redis_server) is not None
 
-        # It is refreshed as rarely as ever, and those who watch are in a hurry: until then, and
-        # one look longer, they may miss her again.
+        # The paused server refreshes its entry at the normal period, the observers check faster:
+        # until one check after the refresh they may disconnect Ann again.
         await until(seen)
         await trio.sleep(ABSENCE_S)
-        # As if she had never been away.
+        # The member is back without any action of its client.
         await left_with(bob, "Ann", "Bob", "Cid")
         await until(lambda: missed(bob, ann, absent=False))
         await ann.ok("chat_message", text="What happened?")

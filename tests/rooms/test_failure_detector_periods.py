@@ -36,16 +36,16 @@ class DetectorHarness(HubHarness):
         return ann
 
     def show(self, boot_id: str = OTHER.boot_id, *session_ids: str) -> None:
-        """The server ``hall`` is alive, as this process, with these sessions."""
+        """Write the presence entry of ``hall`` with this boot id and these sessions."""
         sessions = list(session_ids or ("song",))
         self.remote.servers["hall"] = Presence(boot_id, NOW, "http://hall", sessions, 1)
 
     def hide(self) -> None:
-        """Its entry is gone."""
+        """Delete the presence entry of ``hall``."""
         self.remote.servers.clear()
 
     async def drop_remotely(self, name: str) -> bytes:
-        """The server ``hall`` takes this member for lost; what it says of it."""
+        """Let ``hall`` disconnect a member as lost; returns the relay message."""
         base = self.stored()
         member = base.members[f"member {name}"]
         after = await self.commit_elsewhere(Drop(), name, member.connection_id)
@@ -84,7 +84,7 @@ async def test_members_of_failed_server_leave_after_grace(
     (left,) = ann.received("user_left")
     assert (left["memberId"], left["reason"]) == ("member Cid", "server_lost")
     assert_versions_in_order(ann)
-    # The sweeper's own server and its members are none of its business.
+    # The detector leaves the members of its own server alone.
     assert ann.closed is None
     assert find(watched.stored(), "member Ann") is not None
 
@@ -137,7 +137,7 @@ async def test_reasserted_member_gets_a_full_grace_when_it_drops(
     ann = await watched.meet()
     room = watched.hub.rooms["song"]
     for _ in range(2):
-        # The other server did not see ours for a while, and says so.
+        # The other server detected a failure of ours and disconnected its member.
         watched.hub.hear("song", await watched.drop_remotely("Ann"))
         await watched.hub.finished()
         assert watched.stored().members["member Ann"].connected

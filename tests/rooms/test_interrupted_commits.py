@@ -67,7 +67,7 @@ async def test_command_cancelled_during_commit_reaches_the_others(
     stage.remote.gate.set()
     await stage.hub.finished()
     if not back:
-        # It was never acknowledged, but Redis has it.
+        # The command was never acknowledged, but Redis carried it out.
         await stage.recover()
     assert not room.mirror.uncertain
     assert room.mirror.session == stage.stored()
@@ -152,7 +152,7 @@ async def test_error_in_buffered_message_releases_the_lock(
 
 
 class Subscriptions(Relay):
-    """A relay that only keeps count."""
+    """A relay that only records subscriptions."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub

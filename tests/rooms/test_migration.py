@@ -53,7 +53,7 @@ async def test_join_finds_session_kept_in_memory_unchanged(
     assert await room.command(ann, LeaveSession(), "", "bye") is None
     epoch = stage.stores.memory.find("song")
     assert epoch is not None
-    # The new era has begun, but nobody has moved the session yet.
+    # The new era has begun, but the session has not been migrated.
     stage.era = stage.stores.begin(stage.remote)
     bob, _ = await stage.join("Bob")
     assert stage.stored().epoch == epoch.epoch
@@ -89,7 +89,7 @@ async def test_kept_session_that_is_unreadable_stays_in_memory(
     assert stage.hub.rooms == {}
     assert stage.stores.memory.ids() == ["song"]
     assert stage.remote.commits == 0
-    # The next time it can.
+    # The next migration can read it.
     stage.lose()
     stage.remote.unreadable.clear()
     await stage.recover()
@@ -148,7 +148,7 @@ async def test_migration_moves_each_session_once(
     assert len(stage.hub.rooms) == 20
     assert stage.stores.memory.ids() == []
     assert all(room.mirror.era is stage.era for room in stage.hub.rooms.values())
-    # Again is no work at all.
+    # A second migration does nothing.
     await stage.hub.migrate(stage.era, lambda: None)
     assert stage.remote.reads == dict.fromkeys(rooms, 1)
 
@@ -170,7 +170,7 @@ async def test_migration_stops_when_its_era_ends(
     await stage.hub.migrate(stage.era, count)
     assert sum(stage.remote.reads.values()) < 50
     assert sum(room.mirror.era is not None for room in stage.hub.rooms.values()) == 0
-    # Those that were across are dirty again with the next change; nothing else is needed.
+    # A migrated session becomes dirty again with its next change in memory.
     await stage.send_chat(room, ann, "on and on")
     assert await stage.recover() == {"moved": 50}
     assert stage.stores.memory.ids() == []
@@ -186,11 +186,11 @@ async def test_commands_are_served_during_migration(
     stage.remote.gate = trio.Event()
     nursery.start_soon(stage.hub.migrate, stage.era, lambda: None)
     await wait_all_tasks_blocked()
-    # The last ones have not had their turn: they are answered from memory, at once.
+    # The last sessions are not being migrated yet: memory answers at once.
     ann, room = players[-1]
     await stage.send_chat(room, ann, "now")
     assert ann.received("ack")
-    # Whose turn it is waits for that, and no longer.
+    # A command in a session that is being migrated waits for that migration only.
     first, first_room = players[0]
     nursery.start_soon(stage.send_chat, first_room, first, "soon")
     await wait_all_tasks_blocked()
@@ -236,7 +236,7 @@ async def test_member_that_left_remotely_during_outage_stays_removed(
     await trio.sleep(10)
     await stage.commit_elsewhere(LeaveSession(), "Dan")
     await trio.sleep(TOMBSTONE_MS / 1000 + 10)
-    # Old tombstones are cleared away by whoever comes and goes.
+    # A later join prunes old tombstones.
     await stage.commit_elsewhere(stage.bind("Eve"), "Eve", "far away Eve")
     assert "member Dan" not in stage.stored().members
     await stage.send_chat(room, ann, "meanwhile")
@@ -254,7 +254,7 @@ async def test_move_to_ended_era_changes_nothing(
     stage.lose()
     await stage.recover()
     stage.remote.reads.clear()
-    # It waited for the lock while its era ended and another one began.
+    # As if the call had waited for the lock while its era ended and another began.
     assert not await room.move(old)
     assert stage.remote.reads == {}
     assert room.mirror.era is stage.era

@@ -135,11 +135,11 @@ async def test_unreadable_session_is_hosted_in_memory(
     assert stage.stores.memory.ids() == ["song"]
     assert len(stage.logged("session.unreadable")) == 1
     assert stage.hub.counters.unreadable == 1
-    # Others are not concerned.
+    # Other sessions are not affected.
     await stage.join("Bob", "other song")
     assert stage.remote.find("other song") is not None
     assert stage.stores.memory.ids() == ["song"]
-    # Somebody has looked after it by hand.
+    # An operator deletes the unreadable state.
     stage.remote.unreadable.clear()
     stage.remote.discard("song")
     await stage.hub.compare(stage.era)

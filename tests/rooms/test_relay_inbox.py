@@ -1,4 +1,4 @@
-"""What a room makes of what its channel brings, word by word. On virtual time."""
+"""Relay messages: applied, buffered, ignored, or a reason to read. On virtual time."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> RelayHarnes
 
 @pytest.fixture(autouse=True)
 def both_agree(stage: RelayHarness) -> Iterator[None]:
-    """Whatever was heard: nobody misses a version, and here is known what is stored."""
+    """After each test no peer has missed a version, and mirror and stored state are equal."""
     yield
     assert stage.room.mirror.session == stage.stored()
     for peer in (stage.ann, stage.bob):
@@ -49,7 +49,7 @@ async def test_changes_are_sent_once_and_in_order(
 ) -> None:
     for payload in await stage.chats(5):
         stage.receive(payload, payload)
-        # At once: nothing is waited for.
+        # Applied at once, without a pass of the scheduler.
         assert stage.room.mirror.session is not None
     for peer in (stage.ann, stage.bob):
         assert chat(peer) == ["0", "1", "2", "3", "4"]
@@ -104,7 +104,7 @@ async def test_gap_is_read_once_for_many_messages(
     assert chat(stage.ann) == []
     assert shown(stage.ann) == [str(number) for number in range(20)]
     assert stage.hub.counters.reconciled == 0
-    # And then it goes on as before.
+    # Later messages are applied as usual.
     stage.receive(await stage.commit_remotely(ChatMessage(text="next")))
     assert chat(stage.ann) == ["next"]
     assert stage.reads == 1
@@ -132,7 +132,7 @@ async def test_change_before_conflicting_commit_is_not_sent_twice(
     stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     theirs = await stage.commit_remotely(ChatMessage(text="theirs"))
-    # Here it is not known yet: the commit loses, and finds it.
+    # The mirror does not have the change yet, so the commit conflicts.
     stage.remote.gate = trio.Event()
     nursery.start_soon(stage.send_chat, stage.room, stage.ann, "ours")
     await wait_all_tasks_blocked()
@@ -162,7 +162,7 @@ async def test_overflowing_buffer_causes_one_resync(
 
 
 async def apart(stage: RelayHarness) -> tuple[Session, Session]:
-    """The other server, alone for a while: Cid claims the lead, then it finds what is stored."""
+    """Partition: Cid claims the lead on the other server; returns both states."""
     mine = await MemoryStorage.get_session(stage.remote, "song")
     assert mine is not None
     alone = replace(OTHER, isolated=True)
@@ -204,7 +204,7 @@ async def test_merge_without_role_change_is_sent_as_snapshot_only(
     stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     base = stage.stored()
-    # As after two changes on the other side, and the merge: three versions, no event.
+    # As after a merge of two remote changes: three versions and no event.
     session = replace(base, version=base.version + 3, last_active_at=base.last_active_at + 1)
     stage.receive(await stage.commit_state(base, session, ()))
     assert stage.ann.received("snapshot")[-1]["version"] == session.version
@@ -225,7 +225,7 @@ async def test_direct_message_reaches_its_member_only(
     stage.receive(write_direct_message("member Cid", b'{"type":"leader_requested"}'))
     stage.receive(write_direct_message("", b'{"type":"leader_requested"}'))
     stage.hub.hear("another song", whisper)
-    # It waits its turn like anything else.
+    # It is buffered like every other message.
     stage.remote.gate = trio.Event()
     nursery.start_soon(stage.send_chat, stage.room, stage.ann, "hi")
     await wait_all_tasks_blocked()
@@ -245,21 +245,21 @@ async def test_member_taken_over_remotely_is_closed(
     stage.receive(await stage.commit_remotely(bind, "Ann", "farther away"))
     assert (stage.ann.closed, stage.bob.closed) == (4001, None)
     assert stage.room.peers == {"member Bob": stage.bob}
-    # The end of the old connection, and what it still wants, are nobody's.
+    # The end of the old connection no longer affects the member.
     stage.hub.dropped(stage.room, stage.ann, "timeout")
     await trio.sleep(2 * GRACE_S)
     member = find(stage.stored(), "member Ann")
     assert member is not None
     assert (member.connected, member.server_id) == (True, "hall")
     assert leader_of(stage.stored()) == member
-    # Whoever was let go hears nothing more.
+    # The closed connection receives nothing more.
     stage.receive(await stage.commit_remotely(ChatMessage(text="hi")))
     assert (chat(stage.ann), chat(stage.bob)) == ([], ["hi"])
     assert stage.reads == 0
 
 
 async def lost_sight_of_ann(stage: RelayHarness) -> None:
-    """The other server found us absent; we were only slow."""
+    """The other server disconnects Ann by mistake."""
     stage.receive(await stage.commit_remotely(Drop(), "Ann"))
     await stage.hub.finished()
 
@@ -283,7 +283,7 @@ async def test_connected_member_removed_remotely_can_send_commands(
     stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     stage.receive(await stage.commit_remotely(LeaveSession(), "Ann"))
-    # Before there was time to assert it again.
+    # The command comes before the reassertion.
     await stage.send_chat(stage.room, stage.ann, "I am here")
     await stage.hub.finished()
     assert find(stage.stored(), "member Ann") is not None
@@ -306,7 +306,7 @@ async def test_connected_member_survives_end_of_old_grace(
     stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     await lost_sight_of_ann(stage)
-    # The grace that nobody needs ends behind a slow command, as she is lost sight of again.
+    # The obsolete grace ends behind a slow command, while Ann is disconnected again.
     stage.remote.gate = trio.Event()
     nursery.start_soon(stage.send_chat, stage.room, stage.bob, "slow")
     await trio.sleep(GRACE_S + 1)
@@ -339,7 +339,7 @@ async def test_comparison_waits_for_relay_message_under_way(
     stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     payload = await stage.commit_remotely(ChatMessage(text="hi"))
-    # The tips are compared while the message is under way.
+    # Compare the tips while the relay message is under way.
     nursery.start_soon(stage.hub.compare, stage.era)
     await wait_all_tasks_blocked()
     stage.receive(payload)
@@ -352,7 +352,7 @@ async def test_comparison_waits_for_relay_message_under_way(
 async def test_silent_channel_is_waited_for_once(
     stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
-    """Who waits in vain after each race that is lost loses the next one, too."""
+    """Waiting in vain after every conflict would lose every later race."""
     stage.era.relay = object()  # type: ignore[assignment]
 
     async def rival() -> None:

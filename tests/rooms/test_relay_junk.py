@@ -1,4 +1,4 @@
-"""A channel on which somebody talks nonsense: nobody may notice. On virtual time."""
+"""Malformed and impossible relay messages: no peer may notice. On virtual time."""
 
 import msgspec
 import pytest
@@ -22,7 +22,7 @@ async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> RelayHarnes
 
 
 async def plays_on(stage: RelayHarness) -> None:
-    """The session is read once at the most, and what comes next is heard."""
+    """The session was read once at the most, and later messages are applied."""
     assert stage.reads <= 1
     stage.receive(*await stage.chats(2))
     for peer in (stage.ann, stage.bob):
@@ -70,7 +70,7 @@ async def test_malformed_message_is_ignored(
 
 
 def crafted(room: Room, **changes: object) -> bytes:
-    """A message that follows on what is known, apart from these changes."""
+    """A message that follows the mirrored state, apart from these changes."""
     known = room.mirror.tip
     assert known is not None
     change = CommittedChange(known, known.version + 1, "crafted", "hall", {}, [])

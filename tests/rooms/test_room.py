@@ -1,4 +1,4 @@
-"""Rooms on storages that are slow, shared with others, or lose what they had."""
+"""Rooms on a storage that is slow and shared with other servers."""
 
 from collections.abc import Sequence
 
@@ -26,11 +26,11 @@ from tests.support.stores import FixedStores
 
 
 class SharedStorage(MemoryStorage):
-    """A storage that takes its time and that others write to.
+    """A slow storage to which other servers write.
 
     Attributes:
         gate: commits wait until it is set.
-        rivals: how many changes of others still come in just before ours.
+        rivals: how many changes of other servers still come just before ours.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class SharedStorage(MemoryStorage):
             assert isinstance(rival, Decision)
             await super().commit(stored, rival.session, ())
         result = await super().commit(base, change, events)
-        # As with a real network: written, and the answer still on its way.
+        # As with a real network: written, with the answer under way.
         await self.gate.wait()
         return result
 
@@ -126,7 +126,7 @@ async def test_deleted_session_is_restored_by_next_command(stage: Stage) -> None
     assert await room.command(ann, Play(), "", UNSET) is None
     after = await stage.stored()
     assert after.epoch == before.epoch
-    # Put back by one change, and played by another.
+    # One version for the restored state, one for the command.
     assert after.version == before.version + 2
     assert [message["version"] for message in ann.received("snapshot", "play")] == [1, 2, 3]
 
@@ -142,7 +142,7 @@ async def test_change_is_sent_only_after_its_commit(stage: Stage, nursery: trio.
     assert ann.received("ack") == []
     stage.storage.gate.set()
     await wait_all_tasks_blocked()
-    # Serial, in the order in which they came.
+    # Commands are committed in the order of their arrival.
     assert [message["text"] for message in bob.received("chat_message")] == ["0", "1", "2"]
     assert [message["version"] for message in ann.received("ack")] == [3, 4, 5]
 
@@ -230,7 +230,7 @@ async def test_takeover_closes_the_old_connection(stage: Stage) -> None:
     outcome = await stage.hub.bind(again, bind, "unused", UNSET)
     assert not isinstance(outcome, Refusal)
     assert ann.closed == 4001
-    # The end of the old one changes nothing for the member.
+    # The end of the old connection does not affect the member.
     stage.hub.dropped(room, ann, "timeout")
     await stage.hub.finished()
     (bound,) = present(await stage.stored())

@@ -1,4 +1,4 @@
-"""What happens by the clock: graces, ticks, statistics, pings, drains. On virtual time."""
+"""Periodic work: graces, ticks, statistics, pings, drains. On virtual time."""
 
 import struct
 from collections.abc import AsyncIterator, Sequence
@@ -53,7 +53,7 @@ class Player:
 
     async def send(self, type_: str, **fields: object) -> None:
         await self.websocket.send_message(msgspec.json.encode({"type": type_, **fields}).decode())
-        # Virtual time stands still while anybody runs: afterwards everything has happened.
+        # Virtual time advances only when every task waits, so the message was handled by then.
         await trio.sleep(0.001)
 
     def times(self, type_: str) -> list[float]:
@@ -137,7 +137,7 @@ async def test_resume_ends_the_grace(house: House, autojump_clock: MockClock) ->
             assert ann.last("snapshot")["you"]["resumed"] is True
             await trio.sleep(30)
         assert bob.times("user_left") == []
-        # Each drop has a grace of its own, as long as the first.
+        # Every disconnect starts a full grace.
         await trio.sleep(9.9)
         assert bob.times("user_left") == []
         await trio.sleep(0.2)
@@ -215,7 +215,7 @@ async def test_clock_sync_reply_has_receive_and_send_times(
         )
         await trio.sleep(1)
         reply = ann.last("clock_sync")
-        # It waited behind the command; neither stamp hides that.
+        # The request waited behind the command; both timestamps show it.
         assert reply["t1"] == pytest.approx(asked, abs=0.01)
         assert reply["t2"] == pytest.approx(asked + 500, abs=0.01)
 
@@ -223,7 +223,7 @@ async def test_clock_sync_reply_has_receive_and_send_times(
 async def test_latency_is_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
     async with house.player():
         (connection,) = house.connections.open
-        # The peer answers at once; what it answers may be older than our last ping.
+        # A pong may answer an older ping than the last one.
         for sent_ago, expected in ((0.08, 10.0), (0.08, 18.75), (-1.0, 18.75), (1e6, 18.75)):
             sent = trio.current_time() - sent_ago
             connection.heard_pong(struct.pack("!d", sent))
@@ -236,7 +236,7 @@ async def test_silent_client_is_closed(house: House, autojump_clock: MockClock) 
     async with house.player("Bob") as bob, house.player("Ann") as ann:
         ann.websocket._pong = None  # noqa: SLF001
         heard = trio.current_time()
-        # Its end of the stream is never read again: it neither answers pings nor says goodbye.
+        # The client stops reading: it answers no pings and sends no close frame.
         ann.websocket._reader_running = False  # noqa: SLF001
         await trio.sleep(29)
         assert bob.times("member_connection") == []
@@ -265,7 +265,7 @@ async def test_drain_notifies_and_closes_every_client(
         assert (ann.close_code, bob.close_code) == (1012, 1012)
         waits = {player.last("server_draining")["reconnectInMs"] for player in (ann, bob)}
         assert len(waits) == 2
-        # Whose handshake was under way then is let go, too.
+        # A connection whose handshake was under way is closed, too.
         async with house.player("Cid") as late:
             await trio.sleep(0.01)
             assert late.close_code == 1012

@@ -45,7 +45,7 @@ OTHER = ServerContext(server_id="hall", boot_id="boot-2", max_members=8, isolate
 
 
 class RecordingPeer:
-    """A peer that keeps what it is sent."""
+    """A peer that records what it is sent."""
 
     def __init__(self, connection_id: str) -> None:
         self.connection_id = connection_id
@@ -75,7 +75,7 @@ class RecordingPeer:
         self.closed = code
 
     def received(self, *types: str) -> list[dict[str, object]]:
-        """The messages of these types."""
+        """The received messages of these types."""
         found = []
         data = self._data
         while data:
@@ -89,16 +89,16 @@ class RecordingPeer:
 
 
 class FaultyStorage(MemoryStorage):
-    """A storage in the place of Redis, which does what the test says.
+    """A storage in place of Redis, with faults on demand.
 
     Attributes:
-        fates: what becomes of the next commits; "carried out" means that its answer is lost.
+        fates: faults of the next commits; "carried out" means that only the answer is lost.
         unreadable: the sessions that cannot be read.
-        broken: whether nothing is answered but `Lost`.
+        broken: whether every answer is `Lost`.
         gate: commits and reads wait until it is set.
         commit_gate: commits wait until it is set, when they have been carried out.
         reads: how often each session was read.
-        servers: those that are alive.
+        servers: the presence entries, by server id.
     """
 
     def __init__(self) -> None:
@@ -161,10 +161,10 @@ class FaultyStorage(MemoryStorage):
 
 
 class RecoverableStores(FixedStores):
-    """Stores whose Redis is lost and comes back."""
+    """Stores whose Redis can be lost and recovered."""
 
     def begin(self, storage: FaultyStorage) -> Era:
-        """From now on sessions are opened in this one."""
+        """Begin an era: from now on sessions are opened in ``storage``."""
         era = self._era = Era(storage, lambda: None)
         storage.broken = False
         storage.lose = lambda: era.end(Loss("reset", "by a test"))
@@ -172,7 +172,7 @@ class RecoverableStores(FixedStores):
 
 
 class HubHarness:
-    """A hub on a `FaultyStorage`, and another server that is played by hand."""
+    """A hub on a `FaultyStorage`, and another server that commits when the test says so."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.remote = FaultyStorage()
@@ -198,7 +198,7 @@ class HubHarness:
     async def join(
         self, name: str, session_id: str = "song", *, resume: int = 0
     ) -> tuple[RecordingPeer, Room]:
-        """Join, or with the incarnation of its token resume, on a new connection."""
+        """Join on a new connection; with the incarnation of a token, resume."""
         peer = RecordingPeer(f"connection {next(self._ids)} of {name}")
         bind = self.bind(name, session_id)
         if resume:
@@ -209,17 +209,17 @@ class HubHarness:
         return peer, outcome[0]
 
     async def send_chat(self, room: Room, peer: RecordingPeer, text: str) -> None:
-        """A chat message that must be acknowledged."""
+        """Send a chat message that must be acknowledged."""
         message_id = f"message {next(self._ids)}"
         assert await room.command(peer, ChatMessage(text=text), message_id, text) is None
 
     def lose(self) -> None:
-        """Redis is gone."""
+        """Lose Redis."""
         self.remote.broken = True
         self.era.end(Loss("reset", "by a test"))
 
     async def recover(self) -> Counter[str]:
-        """Redis is back, with what it has; how many sessions were moved."""
+        """Recover Redis with its data; returns the number of migrated sessions."""
         self.era = self.stores.begin(self.remote)
         moved: Counter[str] = Counter()
         await self.hub.migrate(self.era, lambda: moved.update(["moved"]))
@@ -233,7 +233,7 @@ class HubHarness:
     async def commit_elsewhere(
         self, command: Command, name: str, connection: str = "", fresh_id: str = ""
     ) -> Session:
-        """Another server commits a command."""
+        """Let another server commit a command."""
         base = self.remote.find("song")
         member = None if base is None else base.members.get(f"member {name}")
         connection = connection or ("" if member is None else member.connection_id)
@@ -249,7 +249,7 @@ class HubHarness:
 
 
 class RelayHarness(HubHarness):
-    """Ann and Bob are here, Cid is on the server ``hall``, which is played by hand.
+    """Ann and Bob are here; Cid is on the server ``hall``, which commits when the test says so.
 
     Attributes:
         ann, bob: connections of this server.
@@ -264,7 +264,7 @@ class RelayHarness(HubHarness):
     async def commit_remotely(
         self, command: Command, name: str = "Cid", connection: str = ""
     ) -> bytes:
-        """The other server commits a command; what it says of it."""
+        """Let the other server commit a command; returns its relay message."""
         base = self.stored()
         member = base.members.get(f"member {name}")
         connection = connection or ("" if member is None else member.connection_id)
@@ -277,13 +277,13 @@ class RelayHarness(HubHarness):
     async def commit_state(
         self, base: Session, session: Session, events: tuple[Outgoing, ...]
     ) -> bytes:
-        """The other server commits a state; what it says of it."""
+        """Let the other server commit a state; returns its relay message."""
         result = await MemoryStorage.commit(self.remote, base, session, ())
         assert isinstance(result, Committed)
         return change_message(base, result.session, *map(encode, events))
 
     async def chats(self, count: int) -> list[bytes]:
-        """So many messages of Cid, numbered from 0."""
+        """Relay messages of this many chats by Cid, numbered from 0."""
         return [
             await self.commit_remotely(ChatMessage(text=str(number))) for number in range(count)
         ]
@@ -317,14 +317,14 @@ def chat(peer: RecordingPeer) -> list[object]:
 
 
 def shown(peer: RecordingPeer) -> list[object]:
-    """The texts in the latest snapshot."""
+    """The chat texts in the latest snapshot."""
     ring = peer.received("snapshot")[-1]["chat"]
     assert isinstance(ring, list)
     return [message["text"] for message in ring]
 
 
 def assert_versions_in_order(peer: RecordingPeer) -> None:
-    """No version is skipped or comes twice without a snapshot; none is lower than one before."""
+    """No version is skipped or repeated without a snapshot, and none goes backwards."""
     known = 0
     for message in peer.received(*VERSIONED):
         version = message["version"]
