@@ -1,7 +1,9 @@
 """Convergence of several servers and a Redis under random faults, on the real rules.
 
-A pure simulation with seeds: no sockets, no tasks, no clock but a number. What becomes of a
-history is checked after a calm minute; versions are checked all the time.
+A pure simulation with seeds: no sockets, no tasks, no clock but a number. The final state is
+checked after a calm minute; versions are checked all the time.
+
+One file, because clients, servers, faults and the final checks share one simulated world.
 """
 
 import random

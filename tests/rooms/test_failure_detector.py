@@ -148,7 +148,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bandsync.storage.health.PRESENCE_EXPIRY_MS", 500)
 
 
-class House:
+class ThreeServers:
     """Two servers that observe, and one that will be killed.
 
     Attributes:
@@ -226,15 +226,15 @@ async def left_with(player: Musician, *expected: str) -> None:
 async def test_members_of_killed_server_are_removed_once(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
-    house = House(nursery, redis_server)
-    await house.begin()
-    ann, bob, cid, dan = house.ann, house.bob, house.cid, house.dan
+    cluster = ThreeServers(nursery, redis_server)
+    await cluster.begin()
+    ann, bob, cid, dan = cluster.ann, cluster.bob, cluster.cid, cluster.dan
     # While the server is alive, no check disconnects anybody.
     await trio.sleep(3 * ABSENCE_S)
     assert bob.all("member_connection") == []
     before = await current(bob)
     killed = before["serverTime"]
-    await house.hall.kill()
+    await cluster.hall.kill()
     for player in (bob, cid):
         await left_with(player, "Bob", "Cid")
     # Wait until the other observer's check and grace are over, too.
@@ -258,19 +258,19 @@ async def test_members_of_killed_server_are_removed_once(
     assert (elected["type"], elected["reason"]) == ("role_changed", "elected")
     for player in (bob, cid):
         in_order(player)
-    await house.stop()
+    await cluster.stop()
 
 
 async def test_leader_resuming_elsewhere_in_time_keeps_the_lead(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
     # A grace long enough for Ann to resume, and short enough to wait for Dan's to end.
-    house = House(nursery, redis_server, 5 * GRACE_MS)
-    await house.begin()
-    bob, cid = house.bob, house.cid
-    await house.hall.kill()
-    await until(lambda: missed(bob, house.ann))
-    ann = await house.join(house.right, "Ann", resumeToken=house.ann.you["resumeToken"])
+    cluster = ThreeServers(nursery, redis_server, 5 * GRACE_MS)
+    await cluster.begin()
+    bob, cid = cluster.bob, cluster.cid
+    await cluster.hall.kill()
+    await until(lambda: missed(bob, cluster.ann))
+    ann = await cluster.join(cluster.right, "Ann", resumeToken=cluster.ann.you["resumeToken"])
     assert (ann.you["resumed"], ann.you["role"]) == (True, "leader")
     # Dan does not resume. By the end of his grace Ann's would be over, too.
     await left_with(bob, "Ann", "Bob", "Cid")
@@ -280,25 +280,25 @@ async def test_leader_resuming_elsewhere_in_time_keeps_the_lead(
     assert about(bob.all("user_left"), ann) == []
     assert bob.all("role_changed") == []
     in_order(bob)
-    await house.stop()
+    await cluster.stop()
 
 
 async def test_server_reusing_a_name_inherits_no_members(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
-    house = House(nursery, redis_server)
-    await house.begin()
-    bob, cid = house.bob, house.cid
-    await house.hall.kill()
+    cluster = ThreeServers(nursery, redis_server)
+    await cluster.begin()
+    bob, cid = cluster.bob, cluster.cid
+    await cluster.hall.kill()
     again = await start_process(nursery, redis_server.url(), **QUICK, server_id="hall")
-    eve = await house.join(again.server, "Eve")
+    eve = await cluster.join(again.server, "Eve")
     await left_with(bob, "Bob", "Cid", "Eve")
     await trio.sleep(ABSENCE_S)
     shown = await agree(bob, cid, eve)
     assert {member["displayName"] for member in shown["members"]} == {"Bob", "Cid", "Eve"}
     assert all(member["connected"] for member in shown["members"])
     in_order(bob)
-    await house.stop()
+    await cluster.stop()
 
 
 @pytest.mark.parametrize("how_long", ["missed", "removed"])
@@ -308,11 +308,11 @@ async def test_members_of_paused_server_come_back(
     grace_ms = GRACE_MS if how_long == "removed" else int(PATIENCE_S * 1000)
     grace = f"--resume-grace-ms={grace_ms}"
     with process(tmp_path, redis_server, grace) as (hall, started):
-        house = House(nursery, redis_server, grace_ms)
-        house.left, house.right = await house.start("left"), await house.start("right")
-        ann = await house.join(hall, "Ann")
-        bob = await house.join(house.left, "Bob")
-        cid = await house.join(house.right, "Cid")
+        cluster = ThreeServers(nursery, redis_server, grace_ms)
+        cluster.left, cluster.right = await cluster.start("left"), await cluster.start("right")
+        ann = await cluster.join(hall, "Ann")
+        bob = await cluster.join(cluster.left, "Bob")
+        cid = await cluster.join(cluster.right, "Cid")
         await bob.until(lambda: {"Cid"} <= names(bob))
 
         async def listed() -> bool:
@@ -350,4 +350,4 @@ async def test_members_of_paused_server_come_back(
         for player in (ann, bob, cid):
             assert player.close_code is None
             in_order(player)
-        await house.stop()
+        await cluster.stop()

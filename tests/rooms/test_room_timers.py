@@ -63,7 +63,7 @@ class Player:
         return [message for _, message in self.inbox if message["type"] == type_][-1]
 
 
-class House:
+class VirtualServer:
     """The connections and rooms of a server, without listener, on virtual time."""
 
     def __init__(self, nursery: trio.Nursery, settings: Settings) -> None:
@@ -110,13 +110,13 @@ class House:
 
 
 @pytest.fixture
-async def house(nursery: trio.Nursery) -> House:
-    return House(nursery, TEST_SETTINGS)
+async def server(nursery: trio.Nursery) -> VirtualServer:
+    return VirtualServer(nursery, TEST_SETTINGS)
 
 
-async def test_member_stays_for_its_grace(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Bob") as bob:
-        async with house.player("Ann"):
+async def test_member_stays_for_its_grace(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Bob") as bob:
+        async with server.player("Ann"):
             pass
         dropped = trio.current_time()
         assert bob.last("member_connection")["connected"] is False
@@ -128,12 +128,12 @@ async def test_member_stays_for_its_grace(house: House, autojump_clock: MockCloc
         assert (left["reason"], left["memberCount"]) == ("timeout", 1)
 
 
-async def test_resume_ends_the_grace(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Bob") as bob:
-        async with house.player("Ann") as ann:
+async def test_resume_ends_the_grace(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Bob") as bob:
+        async with server.player("Ann") as ann:
             token = ann.last("snapshot")["you"]["resumeToken"]
         await trio.sleep(9)
-        async with house.player(resumeToken=token) as ann:
+        async with server.player(resumeToken=token) as ann:
             assert ann.last("snapshot")["you"]["resumed"] is True
             await trio.sleep(30)
         assert bob.times("user_left") == []
@@ -144,10 +144,12 @@ async def test_resume_ends_the_grace(house: House, autojump_clock: MockClock) ->
         assert len(bob.times("user_left")) == 1
 
 
-async def test_song_plays_on_under_elected_leader(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Ann") as ann:
+async def test_song_plays_on_under_elected_leader(
+    server: VirtualServer, autojump_clock: MockClock
+) -> None:
+    async with server.player("Ann") as ann:
         await ann.send("play")
-        async with house.player("Bob") as bob, house.player("Cid"):
+        async with server.player("Bob") as bob, server.player("Cid"):
             await ann.websocket._stream.aclose()  # noqa: SLF001 (the network is gone, no close)
             await trio.sleep(9.9)
             assert bob.times("role_changed") == []
@@ -160,9 +162,9 @@ async def test_song_plays_on_under_elected_leader(house: House, autojump_clock: 
 
 
 async def test_ticks_arrive_ten_times_a_second_while_playing(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann, house.player("Bob", ticks=False) as bob:
+    async with server.player() as ann, server.player("Bob", ticks=False) as bob:
         await ann.send("play", startInMs=1000)
         await trio.sleep(0.9)
         assert ann.times("scroll_tick") == []
@@ -178,12 +180,12 @@ async def test_ticks_arrive_ten_times_a_second_while_playing(
 
 
 async def test_stats_arrive_on_joins_and_every_five_seconds(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann:
+    async with server.player() as ann:
         joined = len(ann.times("room_stats"))
         assert joined == 1
-        async with house.player("Bob"):
+        async with server.player("Bob"):
             assert len(ann.times("room_stats")) == 2
             await trio.sleep(20)
             assert len(ann.times("room_stats")) == 6
@@ -203,12 +205,12 @@ class SlowStorage(MemoryStorage):
 
 
 async def test_clock_sync_reply_has_receive_and_send_times(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    house.stores.memory = SlowStorage("boot-1", "for a test")
-    async with house.player() as ann:
+    server.stores.memory = SlowStorage("boot-1", "for a test")
+    async with server.player() as ann:
         await trio.sleep(1)
-        asked = house.hub.now()
+        asked = server.hub.now()
         both = (b'{"type":"play"}', b'{"type":"clock_sync","t0":1}')
         await ann.stream.send_all(
             b"".join(Frame(Opcode.TEXT, text).serialize(mask=True) for text in both)
@@ -220,9 +222,11 @@ async def test_clock_sync_reply_has_receive_and_send_times(
         assert reply["t2"] == pytest.approx(asked + 500, abs=0.01)
 
 
-async def test_latency_is_smoothed_round_trip(house: House, autojump_clock: MockClock) -> None:
-    async with house.player():
-        (connection,) = house.connections.open
+async def test_latency_is_smoothed_round_trip(
+    server: VirtualServer, autojump_clock: MockClock
+) -> None:
+    async with server.player():
+        (connection,) = server.connections.open
         # A pong may answer an older ping than the last one.
         for sent_ago, expected in ((0.08, 10.0), (0.08, 18.75), (-1.0, 18.75), (1e6, 18.75)):
             sent = trio.current_time() - sent_ago
@@ -232,8 +236,8 @@ async def test_latency_is_smoothed_round_trip(house: House, autojump_clock: Mock
         assert connection.latency_ms == pytest.approx(18.75, abs=0.5)
 
 
-async def test_silent_client_is_closed(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Bob") as bob, house.player("Ann") as ann:
+async def test_silent_client_is_closed(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Bob") as bob, server.player("Ann") as ann:
         ann.websocket._pong = None  # noqa: SLF001
         heard = trio.current_time()
         # The client stops reading: it answers no pings and sends no close frame.
@@ -243,73 +247,73 @@ async def test_silent_client_is_closed(house: House, autojump_clock: MockClock) 
         await trio.sleep(10)
         (gone,) = bob.times("member_connection")
         assert 30 <= gone - heard <= 30 + 5 + 2.1
-        assert house.hub.counters.closed == {"4000": 1}
+        assert server.hub.counters.closed == {"4000": 1}
 
 
 async def test_client_that_answers_pings_stays_open(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann:
+    async with server.player() as ann:
         await trio.sleep(300)
         assert ann.close_code is None
 
 
 async def test_drain_notifies_and_closes_every_client(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player("Ann") as ann, house.player("Bob") as bob:
+    async with server.player("Ann") as ann, server.player("Bob") as bob:
         start = trio.current_time()
-        await drain(house.connections, 10)
+        await drain(server.connections, 10)
         assert trio.current_time() - start < 10
         await trio.sleep(0.01)
         assert (ann.close_code, bob.close_code) == (1012, 1012)
         waits = {player.last("server_draining")["reconnectInMs"] for player in (ann, bob)}
         assert len(waits) == 2
         # A connection whose handshake was under way is closed, too.
-        async with house.player("Cid") as late:
+        async with server.player("Cid") as late:
             await trio.sleep(0.01)
             assert late.close_code == 1012
             assert late.inbox == []
 
 
 async def test_drain_waits_until_disconnects_are_stored(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    house.stores.memory = SlowStorage("boot-1", "for a test")
-    async with house.player("Ann"), house.player("Bob"):
+    server.stores.memory = SlowStorage("boot-1", "for a test")
+    async with server.player("Ann"), server.player("Bob"):
         await trio.sleep(2)
-        await drain(house.connections, 10)
-        session = await house.stores.memory.get_session("song")
+        await drain(server.connections, 10)
+        session = await server.stores.memory.get_session("song")
         assert session is not None
         assert [member.connected for member in session.members.values()] == [False, False]
 
 
-async def test_drain_ends_at_its_deadline(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Ann") as ann:
+async def test_drain_ends_at_its_deadline(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Ann") as ann:
         ann.websocket._reader_running = False  # noqa: SLF001
         start = trio.current_time()
-        await drain(house.connections, 1)
+        await drain(server.connections, 1)
         assert trio.current_time() - start <= 1
 
 
 async def test_member_leaves_at_once_without_grace(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    house = House(nursery, replace(TEST_SETTINGS, resume_grace_ms=0))
-    async with house.player("Bob") as bob:
-        async with house.player("Ann"):
+    server = VirtualServer(nursery, replace(TEST_SETTINGS, resume_grace_ms=0))
+    async with server.player("Bob") as bob:
+        async with server.player("Ann"):
             pass
         await trio.sleep(0.01)
         assert len(bob.times("user_left")) == 1
 
 
 async def test_room_closes_when_the_last_member_is_gone(
-    house: House, autojump_clock: MockClock
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann:
+    async with server.player() as ann:
         await ann.send("play")
-        assert len(house.hub.rooms) == 1
+        assert len(server.hub.rooms) == 1
     await trio.sleep(11)
-    assert house.hub.rooms == {}
-    sessions = await house.stores.memory.list_sessions()
+    assert server.hub.rooms == {}
+    sessions = await server.stores.memory.list_sessions()
     assert [session.session_id for session in sessions] == ["song"]
