@@ -336,7 +336,7 @@ async def test_a_redis_that_comes_later_is_used_from_then_on(
 async def test_what_is_flushed_behind_the_back_is_put_back(
     redis_server: RedisServer, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.rooms.hub.COMPARE_PERIOD_S", 0.05)
+    monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 0.05)
     server = await start(nursery, redis_server.url())
     async with band(server, "Ann", "Bob") as (ann, bob):
         for text in ("by the next command", "by the comparison"):
@@ -360,7 +360,7 @@ async def test_what_is_flushed_behind_the_back_is_put_back(
 async def test_what_is_set_back_behind_the_back_is_brought_forward_by_the_next_command(
     redis_server: RedisServer, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsync.rooms.hub.COMPARE_PERIOD_S", 3600.0)
+    monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 3600.0)
     server = await start(nursery, redis_server.url())
     async with band(server, "Ann", "Bob") as (ann, bob):
         await ann.ok("chat_message", text="kept")
@@ -649,7 +649,7 @@ async def test_a_session_that_cannot_be_read_stays_in_memory_until_somebody_remo
     monkeypatch: pytest.MonkeyPatch,
     command: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("bandsync.rooms.hub.COMPARE_PERIOD_S", 0.05)
+    monkeypatch.setattr("bandsync.rooms.anti_entropy.COMPARE_PERIOD_S", 0.05)
     server = await start(nursery, redis_server.url())
     redis_server.cli(*command)
 
