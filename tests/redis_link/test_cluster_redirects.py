@@ -15,11 +15,11 @@ from bandsync.redis_link.script import Script
 from scripts.testbed.redis_cluster import RedisCluster
 from scripts.testbed.redis_sentinels import wait_until
 from scripts.testbed.redis_server import HOST
+from tests.support.outages import blocking, until
 from tests.support.redis_clusters import KEYS, asked
 from tests.support.redis_storages import cluster_access, open_cluster
 from tests.support.scripted_redis import start
 from tests.support.servers import PATIENCE_S
-from tests.test_failover import blocking, until
 
 
 async def test_a_slot_that_is_handed_over_is_found_again(mended: RedisCluster) -> None:
