@@ -1,7 +1,7 @@
 """A Sentinel failover under two servers that share their bands: everything is a process of its own.
 
-For a while they may be on different masters, and both acknowledge. What must hold is that nothing
-of either is lost, that nobody sees a version out of order, and that all end up with one state.
+For a while they may be on different masters, and both acknowledge. No change
+of either may be lost, no client may see a version out of order, and all end with one state.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator

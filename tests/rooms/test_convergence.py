@@ -497,7 +497,7 @@ class World:
         self.servers = [Server(self, number, 0) for number in range(3)]
         self.clients = [Client(name) for name in ("Ann", "Bob", "Cid", "Dan")]
         self.acks: list[Ack] = []
-        self.never: list[object] = []  # What was refused must not be there in the end.
+        self.never: list[object] = []  # Refused changes, which must be absent in the end.
 
     def draw(self, kind: str) -> str:
         self.drawn += 1
