@@ -1,6 +1,6 @@
 """Settings: names, defaults, ranges and meanings in one table, and their parser.
 
-The names are those of the environment variables in `bandsync/wire/PROTOCOL.md`, section 9.
+The names are environment variables: `scripts/deploy/OPERATIONS.md`, section *Settings*.
 """
 
 from collections.abc import Mapping

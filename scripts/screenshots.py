@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.browsers import INSTALL_BROWSER, BrowserPages, chromium, find_browser
 from scripts.testbed.redis_server import RedisServer
 from scripts.testbed.server_process import ServerProcess
 
@@ -28,7 +28,7 @@ WIDE = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 844}
 
 
-def join(pages: Pages, server: ServerProcess, name: str, **options: Any) -> "Page":  # noqa: ANN401  # playwright's
+def join(pages: BrowserPages, server: ServerProcess, name: str, **options: Any) -> "Page":  # noqa: ANN401  # playwright's
     """Open a page with playwright's context options, and join the session."""
     page = pages(f"{server.url}/#amber-organ-42", **options)
     page.get_by_label("Your name").fill(name)
@@ -60,7 +60,7 @@ def wait_for_beat(page: "Page", place: int) -> None:
     )
 
 
-def take_session_pictures(pages: Pages, server: ServerProcess) -> None:
+def take_session_pictures(pages: BrowserPages, server: ServerProcess) -> None:
     """Take the pictures of a playing session: the leader's wide screen and a follower's phone."""
     ann = join(pages, server, BAND[0], viewport=WIDE, color_scheme="dark")
     others = [
@@ -89,7 +89,7 @@ def take_session_pictures(pages: Pages, server: ServerProcess) -> None:
     others[0].screenshot(path=PICTURES / "phone.png")
 
 
-def take_outage_picture(pages: Pages, server: ServerProcess, redis: RedisServer) -> None:
+def take_outage_picture(pages: BrowserPages, server: ServerProcess, redis: RedisServer) -> None:
     """Take the picture of the operator's screen during the second outage of Redis."""
     ops = pages(f"{server.url}/ops", viewport=WIDE, color_scheme="dark")
     time.sleep(20)  # The charts need history.
@@ -112,7 +112,7 @@ def main() -> int:
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer())
         server = stack.enter_context(ServerProcess(REDIS_ENABLED="true", REDIS_URL=redis.url()))
-        pages = Pages(stack.enter_context(chromium(executable)))
+        pages = BrowserPages(stack.enter_context(chromium(executable)))
         take_session_pictures(pages, server)
         take_outage_picture(pages, server, redis)
         pages.close()

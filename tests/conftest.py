@@ -11,7 +11,7 @@ import trio
 import trustme
 from hypothesis import settings
 
-from scripts.testbed.browsers import INSTALL_BROWSER, Pages, chromium, find_browser
+from scripts.testbed.browsers import INSTALL_BROWSER, BrowserPages, chromium, find_browser
 from scripts.testbed.fault_proxy import FaultProxy
 from scripts.testbed.network import Network
 from scripts.testbed.redis_cluster import RedisCluster
@@ -204,12 +204,12 @@ def open_page(
     browser: "Browser",
     start_process: Callable[..., ServerProcess],
     network_to: Callable[[int], Network],
-) -> Iterator[Pages]:
+) -> Iterator[BrowserPages]:
     """Opens pages for one test, which fails if one of them complains.
 
     They are gone before the test's servers are, whose end they would complain about.
     """
-    pages = Pages(browser)
+    pages = BrowserPages(browser)
     yield pages
     pages.close()
     assert pages.problems == []

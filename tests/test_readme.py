@@ -9,7 +9,7 @@ from subprocess import PIPE, Popen
 import pytest
 from websockets.sync.client import connect
 
-from scripts.testbed.browsers import Pages
+from scripts.testbed.browsers import BrowserPages
 from tests.support.servers import PATIENCE_S
 from tests.support.stage_pages import Start
 
@@ -45,7 +45,7 @@ def test_files_in_the_readme_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_javascript_example_runs(open_page: Pages, start_process: Start) -> None:
+def test_javascript_example_runs(open_page: BrowserPages, start_process: Start) -> None:
     server = start_process()
     # A document of the server's origin, without the page's policy. It has no icon.
     page = open_page(bypass_csp=True, tolerate=re.compile("404.*favicon"))

@@ -1,7 +1,7 @@
 """A Sentinel failover under two servers that share their bands: everything is a process of its own.
 
-For a while they may be on different masters, and both acknowledge. What must hold is that nothing
-of either is lost, that nobody sees a version out of order, and that all end up with one state.
+For a while they may be on different masters, and both acknowledge. No change
+of either may be lost, no client may see a version out of order, and all end with one state.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,7 +15,7 @@ import trio
 from msgspec import Struct
 
 from scripts.testbed.fault_proxy import FaultProxy
-from scripts.testbed.redis_sentinels import MASTER, Watched
+from scripts.testbed.redis_sentinels import MASTER, SentinelSetup
 from scripts.testbed.redis_server import HOST, RedisServer
 from scripts.testbed.server_process import ServerProcess
 from tests.redis_link.test_sentinel import measured
@@ -88,7 +88,7 @@ class Scene:
     """
 
     def __init__(
-        self, watched: Watched, left: Side, right: Side, proxies: list[FaultProxy]
+        self, watched: SentinelSetup, left: Side, right: Side, proxies: list[FaultProxy]
     ) -> None:
         self.watched = watched
         self.left = left
@@ -116,14 +116,14 @@ class Scene:
 
 
 @pytest.fixture
-def guarded(redis_binary: None) -> Iterator[Watched]:
+def guarded(redis_binary: None) -> Iterator[SentinelSetup]:
     # Servers notice before Sentinels do: they try to connect again to a master that hangs.
-    with Watched(user="guard", down_after_ms=2000) as made:
+    with SentinelSetup(user="guard", down_after_ms=2000) as made:
         yield made
 
 
 @pytest.fixture
-async def scene(guarded: Watched, nursery: trio.Nursery) -> AsyncIterator[Scene]:
+async def scene(guarded: SentinelSetup, nursery: trio.Nursery) -> AsyncIterator[Scene]:
     proxies = [await nursery.start(FaultProxy(sentinel.port).run) for sentinel in guarded.sentinels]
     hosts = {
         "left": guarded.hosts,

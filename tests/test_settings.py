@@ -18,7 +18,7 @@ from bandsync.settings import (
 
 ROOT = Path(__file__).parent.parent
 
-# `bandsync/wire/PROTOCOL.md`, section 9.
+# `scripts/deploy/OPERATIONS.md`, section *Settings*.
 DOCUMENTED = """
 REDIS_ENABLED=true REDIS_URL= REDIS_HOST=localhost REDIS_PORT=6379 REDIS_PASSWORD= REDIS_DB=0
 REDIS_KEY_PREFIX=bandsync: REDIS_TTL=3600 REDIS_MAX_RETRIES=5 REDIS_RETRY_DELAY_ON_FAILURE=100

@@ -1,1 +1,1 @@
-"""What a session is: pure data, transport arithmetic, merge and clock. No I/O."""
+"""The state of a session: pure data, transport arithmetic, merge and clock. No I/O."""

@@ -19,6 +19,8 @@ from bandsync.wire.messages import LeaveReason, ServerDraining, encode
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 
+# Longer than a few passes of an overloaded event loop: see `Connection._end`.
+_END_TIMEOUT_S = 10.0
 _RECEIVE_BYTES = 16_384
 # Yield to other connections after this many frames of one read.
 _FRAMES_PER_TURN = 16
@@ -207,7 +209,7 @@ class Connection:
         if self._websocket is None or self._handshake.closed:
             self._nursery.cancel_scope.cancel()
         elif not self._handshake.ended:
-            self._nursery.cancel_scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
+            self._nursery.cancel_scope.deadline = trio.current_time() + _END_TIMEOUT_S
             self._handshake.end()
 
     async def _read(self) -> None:

@@ -46,7 +46,7 @@ _RATE_LIMITED = Refusal("rate_limited", "Slow down: too many messages of this ty
 
 
 class Dispatch:
-    """What one connection may do, and what it has joined.
+    """Rate limits and membership of one connection, and the dispatch of its messages.
 
     The connection is an argument of each call and is not stored: a reference back to it would be
     a reference cycle.

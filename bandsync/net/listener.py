@@ -154,7 +154,7 @@ class Acceptor:
                 listener.close()
 
     def leave(self, listener: socket.socket) -> None:
-        """Stop to listen there: new connections go to the other workers of the port."""
+        """Stop listening there: new connections go to the other workers of the port."""
         if (scope := self._accepting.pop(listener, None)) is not None:
             scope.cancel()
 

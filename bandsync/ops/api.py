@@ -1,4 +1,4 @@
-"""The HTTP interface: `bandsync/wire/PROTOCOL.md`, section 7."""
+"""The HTTP interface: `bandsync/wire/PROTOCOL.md`, section *HTTP*."""
 
 from collections.abc import Iterable
 from typing import Protocol

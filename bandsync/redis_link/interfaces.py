@@ -1,4 +1,4 @@
-"""What a storage needs of Redis, whether that is one server or a Cluster."""
+"""The interface of a link to Redis, for one server and for a Cluster."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol

@@ -90,7 +90,7 @@ class Multiplexer(ABC):
         self._tasks: TaskGroup | None = None
         # Makes an event without the lookup that `anyio.Event` does at each call.
         self._new_event: Callable[[], anyio.Event] = anyio.Event
-        # What the idle writer and the idle watch wait for.
+        # Events that the idle writer and the idle watch wait for.
         self._wake_writer: anyio.Event | None = None
         self._wake_watch: anyio.Event | None = None
 

@@ -1,7 +1,7 @@
 """Failure detector: disconnects the members of servers that have failed.
 
 Every server refreshes a presence entry in Redis, which lists the sessions that it hosts
-(design.md section 5).
+(`bandsync/README.md`).
 """
 
 import trio

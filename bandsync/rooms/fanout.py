@@ -124,7 +124,7 @@ class Fanout:
     ) -> None:
         """Send what was committed: the events to everybody, reply and ``ack`` to the caller."""
         decision, events = outcome.decision, outcome.events
-        frames = text_frames(events)
+        frames = b"".join([text_frame(event) for event in events])
         peers = self._local_peers.peers
         if events:
             for peer in peers.values():

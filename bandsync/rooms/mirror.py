@@ -245,13 +245,12 @@ class Mirror:
         finally:
             self.interrupted = self.uncertain
         context.commit_seconds(context.timer() - started)
-        match result:
-            case Committed(session=session):
-                self.set_state(session)
-            case Conflict():
-                context.counters.conflicts += 1
-            case unusable:
-                self._fall_back(unusable)
+        if isinstance(result, Committed):
+            self.set_state(result.session)
+        elif isinstance(result, Conflict):
+            context.counters.conflicts += 1
+        else:
+            self._fall_back(result)
         return result
 
     async def reconcile(

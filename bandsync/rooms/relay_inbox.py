@@ -19,29 +19,30 @@ class RelayInbox:
     """Decodes the relay messages of one session; buffers them while the room's lock is held.
 
     Like the mirror it returns effects, which the room carries out at once.
+
+    Attributes:
+        buffered: the messages that arrived while the lock was held.
     """
 
-    __slots__ = ("_buffered", "_mirror", "_stats")
+    __slots__ = ("_mirror", "_stats", "buffered")
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._buffered: list[bytes] = []
+        self.buffered: list[bytes] = []
         # The connection stats that other servers published last, by member id.
         self._stats: dict[str, tuple[float | None, float | None]] = {}
 
     def buffer(self, payload: bytes) -> Gap | None:
         """Keep a message for later; `Gap` if there were too many, which are discarded."""
-        self._buffered.append(payload)
-        if len(self._buffered) <= MAX_BUFFERED:
+        self.buffered.append(payload)
+        if len(self.buffered) <= MAX_BUFFERED:
             return None
-        self._buffered.clear()
+        self.buffered.clear()
         return GAP
 
     def take_buffered(self) -> list[bytes]:
         """The buffered messages, which are removed."""
-        buffered = self._buffered
-        if buffered:
-            self._buffered = []
+        buffered, self.buffered = self.buffered, []
         return buffered
 
     def receive(self, payload: bytes) -> Applied | DirectMessage | Gap | None:

@@ -121,14 +121,14 @@ class Replica(ABC):
 
     def handle_buffered(self) -> None:
         """Handle the relay messages that were buffered while the lock was held."""
-        for payload in self._inbox.take_buffered():
-            self._handle(payload)
+        if self._inbox.buffered:
+            for payload in self._inbox.take_buffered():
+                self._handle(payload)
 
     def handle_interruption(self) -> None:
-        """Catch up later if a commit was interrupted: it may have been carried out."""
-        if self.mirror.interrupted:
-            self.mirror.interrupted = False
-            self._schedule_catch_up()
+        """Catch up later: a commit was interrupted and may have been carried out."""
+        self.mirror.interrupted = False
+        self._schedule_catch_up()
 
     def tick(self) -> None:
         """Send a ``scroll_tick`` to the peers that want it, while the song plays."""
@@ -188,16 +188,15 @@ class Replica(ABC):
             events = [encode(event) for event in decision.events]
             era = mirror.era
             result = await mirror.commit(era, mirror.session, decision.session, events)
-            match result:
-                case Committed():
-                    self._schedule_ticks()
-                    return Outcome(decision, events)
-                case Conflict(stored=stored) if era is not None:
-                    # Do not wait again after waiting in vain: every race would be lost to servers
-                    # that do not wait.
-                    waits = waits and await self._wait_for_relay(era, stored)
-                    if not waits:
-                        self._show(await mirror.reconcile(era, stored, self.local_peers.bound))
+            if isinstance(result, Committed):
+                self._context.schedule_ticks(self, result.session)
+                return Outcome(decision, events)
+            if isinstance(result, Conflict) and era is not None:
+                # Do not wait again after waiting in vain: every race would be lost to servers that
+                # do not wait.
+                waits = waits and await self._wait_for_relay(era, result.stored)
+                if not waits:
+                    self._show(await mirror.reconcile(era, result.stored, self.local_peers.bound))
         return CONFLICT
 
     async def _wait_for_relay(self, era: Era, stored: Session | None) -> bool:
@@ -332,7 +331,8 @@ class Locked:
     async def __aexit__(self, *_: object) -> None:
         replica = self._replica
         try:
-            replica.handle_interruption()
+            if replica.mirror.interrupted:
+                replica.handle_interruption()
             replica.handle_buffered()
         finally:
             replica.lock.release()

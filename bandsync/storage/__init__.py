@@ -1,1 +1,1 @@
-"""What is true: the storages, behind one interface."""
+"""Storages of sessions: memory and Redis, behind one interface."""

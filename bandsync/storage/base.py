@@ -67,7 +67,7 @@ class RedisStatus(Struct, frozen=True, rename="camel"):
 
 
 class Presence(Struct, frozen=True, rename="camel"):
-    """The presence entry of one server in Redis (protocol.md section 8).
+    """The presence entry of one server in Redis (`bandsync/wire/PROTOCOL.md`).
 
     Attributes:
         boot_id: identifies the process.

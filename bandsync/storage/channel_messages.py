@@ -1,4 +1,4 @@
-"""Messages on a session's Redis channel, as JSON: protocol.md section 8.
+"""Messages on a session's Redis channel, as JSON: see `bandsync/wire/PROTOCOL.md`.
 
 Servers of several versions share the channels during a rolling upgrade. Field names, their order
 and the way in which the kinds are told apart must therefore stay as they are.

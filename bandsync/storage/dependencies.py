@@ -1,4 +1,4 @@
-"""What a storage manager needs of others: Redis, and the rooms of this server."""
+"""Dependencies of the storage manager: Redis, and the rooms of this server."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol

@@ -15,7 +15,7 @@ from bandsync.redis_link.timeouts import Timeouts
 from bandsync.storage.base import Presence, Unreadable
 from bandsync.storage.records import read_presence, write_presence
 
-# Presence: protocol.md section 8.
+# Presence: see `bandsync/wire/PROTOCOL.md`.
 PRESENCE_PERIOD_S = 3.0
 PRESENCE_EXPIRY_MS = 10_000
 # The clock error of one answer is up to half of its round trip, so several answers are compared.

@@ -1,4 +1,4 @@
-"""The storage in use: Redis while it can be used, memory otherwise (design.md section 5).
+"""The storage in use: Redis while it can be used, memory otherwise (`bandsync/README.md`).
 
 redis ──loss──▶ memory ──stable──▶ migrating ──last room across──▶ redis
 ▲                    │

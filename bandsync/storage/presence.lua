@@ -4,7 +4,7 @@
 -- KEYS  1 presence entry
 -- ARGV  1 our boot id   2 our entry   3 expiry in milliseconds
 --       4 '1' if we wrote the previous entry: then a foreign entry was written by a live server
--- Returns the entry of the server that we yield to, otherwise nothing. Of two live servers the one
+-- Returns the entry of the server that we yield to, otherwise nothing. The one of two live servers
 -- with the smaller boot id stays.
 local key = KEYS[1]
 local boot_id, entry, expiry_ms, owned = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'

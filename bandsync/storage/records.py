@@ -1,4 +1,4 @@
-"""A session as the fields of a Redis hash, readable in redis-cli: protocol.md section 8."""
+"""A session as the fields of a Redis hash, readable in redis-cli (`bandsync/wire/PROTOCOL.md`)."""
 
 from collections.abc import Mapping
 from typing import TypeVar

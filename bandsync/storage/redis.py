@@ -1,4 +1,4 @@
-"""The storage in Redis. Keys and channel messages: protocol.md section 8."""
+"""The storage in Redis. Keys and channel messages are in `bandsync/wire/PROTOCOL.md`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources

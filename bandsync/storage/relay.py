@@ -1,4 +1,4 @@
-"""The relay: receives the commits of other servers (design.md section 4, step 6)."""
+"""The relay: receives the commits of other servers (`bandsync/README.md`)."""
 
 from collections.abc import Awaitable, Callable, Collection
 

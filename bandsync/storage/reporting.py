@@ -1,4 +1,4 @@
-"""What operators see of the storage: its state, its history and its log events."""
+"""The storage as operators see it: its state, its history and its log events."""
 
 from collections.abc import Callable
 

@@ -7,7 +7,6 @@ kernel skips a worker that has ended, but not one that hangs: a worker without h
 """
 
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from bandsync.model.exception_leaves import first_leaf
 from bandsync.redis_link.backoff import Backoff
 from bandsync.settings import Settings
 from bandsync.startup import StartError, listen, server_name, url_of
+from bandsync.workers.process_end import ProcessEnd, status_text
 from bandsync.workers.worker import CLOSE_SHARED_PORT, WorkerConfig, WorkerReport, read_line
 
 # Limit of a worker's start, seconds, in addition to its timeouts for Redis.
@@ -297,7 +297,7 @@ class _Worker:
             with trio.move_on_after(wait_s):
                 await self._stopping.wait()
 
-    async def _run_process(self) -> "_ProcessEnd":
+    async def _run_process(self) -> ProcessEnd:
         """Run one process, from its start to its end."""
         listened: float | None = None
         report: WorkerReport | None = None
@@ -317,7 +317,7 @@ class _Worker:
                     process: trio.Process = await nursery.start(start)
                 except OSError as error:
                     # Out of memory or processes: this may pass, and the other workers serve on.
-                    return _ProcessEnd(None, f"it could not be started: {error}")
+                    return ProcessEnd(None, f"it could not be started: {error}")
                 assert process.stdin is not None
                 assert process.stdout is not None
                 nursery.start_soon(self._run_stdin, process.stdin, limit)
@@ -338,7 +338,7 @@ class _Worker:
                         limit.deadline = trio.current_time() + (0 if silent else DRAIN_MARGIN_S)
                     await process.wait()
                 nursery.cancel_scope.cancel()
-        how = _status_text(process.returncode)
+        how = status_text(process.returncode)
         if limit.cancelled_caught:
             how = "it did not start in time and was killed"
             if listened is not None:
@@ -346,7 +346,7 @@ class _Worker:
             if silent:
                 how = f"it sent no heartbeat for {SILENCE_S:g} s and was killed"
             self._log.error("worker.killed", pid=process.pid, how=how)
-        return _ProcessEnd(
+        return ProcessEnd(
             process.pid,
             how,
             report.refused if report is not None else None,
@@ -379,22 +379,6 @@ class _Worker:
         return redis_ms / 1000 + _CLAIM_S + START_MARGIN_S
 
 
-class _ProcessEnd(Struct, frozen=True):
-    """The end of a worker process.
-
-    Attributes:
-        pid: process id; None if no process could be started.
-        how: exit status or signal, in words.
-        refused: reason that the process reported for not starting, if it did.
-        listened_s: time that it listened, seconds; None if it never did.
-    """
-
-    pid: int | None
-    how: str
-    refused: str | None = None
-    listened_s: float | None = None
-
-
 async def _wait_for_silence(stream: trio.abc.ReceiveStream) -> bool:
     """Failure detector: True after `SILENCE_S` without a byte, False when the stream ends."""
     while True:
@@ -407,10 +391,3 @@ async def _wait_for_silence(stream: trio.abc.ReceiveStream) -> bool:
 
 async def _kill(process: trio.Process) -> None:
     process.kill()
-
-
-def _status_text(status: int | None) -> str:
-    """An exit status in words."""
-    if status is not None and status < 0:
-        return f"it was ended by signal {-status}, {signal.strsignal(-status)}"
-    return f"it ended with status {status}"

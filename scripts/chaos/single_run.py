@@ -1,12 +1,13 @@
 """A run with one server: faults of its Redis while bands play, then restarts of the server."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
 import trio
 
+from bandsync.model.exception_leaves import leaves
 from scripts.chaos.band import ChaosBand
 from scripts.chaos.faults import Fault, no_action
 from scripts.chaos.judge import FaultWindow, FinalState, RunResult, Violation, judge
@@ -212,15 +213,6 @@ def _key(session: str) -> str:
     return f"bandsync:session:{{{session}}}"
 
 
-def error_leaves(group: BaseExceptionGroup[ChaosError]) -> Iterator[ChaosError]:
-    """The errors in a group, however nested."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from error_leaves(error)
-        else:
-            yield error
-
-
 async def run_single_server(
     faults: Sequence[Fault], draw: Random, log: Path, *, bands: int, members: int, memory: bool
 ) -> RunResult:
@@ -246,7 +238,7 @@ async def run_single_server(
                     await run.restart(number)
                     conclude(await run.finals())
         except* ChaosError as group:
-            for error in error_leaves(group):
+            for error in leaves(group):
                 run.violations.append(Violation("state", float("inf"), str(error)))
             conclude([])
         for band in run.bands:

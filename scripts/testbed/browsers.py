@@ -96,7 +96,7 @@ def accessibility_violations(page: "Page", script: Path) -> list[str]:
     ]
 
 
-class Pages:
+class BrowserPages:
     """Opens pages, each in a context of its own, and collects their console errors.
 
     ``pages(url)`` opens one. Options of playwright's ``new_context`` set the viewport, the colour

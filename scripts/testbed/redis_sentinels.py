@@ -144,7 +144,7 @@ class SentinelProcess:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class Watched:
+class SentinelSetup:
     """A master, replicas and three Sentinels that monitor them. A context manager.
 
     Args:

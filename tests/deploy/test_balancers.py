@@ -363,4 +363,4 @@ def test_nginx_timeout_is_between_ping_and_client_timeout() -> None:
     assert Settings().ping_interval_ms / 1000 + 1 < seconds(wait) < second_s < CLIENTS_WAIT_S
 
 
-# What cannot be run here.
+# Checks of the configuration that cannot be run here.

@@ -79,7 +79,7 @@ def test_clock_steps_to_better_samples_only_before_serving() -> None:
     assert clock.offset_ms == pytest.approx(-5000, abs=0.01)
     redis.ask(clock, START_S + 2)
     clock.reset_filter()
-    Redis(+5000).ask(clock, START_S + 3, serving=False)  # Who was told, was told.
+    Redis(+5000).ask(clock, START_S + 3, serving=False)  # A client saw a time before: no step back.
     assert clock.offset_ms == pytest.approx(-5000, abs=0.01)
 
 

@@ -13,7 +13,7 @@ from bandsync.redis_link.errors import LinkLostError, loss_reason
 from bandsync.redis_link.redis_address import RedisAddress, TLSOptions
 from bandsync.redis_link.sentinel import MasterLink, Sentinels
 from scripts.testbed.fault_proxy import FaultProxy
-from scripts.testbed.redis_sentinels import MASTER, SentinelProcess, Watched, wait_until
+from scripts.testbed.redis_sentinels import MASTER, SentinelProcess, SentinelSetup, wait_until
 from scripts.testbed.redis_server import HOST, RedisServer, free_port
 from tests.support.outages import (
     QUICK,
@@ -33,15 +33,15 @@ from tests.support.servers import PATIENCE_S, Musician, band, start_server
 
 
 @pytest.fixture
-def watched(redis_binary: None) -> Iterator[Watched]:
-    with Watched() as made:
+def watched(redis_binary: None) -> Iterator[SentinelSetup]:
+    with SentinelSetup() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def calm(redis_binary: None) -> Iterator[Watched]:
+def calm(redis_binary: None) -> Iterator[SentinelSetup]:
     """For tests that only ask."""
-    with Watched(replicas=0, password="hush") as made:
+    with SentinelSetup(replicas=0, password="hush") as made:
         yield made
 
 
@@ -56,7 +56,7 @@ def asking(hosts: list[int], *, master: str = MASTER, **changes: Any) -> Sentine
     return Sentinels([(HOST, port) for port in hosts], master, RedisAddress(db=3), **options)
 
 
-async def test_the_master_is_found_with_credentials_of_its_own(calm: Watched) -> None:
+async def test_the_master_is_found_with_credentials_of_its_own(calm: SentinelSetup) -> None:
     like = RedisAddress("nowhere", 1, username="u", password="p", db=3)
     ports = [sentinel.port for sentinel in calm.sentinels]
     found = await Sentinels(
@@ -65,7 +65,7 @@ async def test_the_master_is_found_with_credentials_of_its_own(calm: Watched) ->
     assert found == RedisAddress(HOST, calm.servers[0].port, username="u", password="p", db=3)
 
 
-async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(calm: Watched) -> None:
+async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(calm: SentinelSetup) -> None:
     hanging, answering = calm.sentinels[:2]
     hanging.signal(signal.SIGSTOP)
     try:
@@ -90,7 +90,7 @@ async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(calm: Watched) ->
     ids=["nobody there", "another name", "wrong password", "no Sentinel"],
 )
 async def test_what_is_told_when_there_is_no_master(
-    calm: Watched, ask: Callable[[Watched], Sentinels], words: str
+    calm: SentinelSetup, ask: Callable[[SentinelSetup], Sentinels], words: str
 ) -> None:
     sentinels = ask(calm)
     with pytest.raises(LinkLostError, match=words) as caught:
@@ -110,7 +110,7 @@ async def test_sentinels_are_spoken_to_with_the_tls_of_the_master(tls_redis: Red
 
 
 async def test_whoever_is_cancelled_waits_for_nothing_and_leaves_one_thread(
-    calm: Watched,
+    calm: SentinelSetup,
 ) -> None:
     hanging = calm.sentinels[0]
     hanging.signal(signal.SIGSTOP)
@@ -128,7 +128,7 @@ async def test_whoever_is_cancelled_waits_for_nothing_and_leaves_one_thread(
     assert (await sentinels.find()).port == calm.servers[0].port
 
 
-async def test_hanging_sentinels_cost_no_more_than_the_connect_timeout(calm: Watched) -> None:
+async def test_hanging_sentinels_cost_no_more_than_the_connect_timeout(calm: SentinelSetup) -> None:
     for sentinel in calm.sentinels:
         sentinel.signal(signal.SIGSTOP)
     try:
@@ -185,7 +185,7 @@ async def nothing_lost(talk: Chatter, players: list[Musician], redis: RedisServe
     assert set(talk.texts[-10:]) <= set(stored_chat(redis))
 
 
-FAILOVERS: dict[str, tuple[Callable[[Watched, RedisServer], None], set[str]]] = {
+FAILOVERS: dict[str, tuple[Callable[[SentinelSetup, RedisServer], None], set[str]]] = {
     "killed": (lambda watched, master: master.kill(), {"reset"}),
     "hanging": (lambda watched, master: master.stop(), {"timed_out"}),
     # Sentinel cuts all connections to the old master, unless it refuses a write, or we ask where
@@ -199,7 +199,7 @@ FAILOVERS: dict[str, tuple[Callable[[Watched, RedisServer], None], set[str]]] = 
 
 @pytest.mark.parametrize("fault", FAILOVERS)
 async def test_a_band_plays_on_while_the_master_is(
-    watched: Watched, nursery: trio.Nursery, fault: str
+    watched: SentinelSetup, nursery: trio.Nursery, fault: str
 ) -> None:
     act, reasons = FAILOVERS[fault]
     server = await start_server(nursery, **QUICK, **watched.settings(), server_id="hall")
@@ -234,7 +234,7 @@ async def test_a_band_plays_on_while_the_master_is(
 
 
 async def test_what_the_promoted_replica_missed_is_back(
-    watched: Watched, nursery: trio.Nursery
+    watched: SentinelSetup, nursery: trio.Nursery
 ) -> None:
     master, replica = watched.servers
     proxy = await nursery.start(FaultProxy(master.port).run)
@@ -276,7 +276,7 @@ def until_replicated(master: RedisServer, replica: RedisServer) -> None:
 
 
 async def test_sentinels_that_are_gone_change_nothing_until_they_are_needed(
-    watched: Watched, nursery: trio.Nursery
+    watched: SentinelSetup, nursery: trio.Nursery
 ) -> None:
     server = await start_server(nursery, **QUICK, **watched.settings())
     await mode(server, "redis")
@@ -301,7 +301,7 @@ async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(
     redis_binary: None, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.redis_link.sentinel._QUERY_PERIOD_S", 0.05)
-    with Watched(user="guard") as watched:
+    with SentinelSetup(user="guard") as watched:
         old, new = watched.servers
         server = await start_server(nursery, **QUICK, **watched.settings())
         await mode(server, "redis")
@@ -319,7 +319,7 @@ async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: Watched) -> None:
+async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: SentinelSetup) -> None:
     await blocking(watched.fail_over)
     new = await blocking(watched.wait_for_failover, watched.servers[0])
     with RedisServer() as old, ExitStack() as stack:
@@ -345,7 +345,7 @@ async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: Watched)
 
 
 async def test_the_new_master_is_named_before_all_replicas_follow_it(redis_binary: None) -> None:
-    with Watched(replicas=2, user="guard") as watched:
+    with SentinelSetup(replicas=2, user="guard") as watched:
         old, new, slow = watched.servers
         slow.cli("CONFIG", "SET", "replica-priority", 0)
         slow.cli("ACL", "SETUSER", "guard", "-slaveof")
@@ -376,7 +376,7 @@ async def test_a_master_that_hangs_is_left_however_patient_the_connection_to_it_
     redis_binary: None, nursery: trio.Nursery, goes_on: bool
 ) -> None:
     # The Sentinels take it for alive while we try to connect to it again.
-    with Watched(down_after_ms=2000) as watched:
+    with SentinelSetup(down_after_ms=2000) as watched:
         old, new = watched.servers
         settings = QUICK | watched.settings() | {"redis_connect_timeout": 600_000}
         # As slow to trust a master as by default.

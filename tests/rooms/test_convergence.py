@@ -1,7 +1,9 @@
-"""Servers, a Redis and every fault, on the real rules: whatever happens, all agree in the end.
+"""Convergence of several servers and a Redis under random faults, on the real rules.
 
-A pure simulation with seeds: no sockets, no tasks, no clock but a number. What becomes of a
-history is checked after a calm minute; versions are checked all the time.
+A pure simulation with seeds: no sockets, no tasks, no clock but a number. The final state is
+checked after a calm minute; versions are checked all the time.
+
+One file, because clients, servers, faults and the final checks share one simulated world.
 """
 
 import random
@@ -48,7 +50,7 @@ class ViolationError(AssertionError):
 
 
 class Commit(Struct, frozen=True):
-    """What was committed, as the relay of Redis carries it."""
+    """A commit, as the relay publishes it."""
 
     prev: Tip | None
     session: Session
@@ -84,7 +86,7 @@ class Redis:
         self.data: Session | None = None
         self.dump: Session | None = None
         self.up = True
-        # By the tip it followed on: what subscribers can still hear.
+        # Published commits that subscribers can still receive, by the tip that they follow.
         self.relayed: dict[Tip | None, Commit] = {}
         self.presence: dict[str, tuple[float, bool]] = {}
         self.zombies: list[Commit] = []
@@ -98,7 +100,7 @@ class Redis:
         return True
 
     def lose(self, data: Session | None) -> None:
-        """Go on with other data, or none."""
+        """Replace the stored data; None deletes it."""
         self.data = data
         self.relayed = {}
         self.presence = {}
@@ -210,7 +212,7 @@ class Server:
     # --- the mirror
 
     def take(self, session: Session) -> None:
-        """A new mirror: it holds all that the one before held, but for tombstones."""
+        """Replace the mirror; the new one keeps everything except tombstones."""
         self.check_inflation(self.mirror, session)
         slots = [chat.slot for chat in session.chat]
         if len(set(slots)) != len(slots) or not set(slots) <= set(range(RING)):
@@ -229,7 +231,7 @@ class Server:
         self.outside()
 
     def outside(self) -> None:
-        """After every change of the mirror from outside."""
+        """Close superseded connections after a change from another server."""
         assert self.mirror is not None
         for member_id in superseded(self.mirror, self.own):
             self.close(member_id)
@@ -276,7 +278,7 @@ class Server:
         return True
 
     def hear(self) -> None:
-        """What the relay brings: what follows on the mirror, or a gap."""
+        """Apply relayed commits that follow the mirror; read the store after a gap."""
         if not (self.hosting and self.on_redis and self.reachable and self.link):
             return
         redis = self.world.redis
@@ -495,7 +497,7 @@ class World:
         self.servers = [Server(self, number, 0) for number in range(3)]
         self.clients = [Client(name) for name in ("Ann", "Bob", "Cid", "Dan")]
         self.acks: list[Ack] = []
-        self.never: list[object] = []  # What was refused must not be there in the end.
+        self.never: list[object] = []  # Refused changes, which must be absent in the end.
 
     def draw(self, kind: str) -> str:
         self.drawn += 1
@@ -527,7 +529,7 @@ class World:
         return found if self.redis.data is None else [*found, self.redis.data]
 
     def excuse(self, without: Server | None = None) -> None:
-        """Promise nothing of which the last copy is lost."""
+        """Drop the promises whose last copy is lost."""
         copies = self.copies(without)
         self.acks = [ack for ack in self.acks if any(ack.held(copy) for copy in copies)]
 
@@ -610,7 +612,7 @@ class World:
             self.excuse()
 
     def do(self, what: str, salt: int) -> None:
-        """Let something happen; ``salt`` says to whom."""
+        """Carry out one step of a history; ``salt`` seeds the choice of server and client."""
         self.rng = rng = random.Random(salt)
         # No server does two things at one instant: stamps of one process would be equal.
         self.now += 0.1
@@ -677,7 +679,7 @@ class World:
     # --- the end
 
     def settle_down(self) -> None:
-        """Heal everything, and let a calm while pass."""
+        """Heal every fault, and let the servers converge."""
         self.redis.up = True
         while self.redis.zombies:
             self.redis.execute(self.redis.zombies.pop(0))
@@ -687,7 +689,7 @@ class World:
             self.start(number)
         self.calm(80)
         if not any(server.hosting for server in self.servers) and self.redis.data is not None:
-            # Who was on servers that died is swept once somebody looks.
+            # A join makes a server observe the session and remove members of failed servers.
             self.join(self.clients[0], self.servers[2], resume=False)
             self.calm(40)
 
@@ -698,7 +700,7 @@ class World:
 
     def check(self) -> None:
         stored = self.redis.data
-        # Connections that the servers hold; those of who is gone silently are among them.
+        # Connections that the servers hold, half-open ones included.
         live: dict[str, str] = {}
         for server in self.servers:
             for member_id, mine in server.own.items():
@@ -751,7 +753,7 @@ class World:
             raise ViolationError("there is no rest")
 
 
-# What happens how often.
+# Weights of the steps.
 MIX = {
     "pump hear hear": 20,
     "lead": 18,
@@ -781,7 +783,7 @@ Step = tuple[str, int]
 
 
 def history(seed: int) -> list[Step]:
-    """What happens in the history of this number."""
+    """The steps of the history with this seed."""
     rng = random.Random(seed)
     faults = FAULTS[rng.choice(list(FAULTS))]
     mix = rng.choice([MIX, MIX, MIX, MOVES])
@@ -801,7 +803,7 @@ def short_rings() -> Iterator[None]:
 
 
 def live_through(seed: int, steps: Sequence[Step]) -> World:
-    """Live through a history, and check the end."""
+    """Run a history, and check the final state."""
     world = World(random.Random(seed))
     for what, salt in steps:
         world.do(what, salt)
@@ -813,7 +815,7 @@ def live_through(seed: int, steps: Sequence[Step]) -> World:
 
 
 @pytest.mark.parametrize("hundred", range(4))
-def test_all_agree_in_the_end(hundred: int) -> None:
+def test_servers_converge_after_faults(hundred: int) -> None:
     with short_rings():
         for seed in range(hundred * 100, hundred * 100 + 100):
             try:

@@ -1,4 +1,4 @@
-"""Who is alive: the entry of each server in Redis, and what becomes of those who are not."""
+"""Presence entries of servers in Redis, and the members of servers that fail."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ CHANGES = ("member_connection", "user_left", "role_changed")
 
 
 def arguments(redis: RedisServer, *more: str) -> list[str]:
-    """Of a server named ``hall``."""
+    """Command-line arguments of a server named ``hall``."""
     return [
         "--redis-enabled=true",
         f"--redis-url={redis.url()}",
@@ -65,7 +65,7 @@ def process(tmp_path: Path, redis: RedisServer, *more: str) -> Iterator[tuple[Se
         yield Server(serve, TEST_SETTINGS, CapturingLogger(), lines, trio.Event()), started
 
 
-def test_a_second_live_server_of_one_name_does_not_start_and_says_why(
+def test_second_live_server_of_same_name_refuses_to_start(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with process(tmp_path, redis_server) as (first, started):
@@ -77,7 +77,7 @@ def test_a_second_live_server_of_one_name_does_not_start_and_says_why(
             "has the same SERVER_ID;"
         ) in result.stderr
         assert "Traceback" not in result.stderr
-        # The first one has not noticed.
+        # The first server is not affected.
         assert started.poll() is None
         after = entry(redis_server)
         assert before is not None
@@ -85,7 +85,7 @@ def test_a_second_live_server_of_one_name_does_not_start_and_says_why(
         assert after["bootId"] == before["bootId"]
 
 
-def test_after_a_kill_the_same_name_is_used_again_without_a_wait(
+def test_restart_after_kill_reuses_name_without_waiting(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with process(tmp_path, redis_server) as (_, started):
@@ -97,14 +97,14 @@ def test_after_a_kill_the_same_name_is_used_again_without_a_wait(
     redis_server.cli("CONFIG", "RESETSTAT")
     with process(tmp_path, redis_server) as (again, _):
         after = entry(redis_server)
-        # Looked at once, not until it would have been refreshed.
+        # One look is enough: the dead process cannot refresh the entry.
         assert calls(redis_server, "pttl") == 1
         assert after is not None
         assert after["bootId"] != before["bootId"]
         assert after["address"] == again.serving.url
 
 
-def test_after_a_stop_the_entry_is_gone_at_once(tmp_path: Path, redis_server: RedisServer) -> None:
+def test_presence_entry_is_deleted_on_stop(tmp_path: Path, redis_server: RedisServer) -> None:
     with process(tmp_path, redis_server) as (_, started):
         assert redis_server.cli("PTTL", KEY) > 0
         started.send_signal(signal.SIGTERM)
@@ -113,7 +113,7 @@ def test_after_a_stop_the_entry_is_gone_at_once(tmp_path: Path, redis_server: Re
     assert redis_server.cli("KEYS", "*") == []
 
 
-async def test_the_entry_says_who_and_where_and_lists_what_is_hosted(
+async def test_presence_entry_lists_process_address_and_sessions(
     nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer
 ) -> None:
     with process(tmp_path, redis_server) as (server, started):
@@ -150,8 +150,8 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bandsync.storage.health.PRESENCE_EXPIRY_MS", 500)
 
 
-class House:
-    """Two servers that watch, and one that will be killed.
+class ThreeServers:
+    """Two servers that observe, and one that will be killed.
 
     Attributes:
         ann, dan: on ``hall``, the one to be killed; Ann leads.
@@ -194,14 +194,14 @@ class House:
 
 
 def names(player: Musician) -> set[str]:
-    """Whom a player has seen come."""
+    """The display names that a player has seen."""
     joined = {message["member"]["displayName"] for message in player.all("user_joined")}
     shown = player.all("snapshot")[0]["members"]
     return joined | {member["displayName"] for member in shown}
 
 
 def about(messages: list[dict[str, Any]], member: Musician) -> list[dict[str, Any]]:
-    """Those that are about a member, as they happened."""
+    """The messages about a member, ordered by version."""
     found = [message for message in messages if message["memberId"] == member.you["memberId"]]
     return sorted(found, key=lambda message: message["version"])
 
@@ -225,25 +225,25 @@ async def left_with(player: Musician, *expected: str) -> None:
     await until(look)
 
 
-async def test_members_of_a_killed_server_are_missed_and_removed_once(
+async def test_members_of_killed_server_are_removed_once(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
-    house = House(nursery, redis_server)
-    await house.begin()
-    ann, bob, cid, dan = house.ann, house.bob, house.cid, house.dan
-    # While it lives nobody is missed, however often everybody looks.
+    cluster = ThreeServers(nursery, redis_server)
+    await cluster.begin()
+    ann, bob, cid, dan = cluster.ann, cluster.bob, cluster.cid, cluster.dan
+    # While the server is alive, no check disconnects anybody.
     await trio.sleep(3 * ABSENCE_S)
     assert bob.all("member_connection") == []
     before = await current(bob)
     killed = before["serverTime"]
-    await house.hall.kill()
+    await cluster.hall.kill()
     for player in (bob, cid):
         await left_with(player, "Bob", "Cid")
-    # Whoever else wanted to remove them has had the time by now.
+    # Wait until the other observer's check and grace are over, too.
     await trio.sleep(ABSENCE_S + GRACE_MS / 1000)
     shown = await agree(bob, cid)
     assert shown["leaderId"] == bob.you["memberId"]
-    # Whose server lost the race was shown the result; between them they heard everything.
+    # The server that lost the race sent a snapshot; together the players received every event.
     heard = {
         message["version"]: message
         for message in bob.all(*CHANGES) + cid.all(*CHANGES)
@@ -260,21 +260,21 @@ async def test_members_of_a_killed_server_are_missed_and_removed_once(
     assert (elected["type"], elected["reason"]) == ("role_changed", "elected")
     for player in (bob, cid):
         in_order(player)
-    await house.stop()
+    await cluster.stop()
 
 
-async def test_whoever_comes_back_elsewhere_in_time_keeps_the_lead(
+async def test_leader_resuming_elsewhere_in_time_keeps_the_lead(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
-    # Longer than she takes, and not so long that nobody can wait for Dan's.
-    house = House(nursery, redis_server, 5 * GRACE_MS)
-    await house.begin()
-    bob, cid = house.bob, house.cid
-    await house.hall.kill()
-    await until(lambda: missed(bob, house.ann))
-    ann = await house.join(house.right, "Ann", resumeToken=house.ann.you["resumeToken"])
+    # A grace long enough for Ann to resume, and short enough to wait for Dan's to end.
+    cluster = ThreeServers(nursery, redis_server, 5 * GRACE_MS)
+    await cluster.begin()
+    bob, cid = cluster.bob, cluster.cid
+    await cluster.hall.kill()
+    await until(lambda: missed(bob, cluster.ann))
+    ann = await cluster.join(cluster.right, "Ann", resumeToken=cluster.ann.you["resumeToken"])
     assert (ann.you["resumed"], ann.you["role"]) == (True, "leader")
-    # Dan does not; when it is his turn, Ann's would have come.
+    # Dan does not resume. By the end of his grace Ann's would be over, too.
     await left_with(bob, "Ann", "Bob", "Cid")
     await trio.sleep(ABSENCE_S)
     shown = await agree(ann, bob, cid)
@@ -282,39 +282,39 @@ async def test_whoever_comes_back_elsewhere_in_time_keeps_the_lead(
     assert about(bob.all("user_left"), ann) == []
     assert bob.all("role_changed") == []
     in_order(bob)
-    await house.stop()
+    await cluster.stop()
 
 
-async def test_the_same_name_inherits_no_ghosts(
+async def test_server_reusing_a_name_inherits_no_members(
     nursery: trio.Nursery, redis_server: RedisServer, brisk: None
 ) -> None:
-    house = House(nursery, redis_server)
-    await house.begin()
-    bob, cid = house.bob, house.cid
-    await house.hall.kill()
+    cluster = ThreeServers(nursery, redis_server)
+    await cluster.begin()
+    bob, cid = cluster.bob, cluster.cid
+    await cluster.hall.kill()
     again = await start_process(nursery, redis_server.url(), **QUICK, server_id="hall")
-    eve = await house.join(again.server, "Eve")
+    eve = await cluster.join(again.server, "Eve")
     await left_with(bob, "Bob", "Cid", "Eve")
     await trio.sleep(ABSENCE_S)
     shown = await agree(bob, cid, eve)
     assert {member["displayName"] for member in shown["members"]} == {"Bob", "Cid", "Eve"}
     assert all(member["connected"] for member in shown["members"])
     in_order(bob)
-    await house.stop()
+    await cluster.stop()
 
 
 @pytest.mark.parametrize("how_long", ["missed", "removed"])
-async def test_members_of_a_server_that_was_only_paused_come_back(
+async def test_members_of_paused_server_come_back(
     nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer, brisk: None, how_long: str
 ) -> None:
     grace_ms = GRACE_MS if how_long == "removed" else int(PATIENCE_S * 1000)
     grace = f"--resume-grace-ms={grace_ms}"
     with process(tmp_path, redis_server, grace) as (hall, started):
-        house = House(nursery, redis_server, grace_ms)
-        house.left, house.right = await house.start("left"), await house.start("right")
-        ann = await house.join(hall, "Ann")
-        bob = await house.join(house.left, "Bob")
-        cid = await house.join(house.right, "Cid")
+        cluster = ThreeServers(nursery, redis_server, grace_ms)
+        cluster.left, cluster.right = await cluster.start("left"), await cluster.start("right")
+        ann = await cluster.join(hall, "Ann")
+        bob = await cluster.join(cluster.left, "Bob")
+        cid = await cluster.join(cluster.right, "Cid")
         await bob.until(lambda: {"Cid"} <= names(bob))
 
         async def listed() -> bool:
@@ -322,7 +322,7 @@ async def test_members_of_a_server_that_was_only_paused_come_back(
 
         await until(listed)
         started.send_signal(signal.SIGSTOP)
-        # As it would expire.
+        # Delete the entry now instead of waiting for its expiry.
         redis_server.cli("DEL", KEY)
         await until(lambda: missed(bob, ann))
         if how_long == "removed":
@@ -332,11 +332,11 @@ async def test_members_of_a_server_that_was_only_paused_come_back(
         async def seen() -> bool:
             return await blocking(entry, redis_server) is not None
 
-        # It is refreshed as rarely as ever, and those who watch are in a hurry: until then, and
-        # one look longer, they may miss her again.
+        # The paused server refreshes its entry at the normal period, the observers check faster:
+        # until one check after the refresh they may disconnect Ann again.
         await until(seen)
         await trio.sleep(ABSENCE_S)
-        # As if she had never been away.
+        # The member is back without any action of its client.
         await left_with(bob, "Ann", "Bob", "Cid")
         await until(lambda: missed(bob, ann, absent=False))
         await ann.ok("chat_message", text="What happened?")
@@ -352,4 +352,4 @@ async def test_members_of_a_server_that_was_only_paused_come_back(
         for player in (ann, bob, cid):
             assert player.close_code is None
             in_order(player)
-        await house.stop()
+        await cluster.stop()

@@ -17,38 +17,38 @@ from bandsync.storage.base import (
 from bandsync.storage.channel_messages import write_change
 from bandsync.storage.records import changed_fields
 from bandsync.wire.messages import MemberConnection, encode
-from tests.support.rooms import GRACE_S, OTHER, Listener, Stage, in_order
+from tests.support.rooms import GRACE_S, OTHER, HubHarness, RecordingPeer, assert_versions_in_order
 from tests.support.states import NOW
 
 
-class Watched(Stage):
+class DetectorHarness(HubHarness):
     """Ann is here, Cid is on the server ``hall``."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         super().__init__(nursery)
         nursery.start_soon(FailureDetector(self.hub).run)
 
-    async def meet(self) -> Listener:
+    async def meet(self) -> RecordingPeer:
         ann, _ = await self.join("Ann")
-        await self.elsewhere(self.bind("Cid"), "Cid", "far away")
+        await self.commit_elsewhere(self.bind("Cid"), "Cid", "far away")
         self.show()
         await self.hub.compare(self.era)
         return ann
 
     def show(self, boot_id: str = OTHER.boot_id, *session_ids: str) -> None:
-        """The server ``hall`` is alive, as this process, with these sessions."""
+        """Write the presence entry of ``hall`` with this boot id and these sessions."""
         sessions = list(session_ids or ("song",))
         self.remote.servers["hall"] = Presence(boot_id, NOW, "http://hall", sessions, 1)
 
     def hide(self) -> None:
-        """Its entry is gone."""
+        """Delete the presence entry of ``hall``."""
         self.remote.servers.clear()
 
-    async def swept(self, name: str) -> bytes:
-        """The server ``hall`` takes this member for lost; what it says of it."""
+    async def drop_remotely(self, name: str) -> bytes:
+        """Let ``hall`` disconnect a member as lost; returns the relay message."""
         base = self.stored()
         member = base.members[f"member {name}"]
-        after = await self.elsewhere(Drop(), name, member.connection_id)
+        after = await self.commit_elsewhere(Drop(), name, member.connection_id)
         fields, gone = changed_fields(base, after)
         event = MemberConnection("song", after.version, self.hub.now(), member.member_id, False)
         return write_change(tip(base), tip(after), "hall", fields, gone, [encode(event)])
@@ -61,12 +61,12 @@ class Watched(Stage):
 
 
 @pytest.fixture
-async def watched(nursery: trio.Nursery, autojump_clock: MockClock) -> Watched:
-    return Watched(nursery)
+async def watched(nursery: trio.Nursery, autojump_clock: MockClock) -> DetectorHarness:
+    return DetectorHarness(nursery)
 
 
-async def test_members_of_a_server_that_is_gone_get_a_grace_and_leave(
-    watched: Watched, autojump_clock: MockClock
+async def test_members_of_failed_server_leave_after_grace(
+    watched: DetectorHarness, autojump_clock: MockClock
 ) -> None:
     ann = await watched.meet()
     await trio.sleep(60)
@@ -76,15 +76,15 @@ async def test_members_of_a_server_that_is_gone_get_a_grace_and_leave(
     assert watched.cid is True
     await trio.sleep(4.6)
     assert watched.cid is False
-    (drop,) = ann.heard("member_connection")
+    (drop,) = ann.received("member_connection")
     assert (drop["memberId"], drop["connected"]) == ("member Cid", False)
-    assert ann.heard("user_left") == []
+    assert ann.received("user_left") == []
     await trio.sleep(GRACE_S)
     assert watched.cid is None
-    (left,) = ann.heard("user_left")
+    (left,) = ann.received("user_left")
     assert (left["memberId"], left["reason"]) == ("member Cid", "server_lost")
-    in_order(ann)
-    # The sweeper's own server and its members are none of its business.
+    assert_versions_in_order(ann)
+    # The detector leaves the members of its own server alone.
     assert ann.closed is None
     assert find(watched.stored(), "member Ann") is not None
 
@@ -94,8 +94,8 @@ async def test_members_of_a_server_that_is_gone_get_a_grace_and_leave(
     [lambda stage: stage.show("boot-3"), lambda stage: stage.show(OTHER.boot_id, "another song")],
     ids=["another process", "another session"],
 )
-async def test_an_entry_that_says_something_else_is_no_sign_of_life(
-    watched: Watched, show: Callable[[Watched], None], autojump_clock: MockClock
+async def test_entry_of_other_process_or_session_is_no_heartbeat(
+    watched: DetectorHarness, show: Callable[[DetectorHarness], None], autojump_clock: MockClock
 ) -> None:
     await watched.meet()
     show(watched)
@@ -103,8 +103,8 @@ async def test_an_entry_that_says_something_else_is_no_sign_of_life(
     assert watched.cid is False
 
 
-async def test_an_absence_that_was_interrupted_starts_anew(
-    watched: Watched, autojump_clock: MockClock
+async def test_interrupted_absence_starts_again(
+    watched: DetectorHarness, autojump_clock: MockClock
 ) -> None:
     ann = await watched.meet()
     for _ in range(5):
@@ -113,11 +113,11 @@ async def test_an_absence_that_was_interrupted_starts_anew(
         watched.show()
         await trio.sleep(3)
     assert watched.cid is True
-    assert ann.heard("member_connection") == []
+    assert ann.received("member_connection") == []
 
 
-async def test_what_is_not_seen_without_redis_says_nothing(
-    watched: Watched, autojump_clock: MockClock
+async def test_absence_during_outage_is_not_counted(
+    watched: DetectorHarness, autojump_clock: MockClock
 ) -> None:
     await watched.meet()
     watched.hide()
@@ -131,14 +131,14 @@ async def test_what_is_not_seen_without_redis_says_nothing(
     assert watched.cid is False
 
 
-async def test_a_member_that_was_swept_and_asserted_again_has_a_whole_grace_when_it_drops(
-    watched: Watched, autojump_clock: MockClock
+async def test_reasserted_member_gets_a_full_grace_when_it_drops(
+    watched: DetectorHarness, autojump_clock: MockClock
 ) -> None:
     ann = await watched.meet()
     room = watched.hub.rooms["song"]
     for _ in range(2):
-        # The other server did not see ours for a while, and says so.
-        watched.hub.hear("song", await watched.swept("Ann"))
+        # The other server detected a failure of ours and disconnected its member.
+        watched.hub.hear("song", await watched.drop_remotely("Ann"))
         await watched.hub.finished()
         assert watched.stored().members["member Ann"].connected
         await trio.sleep(GRACE_S * 0.4)
@@ -149,8 +149,8 @@ async def test_a_member_that_was_swept_and_asserted_again_has_a_whole_grace_when
     assert find(watched.stored(), "member Ann") is None
 
 
-async def test_members_of_a_server_that_lives_get_its_grace_not_ours(
-    watched: Watched, autojump_clock: MockClock
+async def test_members_of_live_server_get_no_grace_here(
+    watched: DetectorHarness, autojump_clock: MockClock
 ) -> None:
     ann = await watched.meet()
     session = watched.stored()
@@ -165,16 +165,16 @@ async def test_members_of_a_server_that_lives_get_its_grace_not_ours(
     await watched.hub.compare(watched.era)
     await trio.sleep(5 * GRACE_S)
     assert watched.cid is False
-    assert ann.heard("user_left") == []
+    assert ann.received("user_left") == []
     # Its server dies during the grace.
     watched.hide()
     await trio.sleep(15 + GRACE_S)
     assert watched.cid is None
-    assert ann.heard("user_left")[-1]["reason"] == "server_lost"
+    assert ann.received("user_left")[-1]["reason"] == "server_lost"
 
 
-async def test_who_comes_back_within_the_grace_stays(
-    watched: Watched, autojump_clock: MockClock
+async def test_member_resuming_within_grace_stays(
+    watched: DetectorHarness, autojump_clock: MockClock
 ) -> None:
     ann = await watched.meet()
     watched.hide()
@@ -182,15 +182,17 @@ async def test_who_comes_back_within_the_grace_stays(
     assert watched.cid is False
     token = ResumeToken("member Cid", 1, "secret of Cid")
     resumed = replace(watched.bind("Cid"), resume=(token,))
-    await watched.elsewhere(resumed, "Cid", "farther away", "unused")
+    await watched.commit_elsewhere(resumed, "Cid", "farther away", "unused")
     watched.show()
     await watched.hub.compare(watched.era)
     await trio.sleep(5 * GRACE_S)
     assert watched.cid is True
-    assert ann.heard("user_left") == []
+    assert ann.received("user_left") == []
 
 
-async def test_a_swept_member_may_resume_here(watched: Watched, autojump_clock: MockClock) -> None:
+async def test_member_of_failed_server_can_resume_here(
+    watched: DetectorHarness, autojump_clock: MockClock
+) -> None:
     ann = await watched.meet()
     watched.hide()
     await trio.sleep(15)
@@ -198,5 +200,5 @@ async def test_a_swept_member_may_resume_here(watched: Watched, autojump_clock: 
     await trio.sleep(5 * GRACE_S)
     assert watched.cid is True
     assert room.peers.keys() == {"member Ann", "member Cid"}
-    assert ann.heard("user_left") == []
+    assert ann.received("user_left") == []
     assert cid.closed is None

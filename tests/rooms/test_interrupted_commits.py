@@ -11,17 +11,23 @@ from bandsync.wire.commands import (
     LeaveSession,
     UpdateMessage,
 )
-from tests.support.rooms import GRACE_S, Stage, cancel_when_all_wait, in_order, texts
+from tests.support.rooms import (
+    GRACE_S,
+    HubHarness,
+    assert_versions_in_order,
+    cancel_when_all_wait,
+    texts,
+)
 
 
 @pytest.fixture
-async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Stage:
-    return Stage(nursery)
+async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> HubHarness:
+    return HubHarness(nursery)
 
 
 @pytest.mark.parametrize("back", [True, False], ids=["answered", "lost"])
-async def test_a_join_that_is_cancelled_while_it_is_committed_leaves_no_room_behind(
-    stage: Stage, back: bool, autojump_clock: MockClock
+async def test_join_cancelled_during_commit_leaves_no_room(
+    stage: HubHarness, back: bool, autojump_clock: MockClock
 ) -> None:
     stage.remote.commit_gate = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -46,8 +52,8 @@ async def test_a_join_that_is_cancelled_while_it_is_committed_leaves_no_room_beh
 
 
 @pytest.mark.parametrize("back", [True, False], ids=["answered", "lost"])
-async def test_a_command_that_is_cancelled_while_it_is_committed_reaches_the_others(
-    stage: Stage, back: bool, autojump_clock: MockClock
+async def test_command_cancelled_during_commit_reaches_the_others(
+    stage: HubHarness, back: bool, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
     bob, _ = await stage.join("Bob")
@@ -61,16 +67,16 @@ async def test_a_command_that_is_cancelled_while_it_is_committed_reaches_the_oth
     stage.remote.gate.set()
     await stage.hub.finished()
     if not back:
-        # It was never acknowledged, but Redis has it.
+        # The command was never acknowledged, but Redis carried it out.
         await stage.recover()
     assert not room.mirror.uncertain
     assert room.mirror.session == stage.stored()
-    assert bob.heard("snapshot")[-1]["message"] == "last words"
-    in_order(bob)
+    assert bob.received("snapshot")[-1]["message"] == "last words"
+    assert_versions_in_order(bob)
 
 
-async def test_a_move_that_is_cancelled_while_it_is_committed_is_made_up_for(
-    stage: Stage, autojump_clock: MockClock
+async def test_move_cancelled_during_commit_is_completed_later(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     stage.lose()
     ann, room = await stage.join("Ann")
@@ -89,16 +95,16 @@ async def test_a_move_that_is_cancelled_while_it_is_committed_is_made_up_for(
     stage.lose()
     stage.remote.gate.set()
     await stage.hub.finished()
-    await stage.say(room, ann, "hi")
+    await stage.send_chat(room, ann, "hi")
     await stage.recover()
     assert room.mirror.session == stage.stored()
     assert texts(stage.stored()) == ["hi"]
     assert room.mirror.era is stage.era
-    in_order(ann)
+    assert_versions_in_order(ann)
 
 
-async def test_a_room_that_only_waits_for_a_lost_commit_is_closed(
-    stage: Stage, autojump_clock: MockClock
+async def test_room_waiting_for_lost_commit_closes(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
     stage.remote.gate = trio.Event()
@@ -117,8 +123,11 @@ async def test_a_room_that_only_waits_for_a_lost_commit_is_closed(
     assert stage.stores.memory.ids() == []
 
 
-async def test_what_was_heard_and_cannot_be_taken_does_not_keep_the_room_locked(
-    stage: Stage, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+async def test_error_in_buffered_message_releases_the_lock(
+    stage: HubHarness,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
 ) -> None:
     ann, room = await stage.join("Ann")
     stage.remote.gate = trio.Event()
@@ -128,7 +137,7 @@ async def test_what_was_heard_and_cannot_be_taken_does_not_keep_the_room_locked(
 
     async def say() -> None:
         with pytest.raises(FloatingPointError):
-            await stage.say(room, ann, "first")
+            await stage.send_chat(room, ann, "first")
 
     with monkeypatch.context() as patched:
         patched.setattr("bandsync.rooms.relay_inbox.read_channel_message", stumble)
@@ -138,12 +147,12 @@ async def test_what_was_heard_and_cannot_be_taken_does_not_keep_the_room_locked(
         stage.remote.gate.set()
         await wait_all_tasks_blocked()
     assert not room.lock.locked()
-    await stage.say(room, ann, "second")
+    await stage.send_chat(room, ann, "second")
     assert texts(stage.stored()) == ["first", "second"]
 
 
 class Subscriptions(Relay):
-    """A relay that only keeps count."""
+    """A relay that only records subscriptions."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
@@ -158,13 +167,13 @@ class Subscriptions(Relay):
 
 
 @pytest.fixture
-async def subscriptions(stage: Stage) -> Subscriptions:
+async def subscriptions(stage: HubHarness) -> Subscriptions:
     stage.era.relay = Subscriptions(stage.hub)
     return stage.era.relay
 
 
-async def test_joins_that_are_cancelled_while_the_session_is_read_leave_no_subscription(
-    stage: Stage, subscriptions: Subscriptions, autojump_clock: MockClock
+async def test_join_cancelled_during_read_leaves_no_subscription(
+    stage: HubHarness, subscriptions: Subscriptions, autojump_clock: MockClock
 ) -> None:
     stage.remote.gate = trio.Event()
     for number in range(20):
@@ -179,15 +188,15 @@ async def test_joins_that_are_cancelled_while_the_session_is_read_leave_no_subsc
 
 
 @pytest.mark.parametrize("since", ["before", "while they play", "never"])
-async def test_a_room_that_closes_leaves_no_subscription_whether_it_could_be_read_or_not(
-    stage: Stage, subscriptions: Subscriptions, since: str, autojump_clock: MockClock
+async def test_closed_room_leaves_no_subscription(
+    stage: HubHarness, subscriptions: Subscriptions, since: str, autojump_clock: MockClock
 ) -> None:
     if since == "before":
         stage.remote.unreadable.add("song")
     ann, room = await stage.join("Ann")
     if since == "while they play":
         stage.remote.unreadable.add("song")
-    await stage.say(room, ann, "hi")
+    await stage.send_chat(room, ann, "hi")
     await stage.hub.compare(stage.era)
     assert (room.mirror.era is None) == (since != "never")
     assert subscriptions.wanted == {"song"}

@@ -18,21 +18,21 @@ from bandsync.wire.commands import (
     SetTempo,
     UpdateMessage,
 )
-from tests.support.rooms import GRACE_S, Stage, in_order, texts
+from tests.support.rooms import GRACE_S, HubHarness, assert_versions_in_order, texts
 from tests.support.states import HERE, NOW
 
 
 @pytest.fixture
-async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Stage:
-    return Stage(nursery)
+async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> HubHarness:
+    return HubHarness(nursery)
 
 
-async def test_a_session_whose_band_left_in_memory_is_kept_and_moved_later(
-    stage: Stage, autojump_clock: MockClock
+async def test_abandoned_session_is_kept_in_memory_until_migrated(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
     stage.lose()
-    await stage.say(room, ann, "dirty")
+    await stage.send_chat(room, ann, "dirty")
     assert await room.command(ann, LeaveSession(), "", "bye") is None
     assert stage.hub.rooms == {}
     assert stage.stores.memory.ids() == ["song"]
@@ -44,26 +44,26 @@ async def test_a_session_whose_band_left_in_memory_is_kept_and_moved_later(
     assert stage.stores.memory.ids() == []
 
 
-async def test_who_comes_back_to_a_kept_session_finds_it_as_it_was(
-    stage: Stage, autojump_clock: MockClock
+async def test_join_finds_session_kept_in_memory_unchanged(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     stage.lose()
     ann, room = await stage.join("Ann")
-    await stage.say(room, ann, "dirty")
+    await stage.send_chat(room, ann, "dirty")
     assert await room.command(ann, LeaveSession(), "", "bye") is None
     epoch = stage.stores.memory.find("song")
     assert epoch is not None
-    # The new era has begun, but nobody has moved the session yet.
+    # The new era has begun, but the session has not been migrated.
     stage.era = stage.stores.begin(stage.remote)
     bob, _ = await stage.join("Bob")
     assert stage.stored().epoch == epoch.epoch
     assert texts(stage.stored()) == ["dirty"]
     assert stage.stores.memory.ids() == []
-    in_order(bob)
+    assert_versions_in_order(bob)
 
 
-async def test_a_room_in_its_graces_moves_and_closes_when_they_are_over(
-    stage: Stage, autojump_clock: MockClock
+async def test_room_with_graces_migrates_and_closes_after_them(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
     stage.lose()
@@ -77,19 +77,19 @@ async def test_a_room_in_its_graces_moves_and_closes_when_they_are_over(
     assert stage.stores.memory.ids() == []
 
 
-async def test_a_kept_session_that_cannot_be_read_stays_in_memory(
-    stage: Stage, autojump_clock: MockClock
+async def test_kept_session_that_is_unreadable_stays_in_memory(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     stage.lose()
     ann, room = await stage.join("Ann")
-    await stage.say(room, ann, "dirty")
+    await stage.send_chat(room, ann, "dirty")
     assert await room.command(ann, LeaveSession(), "", "bye") is None
     stage.remote.unreadable.add("song")
     assert await stage.recover() == {"moved": 1}
     assert stage.hub.rooms == {}
     assert stage.stores.memory.ids() == ["song"]
     assert stage.remote.commits == 0
-    # The next time it can.
+    # The next migration can read it.
     stage.lose()
     stage.remote.unreadable.clear()
     await stage.recover()
@@ -98,8 +98,8 @@ async def test_a_kept_session_that_cannot_be_read_stays_in_memory(
 
 
 @pytest.mark.parametrize("connected", [True, False])
-async def test_members_found_without_a_connection_get_their_grace(
-    stage: Stage, connected: bool, autojump_clock: MockClock
+async def test_members_without_connection_get_a_grace_on_open(
+    stage: HubHarness, connected: bool, autojump_clock: MockClock
 ) -> None:
     # An earlier room of this very process left Ann behind.
     ann, room = await stage.join("Ann")
@@ -124,15 +124,17 @@ async def test_members_found_without_a_connection_get_their_grace(
     bob, _ = await stage.join("Bob")
     assert [member.connected for member in present(stage.stored())] == [False, True]
     await trio.sleep(GRACE_S - 1)
-    assert bob.heard("user_left") == []
+    assert bob.received("user_left") == []
     await trio.sleep(2)
-    (gone,) = bob.heard("user_left")
+    (gone,) = bob.received("user_left")
     assert (gone["memberId"], gone["reason"]) == ("member Ann", "timeout")
     assert leader_of(stage.stored()) == find(stage.stored(), "member Bob")
-    in_order(bob)
+    assert_versions_in_order(bob)
 
 
-async def test_a_migration_moves_each_session_once(stage: Stage, autojump_clock: MockClock) -> None:
+async def test_migration_moves_each_session_once(
+    stage: HubHarness, autojump_clock: MockClock
+) -> None:
     stage.lose()
     rooms = {}
     for number in range(30):
@@ -147,12 +149,14 @@ async def test_a_migration_moves_each_session_once(stage: Stage, autojump_clock:
     assert len(stage.hub.rooms) == 20
     assert stage.stores.memory.ids() == []
     assert all(room.mirror.era is stage.era for room in stage.hub.rooms.values())
-    # Again is no work at all.
+    # A second migration does nothing.
     await stage.hub.migrate(stage.era, lambda: None)
     assert stage.remote.reads == dict.fromkeys(rooms, 1)
 
 
-async def test_a_migration_stops_when_its_era_ends(stage: Stage, autojump_clock: MockClock) -> None:
+async def test_migration_stops_when_its_era_ends(
+    stage: HubHarness, autojump_clock: MockClock
+) -> None:
     stage.lose()
     for number in range(50):
         ann, room = await stage.join("Ann", f"song {number}")
@@ -167,15 +171,15 @@ async def test_a_migration_stops_when_its_era_ends(stage: Stage, autojump_clock:
     await stage.hub.migrate(stage.era, count)
     assert sum(stage.remote.reads.values()) < 50
     assert sum(room.mirror.era is not None for room in stage.hub.rooms.values()) == 0
-    # Those that were across are dirty again with the next change; nothing else is needed.
-    await stage.say(room, ann, "on and on")
+    # A migrated session becomes dirty again with its next change in memory.
+    await stage.send_chat(room, ann, "on and on")
     assert await stage.recover() == {"moved": 50}
     assert stage.stores.memory.ids() == []
     assert texts(stage.stored("song 49")) == ["on and on"]
 
 
-async def test_commands_go_on_while_others_migrate(
-    stage: Stage, nursery: trio.Nursery, autojump_clock: MockClock
+async def test_commands_are_served_during_migration(
+    stage: HubHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     stage.lose()
     players = [await stage.join("Ann", f"song {number}") for number in range(30)]
@@ -183,29 +187,29 @@ async def test_commands_go_on_while_others_migrate(
     stage.remote.gate = trio.Event()
     nursery.start_soon(stage.hub.migrate, stage.era, lambda: None)
     await wait_all_tasks_blocked()
-    # The last ones have not had their turn: they are answered from memory, at once.
+    # The last sessions are not being migrated yet: memory answers at once.
     ann, room = players[-1]
-    await stage.say(room, ann, "now")
-    assert ann.heard("ack")
-    # Whose turn it is waits for that, and no longer.
+    await stage.send_chat(room, ann, "now")
+    assert ann.received("ack")
+    # A command in a session that is being migrated waits for that migration only.
     first, first_room = players[0]
-    nursery.start_soon(stage.say, first_room, first, "soon")
+    nursery.start_soon(stage.send_chat, first_room, first, "soon")
     await wait_all_tasks_blocked()
-    assert first.heard("ack") == []
+    assert first.received("ack") == []
     stage.remote.gate.set()
     await wait_all_tasks_blocked()
-    assert first.heard("ack")
+    assert first.received("ack")
     assert texts(stage.stored("song 29")) == ["now"]
     assert texts(stage.stored("song 0")) == ["soon"]
     assert stage.stores.memory.ids() == []
 
 
-async def test_who_opens_a_session_in_an_outage_takes_nothing_from_the_band_in_redis(
-    stage: Stage, autojump_clock: MockClock
+async def test_session_opened_during_outage_does_not_override_stored_leader(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
-    await stage.elsewhere(stage.bind("Cid"), "Cid", "far away")
-    await stage.elsewhere(SetTempo(tempo=90), "Cid")
-    before = await stage.elsewhere(Play(), "Cid")
+    await stage.commit_elsewhere(stage.bind("Cid"), "Cid", "far away")
+    await stage.commit_elsewhere(SetTempo(tempo=90), "Cid")
+    before = await stage.commit_elsewhere(Play(), "Cid")
     stage.lose()
     await trio.sleep(5)
     bob, room = await stage.join("Bob")
@@ -218,43 +222,43 @@ async def test_who_opens_a_session_in_an_outage_takes_nothing_from_the_band_in_r
     assert after.transport == before.transport
     assert after.headline.value == "mine"
     assert [member.display_name for member in present(after)] == ["Cid", "Bob"]
-    assert bob.heard("snapshot")[-1]["leaderId"] == "member Cid"
-    in_order(bob)
+    assert bob.received("snapshot")[-1]["leaderId"] == "member Cid"
+    assert_versions_in_order(bob)
 
 
-async def test_who_left_elsewhere_in_a_long_outage_does_not_come_back(
-    stage: Stage, autojump_clock: MockClock
+async def test_member_that_left_remotely_during_outage_stays_removed(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
     for name in ("Cid", "Dan"):
-        await stage.elsewhere(stage.bind(name), name, f"far away {name}")
+        await stage.commit_elsewhere(stage.bind(name), name, f"far away {name}")
     await stage.hub.compare(stage.era)
     stage.lose()
     await trio.sleep(10)
-    await stage.elsewhere(LeaveSession(), "Dan")
+    await stage.commit_elsewhere(LeaveSession(), "Dan")
     await trio.sleep(TOMBSTONE_MS / 1000 + 10)
-    # Old tombstones are cleared away by whoever comes and goes.
-    await stage.elsewhere(stage.bind("Eve"), "Eve", "far away Eve")
+    # A later join prunes old tombstones.
+    await stage.commit_elsewhere(stage.bind("Eve"), "Eve", "far away Eve")
     assert "member Dan" not in stage.stored().members
-    await stage.say(room, ann, "meanwhile")
+    await stage.send_chat(room, ann, "meanwhile")
     await stage.recover()
     assert {member.display_name for member in present(stage.stored())} == {"Ann", "Cid", "Eve"}
     assert texts(stage.stored()) == ["meanwhile"]
-    in_order(ann)
+    assert_versions_in_order(ann)
 
 
-async def test_a_move_to_an_era_that_is_over_changes_nothing(
-    stage: Stage, autojump_clock: MockClock
+async def test_move_to_ended_era_changes_nothing(
+    stage: HubHarness, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
     old = stage.era
     stage.lose()
     await stage.recover()
     stage.remote.reads.clear()
-    # It waited for the lock while its era ended and another one began.
+    # As if the call had waited for the lock while its era ended and another began.
     assert not await room.move(old)
     assert stage.remote.reads == {}
     assert room.mirror.era is stage.era
     assert stage.stores.memory.ids() == []
-    await stage.say(room, ann, "hi")
+    await stage.send_chat(room, ann, "hi")
     assert texts(stage.stored()) == ["hi"]

@@ -1,4 +1,4 @@
-"""What a room makes of what its channel brings, word by word. On virtual time."""
+"""Relay messages: applied, buffered, ignored, or a reason to read. On virtual time."""
 
 from collections.abc import Iterator
 
@@ -19,35 +19,37 @@ from bandsync.wire.commands import ChatMessage, LeaveSession, SetRole, UpdateMes
 from tests.support.rooms import (
     GRACE_S,
     OTHER,
-    Band,
+    RelayHarness,
+    assert_versions_in_order,
+    change_message,
     chat,
-    in_order,
-    said,
     shown,
     texts,
 )
 
 
 @pytest.fixture
-async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Band:
-    band = Band(nursery)
+async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> RelayHarness:
+    band = RelayHarness(nursery)
     await band.meet()
     return band
 
 
 @pytest.fixture(autouse=True)
-def both_agree(stage: Band) -> Iterator[None]:
-    """Whatever was heard: nobody misses a version, and here is known what is stored."""
+def both_agree(stage: RelayHarness) -> Iterator[None]:
+    """After each test no peer has missed a version, and mirror and stored state are equal."""
     yield
     assert stage.room.mirror.session == stage.stored()
     for peer in (stage.ann, stage.bob):
-        in_order(peer)
+        assert_versions_in_order(peer)
 
 
-async def test_news_are_passed_on_once_and_in_order(stage: Band, autojump_clock: MockClock) -> None:
+async def test_changes_are_sent_once_and_in_order(
+    stage: RelayHarness, autojump_clock: MockClock
+) -> None:
     for payload in await stage.chats(5):
-        stage.hear(payload, payload)
-        # At once: nothing is waited for.
+        stage.receive(payload, payload)
+        # Applied at once, without a pass of the scheduler.
         assert stage.room.mirror.session is not None
     for peer in (stage.ann, stage.bob):
         assert chat(peer) == ["0", "1", "2", "3", "4"]
@@ -55,66 +57,68 @@ async def test_news_are_passed_on_once_and_in_order(stage: Band, autojump_clock:
     assert (stage.reads, stage.hub.counters.relayed) == (0, 1 + 5)
 
 
-async def test_the_frames_of_the_other_server_are_passed_on_as_they_are(
-    stage: Band, autojump_clock: MockClock
+async def test_frames_of_other_server_are_sent_unchanged(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
-    payload = await stage.hall(ChatMessage(text="hi"))
-    stage.hear(payload.replace(b'"type":"chat_message"', b'"news" : 1, "type":"chat_message"'))
-    assert [message["news"] for message in stage.ann.heard("chat_message")] == [1]
+    payload = await stage.commit_remotely(ChatMessage(text="hi"))
+    stage.receive(payload.replace(b'"type":"chat_message"', b'"news" : 1, "type":"chat_message"'))
+    assert [message["news"] for message in stage.ann.received("chat_message")] == [1]
     assert b'"news" : 1, "type"' in stage.ann._data  # noqa: SLF001
 
 
-async def test_what_we_said_ourselves_is_not_heard_twice(
-    stage: Band, autojump_clock: MockClock
+async def test_own_changes_on_the_channel_are_ignored(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     ours = []
     for text in ("one", "two", "three"):
         base = stage.stored()
-        await stage.say(stage.room, stage.ann, text)
-        ours.append(said(base, stage.stored(), b'{"type":"chat_message","text":"again"}'))
-        stage.hear(ours[-1])
-    stage.hear(*ours, *reversed(ours))
+        await stage.send_chat(stage.room, stage.ann, text)
+        ours.append(change_message(base, stage.stored(), b'{"type":"chat_message","text":"again"}'))
+        stage.receive(ours[-1])
+    stage.receive(*ours, *reversed(ours))
     await stage.hub.finished()
     assert chat(stage.bob) == ["one", "two", "three"]
     assert stage.reads == 0
 
 
-async def test_what_is_older_says_nothing(stage: Band, autojump_clock: MockClock) -> None:
+async def test_older_changes_are_ignored(stage: RelayHarness, autojump_clock: MockClock) -> None:
     payloads = await stage.chats(3)
-    stage.hear(*payloads)
-    stage.hear(payloads[0], payloads[1], payloads[2], payloads[0])
+    stage.receive(*payloads)
+    stage.receive(payloads[0], payloads[1], payloads[2], payloads[0])
     await stage.hub.finished()
     assert chat(stage.ann) == ["0", "1", "2"]
     assert stage.reads == 0
 
 
-async def test_a_gap_is_read_once_however_many_wait(stage: Band, autojump_clock: MockClock) -> None:
+async def test_gap_is_read_once_for_many_messages(
+    stage: RelayHarness, autojump_clock: MockClock
+) -> None:
     stage.remote.gate = trio.Event()
     first, *others = await stage.chats(20)
-    stage.hear(*others)
+    stage.receive(*others)
     await wait_all_tasks_blocked()
-    stage.hear(*others, first)
+    stage.receive(*others, first)
     stage.remote.gate.set()
     await stage.hub.finished()
     assert stage.reads == 1
     assert chat(stage.ann) == []
     assert shown(stage.ann) == [str(number) for number in range(20)]
     assert stage.hub.counters.reconciled == 0
-    # And then it goes on as before.
-    stage.hear(await stage.hall(ChatMessage(text="next")))
+    # Later messages are applied as usual.
+    stage.receive(await stage.commit_remotely(ChatMessage(text="next")))
     assert chat(stage.ann) == ["next"]
     assert stage.reads == 1
 
 
-async def test_what_comes_while_a_commit_is_outstanding_waits_for_its_turn(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+async def test_messages_during_commit_are_buffered(
+    stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     stage.remote.gate = trio.Event()
     base = stage.stored()
-    nursery.start_soon(stage.say, stage.room, stage.ann, "ours")
+    nursery.start_soon(stage.send_chat, stage.room, stage.ann, "ours")
     await wait_all_tasks_blocked()
-    stage.hear(said(base, stage.stored(), b'{"type":"chat_message","text":"again"}'))
-    stage.hear(*await stage.chats(3))
+    stage.receive(change_message(base, stage.stored(), b'{"type":"chat_message","text":"again"}'))
+    stage.receive(*await stage.chats(3))
     await wait_all_tasks_blocked()
     assert chat(stage.bob) == []
     stage.remote.gate.set()
@@ -124,15 +128,15 @@ async def test_what_comes_while_a_commit_is_outstanding_waits_for_its_turn(
     assert stage.reads == 0
 
 
-async def test_what_came_before_our_commit_is_not_heard_after_it(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+async def test_change_before_conflicting_commit_is_not_sent_twice(
+    stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    theirs = await stage.hall(ChatMessage(text="theirs"))
-    # Here it is not known yet: the commit loses, and finds it.
+    theirs = await stage.commit_remotely(ChatMessage(text="theirs"))
+    # The mirror does not have the change yet, so the commit conflicts.
     stage.remote.gate = trio.Event()
-    nursery.start_soon(stage.say, stage.room, stage.ann, "ours")
+    nursery.start_soon(stage.send_chat, stage.room, stage.ann, "ours")
     await wait_all_tasks_blocked()
-    stage.hear(theirs)
+    stage.receive(theirs)
     stage.remote.gate.set()
     await stage.hub.finished()
     await wait_all_tasks_blocked()
@@ -144,21 +148,21 @@ async def test_what_came_before_our_commit_is_not_heard_after_it(
 @pytest.mark.parametrize(
     ("count", "reads"), [(MAX_BUFFERED, 0), (MAX_BUFFERED + 1, 1), (3 * MAX_BUFFERED, 1)]
 )
-async def test_a_room_that_is_far_behind_reads_once_instead(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock, count: int, reads: int
+async def test_overflowing_buffer_causes_one_resync(
+    stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock, count: int, reads: int
 ) -> None:
     stage.remote.gate = trio.Event()
-    nursery.start_soon(stage.say, stage.room, stage.ann, "ours")
+    nursery.start_soon(stage.send_chat, stage.room, stage.ann, "ours")
     await wait_all_tasks_blocked()
-    stage.hear(*await stage.chats(count))
+    stage.receive(*await stage.chats(count))
     stage.remote.gate.set()
     await stage.hub.finished()
     assert stage.reads == reads
     assert texts(stage.stored())[-1] == str(count - 1)
 
 
-async def apart(stage: Band) -> tuple[Session, Session]:
-    """The other server, alone for a while: Cid claims the lead, then it finds what is stored."""
+async def apart(stage: RelayHarness) -> tuple[Session, Session]:
+    """Partition: Cid claims the lead on the other server; returns both states."""
     mine = await MemoryStorage.get_session(stage.remote, "song")
     assert mine is not None
     alone = replace(OTHER, isolated=True)
@@ -167,19 +171,19 @@ async def apart(stage: Band) -> tuple[Session, Session]:
         decision = decide(mine, command, actor, stage.hub.now())
         assert isinstance(decision, Decision)
         mine = replace(decision.session, event_id=f"alone {decision.session.version}")
-    await stage.say(stage.room, stage.ann, "meanwhile")
+    await stage.send_chat(stage.room, stage.ann, "meanwhile")
     return mine, stage.stored()
 
 
-async def test_a_merge_is_shown_whole_and_then_who_leads(
-    stage: Band, autojump_clock: MockClock
+async def test_merge_is_sent_as_snapshot_and_role_events(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     mine, stored = await apart(stage)
     plan = reconcile(mine, stored, {}, OTHER, stage.hub.now())
     assert isinstance(plan, Write)
-    stage.hear(await stage.put(stored, plan.session, plan.events))
+    stage.receive(await stage.commit_state(stored, plan.session, plan.events))
     for peer in (stage.ann, stage.bob):
-        snapshot, *roles = peer.heard("snapshot", "role_changed")[-3:]
+        snapshot, *roles = peer.received("snapshot", "role_changed")[-3:]
         assert (snapshot["type"], snapshot["version"]) == ("snapshot", plan.shown.version)
         assert (snapshot["message"], snapshot["leaderId"]) == ("Bridge", "member Cid")
         assert shown(peer) == ["meanwhile"]
@@ -196,34 +200,36 @@ async def test_a_merge_is_shown_whole_and_then_who_leads(
     assert stage.reads == 0
 
 
-async def test_a_merge_that_changed_no_role_is_a_snapshot_and_no_more(
-    stage: Band, autojump_clock: MockClock
+async def test_merge_without_role_change_is_sent_as_snapshot_only(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     base = stage.stored()
-    # As after two changes on the other side, and the merge: three versions, no event.
+    # As after a merge of two remote changes: three versions and no event.
     session = replace(base, version=base.version + 3, last_active_at=base.last_active_at + 1)
-    stage.hear(await stage.put(base, session, ()))
-    assert stage.ann.heard("snapshot")[-1]["version"] == session.version
+    stage.receive(await stage.commit_state(base, session, ()))
+    assert stage.ann.received("snapshot")[-1]["version"] == session.version
     assert stage.reads == 0
 
 
-async def test_a_whisper_reaches_whom_it_is_for(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+async def test_direct_message_reaches_its_member_only(
+    stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     def asked() -> tuple[int, int]:
-        return len(stage.ann.heard("leader_requested")), len(stage.bob.heard("leader_requested"))
+        return len(stage.ann.received("leader_requested")), len(
+            stage.bob.received("leader_requested")
+        )
 
     whisper = write_direct_message("member Ann", b'{"type":"leader_requested"}')
-    stage.hear(whisper)
+    stage.receive(whisper)
     assert asked() == (1, 0)
-    stage.hear(write_direct_message("member Cid", b'{"type":"leader_requested"}'))
-    stage.hear(write_direct_message("", b'{"type":"leader_requested"}'))
+    stage.receive(write_direct_message("member Cid", b'{"type":"leader_requested"}'))
+    stage.receive(write_direct_message("", b'{"type":"leader_requested"}'))
     stage.hub.hear("another song", whisper)
-    # It waits its turn like anything else.
+    # It is buffered like every other message.
     stage.remote.gate = trio.Event()
-    nursery.start_soon(stage.say, stage.room, stage.ann, "hi")
+    nursery.start_soon(stage.send_chat, stage.room, stage.ann, "hi")
     await wait_all_tasks_blocked()
-    stage.hear(whisper)
+    stage.receive(whisper)
     assert asked() == (1, 0)
     stage.remote.gate.set()
     await wait_all_tasks_blocked()
@@ -231,59 +237,61 @@ async def test_a_whisper_reaches_whom_it_is_for(
     assert stage.reads == 0
 
 
-async def test_a_member_taken_over_elsewhere_is_let_go(
-    stage: Band, autojump_clock: MockClock
+async def test_member_taken_over_remotely_is_closed(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     token = ResumeToken("member Ann", 1, "secret of Ann")
     bind = replace(stage.bind("Ann"), resume=(token,))
-    stage.hear(await stage.hall(bind, "Ann", "farther away"))
+    stage.receive(await stage.commit_remotely(bind, "Ann", "farther away"))
     assert (stage.ann.closed, stage.bob.closed) == (4001, None)
     assert stage.room.peers == {"member Bob": stage.bob}
-    # The end of the old connection, and what it still wants, are nobody's.
+    # The end of the old connection no longer affects the member.
     stage.hub.dropped(stage.room, stage.ann, "timeout")
     await trio.sleep(2 * GRACE_S)
     member = find(stage.stored(), "member Ann")
     assert member is not None
     assert (member.connected, member.server_id) == (True, "hall")
     assert leader_of(stage.stored()) == member
-    # Whoever was let go hears nothing more.
-    stage.hear(await stage.hall(ChatMessage(text="hi")))
+    # The closed connection receives nothing more.
+    stage.receive(await stage.commit_remotely(ChatMessage(text="hi")))
     assert (chat(stage.ann), chat(stage.bob)) == ([], ["hi"])
     assert stage.reads == 0
 
 
-async def lost_sight_of_ann(stage: Band) -> None:
-    """The other server found us absent; we were only slow."""
-    stage.hear(await stage.hall(Drop(), "Ann"))
+async def lost_sight_of_ann(stage: RelayHarness) -> None:
+    """The other server disconnects Ann by mistake."""
+    stage.receive(await stage.commit_remotely(Drop(), "Ann"))
     await stage.hub.finished()
 
 
-async def test_whose_connection_is_here_is_asserted_again(
-    stage: Band, autojump_clock: MockClock
+async def test_connected_member_is_reasserted(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     await lost_sight_of_ann(stage)
     assert stage.stored().members["member Ann"].connected
-    told = [(each["memberId"], each["connected"]) for each in stage.bob.heard("member_connection")]
+    told = [
+        (each["memberId"], each["connected"]) for each in stage.bob.received("member_connection")
+    ]
     assert told == [("member Ann", False), ("member Ann", True)]
     assert stage.ann.closed is None
     await trio.sleep(2 * GRACE_S)
     assert stage.stored().members["member Ann"].connected
-    assert stage.bob.heard("user_left") == []
+    assert stage.bob.received("user_left") == []
 
 
-async def test_whose_connection_is_here_is_not_refused_although_others_removed_it(
-    stage: Band, autojump_clock: MockClock
+async def test_connected_member_removed_remotely_can_send_commands(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
-    stage.hear(await stage.hall(LeaveSession(), "Ann"))
-    # Before there was time to assert it again.
-    await stage.say(stage.room, stage.ann, "I am here")
+    stage.receive(await stage.commit_remotely(LeaveSession(), "Ann"))
+    # The command comes before the reassertion.
+    await stage.send_chat(stage.room, stage.ann, "I am here")
     await stage.hub.finished()
     assert find(stage.stored(), "member Ann") is not None
     assert texts(stage.stored()) == ["I am here"]
 
 
-async def test_a_member_that_was_asserted_again_still_has_its_whole_grace(
-    stage: Band, autojump_clock: MockClock
+async def test_reasserted_member_has_a_full_grace_later(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
     await lost_sight_of_ann(stage)
     await trio.sleep(GRACE_S - 1)
@@ -294,68 +302,68 @@ async def test_a_member_that_was_asserted_again_still_has_its_whole_grace(
     assert find(stage.stored(), "member Ann") is None
 
 
-async def test_whose_connection_is_here_is_not_removed_when_an_old_grace_ends(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+async def test_connected_member_survives_end_of_old_grace(
+    stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     await lost_sight_of_ann(stage)
-    # The grace that nobody needs ends behind a slow command, as she is lost sight of again.
+    # The obsolete grace ends behind a slow command, while Ann is disconnected again.
     stage.remote.gate = trio.Event()
-    nursery.start_soon(stage.say, stage.room, stage.bob, "slow")
+    nursery.start_soon(stage.send_chat, stage.room, stage.bob, "slow")
     await trio.sleep(GRACE_S + 1)
-    stage.hear(await stage.hall(Drop(), "Ann"))
+    stage.receive(await stage.commit_remotely(Drop(), "Ann"))
     stage.remote.gate.set()
     await wait_all_tasks_blocked()
     assert stage.stored().members["member Ann"].connected
-    assert stage.bob.heard("user_left") == []
+    assert stage.bob.received("user_left") == []
 
 
 @pytest.mark.parametrize("connected", [True, False])
-async def test_ours_that_are_heard_of_without_a_connection_get_their_grace(
-    stage: Band, autojump_clock: MockClock, connected: bool
+async def test_own_member_without_connection_gets_a_grace(
+    stage: RelayHarness, autojump_clock: MockClock, connected: bool
 ) -> None:
     base = stage.stored()
     zoe = replace(base.members["member Ann"], member_id="member Zoe", connection_id="of old")
     members = {**base.members, "member Zoe": replace(zoe, connected=connected)}
     session = replace(base, version=base.version + 1, members=members)
-    stage.hear(await stage.put(base, session, ()))
+    stage.receive(await stage.commit_state(base, session, ()))
     await trio.sleep(GRACE_S - 1)
     assert not stage.stored().members["member Zoe"].connected
-    assert stage.bob.heard("user_left") == []
+    assert stage.bob.received("user_left") == []
     await trio.sleep(2)
-    (left,) = stage.bob.heard("user_left")
+    (left,) = stage.bob.received("user_left")
     assert (left["memberId"], left["reason"]) == ("member Zoe", "timeout")
     assert stage.reads == 0
 
 
-async def test_what_is_on_its_way_is_no_reason_to_read(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock
+async def test_comparison_waits_for_relay_message_under_way(
+    stage: RelayHarness, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    payload = await stage.hall(ChatMessage(text="hi"))
-    # The tips are compared while the message is under way.
+    payload = await stage.commit_remotely(ChatMessage(text="hi"))
+    # Compare the tips while the relay message is under way.
     nursery.start_soon(stage.hub.compare, stage.era)
     await wait_all_tasks_blocked()
-    stage.hear(payload)
+    stage.receive(payload)
     await trio.sleep(1)
     await stage.hub.finished()
     assert stage.reads == 0
     assert chat(stage.ann) == ["hi"]
 
 
-async def test_a_channel_that_is_silent_is_waited_for_once(
-    stage: Band, autojump_clock: MockClock
+async def test_silent_channel_is_waited_for_once(
+    stage: RelayHarness, autojump_clock: MockClock
 ) -> None:
-    """Who waits in vain after each race that is lost loses the next one, too."""
+    """Waiting in vain after every conflict would lose every later race."""
     stage.era.relay = object()  # type: ignore[assignment]
 
     async def rival() -> None:
         while True:
-            await stage.hall(ChatMessage(text="faster"))
+            await stage.commit_remotely(ChatMessage(text="faster"))
             await trio.sleep(0.005)
 
     async with trio.open_nursery() as rivals:
         rivals.start_soon(rival)
         await wait_all_tasks_blocked()
-        await stage.say(stage.room, stage.ann, "at last")
+        await stage.send_chat(stage.room, stage.ann, "at last")
         rivals.cancel_scope.cancel()
     stage.era.relay = None
     assert shown(stage.ann)[0] == "faster"

@@ -1,4 +1,4 @@
-"""A channel on which somebody talks nonsense: nobody may notice. On virtual time."""
+"""Malformed and impossible relay messages: no peer may notice. On virtual time."""
 
 import msgspec
 import pytest
@@ -10,25 +10,25 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from bandsync.model.session import Member, Tip
 from bandsync.rooms.room import Room
 from bandsync.storage.channel_messages import CommittedChange
-from tests.support.rooms import Band, chat, in_order
+from tests.support.rooms import RelayHarness, assert_versions_in_order, chat
 from tests.support.states import NOW
 
 
 @pytest.fixture
-async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Band:
-    band = Band(nursery)
+async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> RelayHarness:
+    band = RelayHarness(nursery)
     await band.meet()
     return band
 
 
-async def plays_on(stage: Band) -> None:
-    """The session is read once at the most, and what comes next is heard."""
+async def plays_on(stage: RelayHarness) -> None:
+    """The session was read once at the most, and later messages are applied."""
     assert stage.reads <= 1
-    stage.hear(*await stage.chats(2))
+    stage.receive(*await stage.chats(2))
     for peer in (stage.ann, stage.bob):
         assert chat(peer)[-2:] == ["0", "1"]
         assert peer.closed is None
-        in_order(peer)
+        assert_versions_in_order(peer)
     assert stage.room.mirror.session == stage.stored()
 
 
@@ -52,21 +52,25 @@ JUNK = {
 
 @pytest.mark.parametrize("payload", JUNK.values(), ids=JUNK)
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-async def test_what_is_no_message_is_passed_over(
-    stage: Band, nursery: trio.Nursery, autojump_clock: MockClock, payload: bytes, busy: bool
+async def test_malformed_message_is_ignored(
+    stage: RelayHarness,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,
+    payload: bytes,
+    busy: bool,
 ) -> None:
     if busy:
         stage.remote.gate = trio.Event()
-        nursery.start_soon(stage.say, stage.room, stage.ann, "ours")
+        nursery.start_soon(stage.send_chat, stage.room, stage.ann, "ours")
         await wait_all_tasks_blocked()
-    stage.hear(payload, payload)
+    stage.receive(payload, payload)
     stage.remote.gate.set()
     await wait_all_tasks_blocked()
     await plays_on(stage)
 
 
 def crafted(room: Room, **changes: object) -> bytes:
-    """A message that follows on what is known, apart from these changes."""
+    """A message that follows the mirrored state, apart from these changes."""
     known = room.mirror.tip
     assert known is not None
     change = CommittedChange(known, known.version + 1, "crafted", "hall", {}, [])
@@ -99,11 +103,11 @@ CRAFTED: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("changes", CRAFTED.values(), ids=CRAFTED)
-async def test_a_change_that_cannot_be_is_at_most_a_reason_to_read(
-    stage: Band, autojump_clock: MockClock, changes: dict[str, object]
+async def test_impossible_change_causes_at_most_one_read(
+    stage: RelayHarness, autojump_clock: MockClock, changes: dict[str, object]
 ) -> None:
     before = stage.room.mirror.session
-    stage.hear(crafted(stage.room, **changes))
+    stage.receive(crafted(stage.room, **changes))
     assert stage.room.mirror.session is before
     await stage.hub.finished()
     await plays_on(stage)

@@ -1,4 +1,4 @@
-"""Rooms on storages that are slow, shared with others, or lose what they had."""
+"""Rooms on a storage that is slow and shared with other servers."""
 
 from collections.abc import Sequence
 
@@ -20,17 +20,17 @@ from bandsync.rules.tokens import ResumeToken
 from bandsync.storage.base import Committed, Conflict
 from bandsync.storage.memory import MemoryStorage
 from bandsync.wire.commands import ChatMessage, Play, Refusal, UpdateMessage
-from tests.support.rooms import Listener, cancel_when_all_wait
+from tests.support.rooms import RecordingPeer, cancel_when_all_wait
 from tests.support.states import HERE, NOW
 from tests.support.stores import FixedStores
 
 
 class SharedStorage(MemoryStorage):
-    """A storage that takes its time and that others write to.
+    """A slow storage to which other servers write.
 
     Attributes:
         gate: commits wait until it is set.
-        rivals: how many changes of others still come in just before ours.
+        rivals: how many changes of other servers still come just before ours.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class SharedStorage(MemoryStorage):
             assert isinstance(rival, Decision)
             await super().commit(stored, rival.session, ())
         result = await super().commit(base, change, events)
-        # As with a real network: written, and the answer still on its way.
+        # As with a real network: written, with the answer under way.
         await self.gate.wait()
         return result
 
@@ -78,8 +78,8 @@ class Stage:
     def bind(self, name: str) -> Bind:
         return Bind("song", f"epoch of {name}", f"secret of {name}", name)
 
-    async def join(self, name: str) -> tuple[Listener, Room]:
-        peer = Listener(f"connection of {name}")
+    async def join(self, name: str) -> tuple[RecordingPeer, Room]:
+        peer = RecordingPeer(f"connection of {name}")
         outcome = await self.hub.bind(peer, self.bind(name), f"member {name}", UNSET)
         assert not isinstance(outcome, Refusal)
         return peer, outcome[0]
@@ -95,7 +95,7 @@ async def stage(nursery: trio.Nursery) -> Stage:
     return Stage(nursery)
 
 
-async def test_a_change_that_lost_is_decided_again_after_a_snapshot(stage: Stage) -> None:
+async def test_conflicting_change_is_decided_again_after_a_snapshot(stage: Stage) -> None:
     ann, room = await stage.join("Ann")
     bob, _ = await stage.join("Bob")
     stage.storage.rivals = 2
@@ -104,52 +104,50 @@ async def test_a_change_that_lost_is_decided_again_after_a_snapshot(stage: Stage
     assert session == room.mirror.session
     assert (session.headline.value, len(session.chat)) == ("rival 0", 1)
     for peer in (ann, bob):
-        assert [message["version"] for message in peer.heard("snapshot")][-2:] == [3, 4]
-        (chat,) = peer.heard("chat_message")
+        assert [message["version"] for message in peer.received("snapshot")][-2:] == [3, 4]
+        (chat,) = peer.received("chat_message")
         assert chat["version"] == 5
-    assert ann.heard("ack") == [{"type": "ack", "requestId": "r1", "version": 5}]
+    assert ann.received("ack") == [{"type": "ack", "requestId": "r1", "version": 5}]
 
 
-async def test_a_change_that_loses_too_often_is_a_conflict(stage: Stage) -> None:
+async def test_change_is_refused_after_too_many_conflicts(stage: Stage) -> None:
     ann, room = await stage.join("Ann")
     stage.storage.rivals = 1000
     refused = await room.command(ann, ChatMessage(text="hi"), "m1", "r1")
     assert isinstance(refused, Refusal)
     assert refused.code == "conflict"
-    assert ann.heard("chat_message", "ack") == []
+    assert ann.received("chat_message", "ack") == []
 
 
-async def test_a_session_that_vanished_is_put_back(stage: Stage) -> None:
+async def test_deleted_session_is_restored_by_next_command(stage: Stage) -> None:
     ann, room = await stage.join("Ann")
     before = await stage.stored()
     await stage.storage.delete_session("song")
     assert await room.command(ann, Play(), "", UNSET) is None
     after = await stage.stored()
     assert after.epoch == before.epoch
-    # Put back by one change, and played by another.
+    # One version for the restored state, one for the command.
     assert after.version == before.version + 2
-    assert [message["version"] for message in ann.heard("snapshot", "play")] == [1, 2, 3]
+    assert [message["version"] for message in ann.received("snapshot", "play")] == [1, 2, 3]
 
 
-async def test_nobody_hears_of_a_change_before_it_is_committed(
-    stage: Stage, nursery: trio.Nursery
-) -> None:
+async def test_change_is_sent_only_after_its_commit(stage: Stage, nursery: trio.Nursery) -> None:
     ann, room = await stage.join("Ann")
     bob, _ = await stage.join("Bob")
     stage.storage.gate = trio.Event()
     for number in range(3):
         nursery.start_soon(room.command, ann, ChatMessage(text=str(number)), f"m{number}", "r")
         await wait_all_tasks_blocked()
-    assert bob.heard("chat_message") == []
-    assert ann.heard("ack") == []
+    assert bob.received("chat_message") == []
+    assert ann.received("ack") == []
     stage.storage.gate.set()
     await wait_all_tasks_blocked()
-    # Serial, in the order in which they came.
-    assert [message["text"] for message in bob.heard("chat_message")] == ["0", "1", "2"]
-    assert [message["version"] for message in ann.heard("ack")] == [3, 4, 5]
+    # Commands are committed in the order of their arrival.
+    assert [message["text"] for message in bob.received("chat_message")] == ["0", "1", "2"]
+    assert [message["version"] for message in ann.received("ack")] == [3, 4, 5]
 
 
-async def test_a_connection_that_dies_while_its_join_is_committed_leaves_no_ghost(
+async def test_connection_lost_during_join_leaves_no_member(
     stage: Stage, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     bob, room = await stage.join("Bob")
@@ -165,10 +163,10 @@ async def test_a_connection_that_dies_while_its_join_is_committed_leaves_no_ghos
     await trio.sleep(10.1)
     assert [member.display_name for member in present(await stage.stored())] == ["Bob"]
     assert room.mirror.session == await stage.stored()
-    assert bob.heard("user_left")
+    assert bob.received("user_left")
 
 
-async def test_a_room_stays_until_it_is_known_who_is_in_it(
+async def test_room_stays_open_while_a_join_is_uncertain(
     stage: Stage, nursery: trio.Nursery
 ) -> None:
     stage.storage.gate = trio.Event()
@@ -185,7 +183,7 @@ async def test_a_room_stays_until_it_is_known_who_is_in_it(
     assert joined is room
 
 
-async def test_a_change_whose_leader_dies_while_it_is_committed_reaches_the_others(
+async def test_change_of_disconnected_leader_reaches_the_others(
     stage: Stage, nursery: trio.Nursery
 ) -> None:
     ann, room = await stage.join("Ann")
@@ -196,11 +194,11 @@ async def test_a_change_whose_leader_dies_while_it_is_committed_reaches_the_othe
         await room.command(ann, UpdateMessage(message="last words"), "", "r1")
     stage.storage.gate.set()
     await stage.hub.finished()
-    assert bob.heard("snapshot")[-1]["message"] == "last words"
+    assert bob.received("snapshot")[-1]["message"] == "last words"
     assert room.mirror.session == await stage.stored()
 
 
-async def test_who_waits_for_a_room_that_closes_gets_another(
+async def test_join_waiting_for_closing_room_gets_a_new_room(
     stage: Stage, nursery: trio.Nursery
 ) -> None:
     ann, room = await stage.join("Ann")
@@ -223,16 +221,16 @@ async def test_who_waits_for_a_room_that_closes_gets_another(
     assert (await stage.stored()).leader.member_id == "member Bob"
 
 
-async def test_a_takeover_closes_the_old_connection(stage: Stage) -> None:
+async def test_takeover_closes_the_old_connection(stage: Stage) -> None:
     ann, room = await stage.join("Ann")
     member = next(present(await stage.stored()))
     token = ResumeToken(member.member_id, 1, "secret of Ann")
-    again = Listener("second connection")
+    again = RecordingPeer("second connection")
     bind = replace(stage.bind("Ann"), resume=(token,))
     outcome = await stage.hub.bind(again, bind, "unused", UNSET)
     assert not isinstance(outcome, Refusal)
     assert ann.closed == 4001
-    # The end of the old one changes nothing for the member.
+    # The end of the old connection does not affect the member.
     stage.hub.dropped(room, ann, "timeout")
     await stage.hub.finished()
     (bound,) = present(await stage.stored())

@@ -1,4 +1,4 @@
-"""What happens by the clock: graces, ticks, statistics, pings, drains. On virtual time."""
+"""Periodic work: graces, ticks, statistics, pings, drains. On virtual time."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -52,7 +52,7 @@ class Player:
 
     async def send(self, type_: str, **fields: object) -> None:
         await self.websocket.send_message(msgspec.json.encode({"type": type_, **fields}).decode())
-        # Virtual time stands still while anybody runs: afterwards everything has happened.
+        # Virtual time advances only when every task waits, so the message was handled by then.
         await trio.sleep(0.001)
 
     def times(self, type_: str) -> list[float]:
@@ -62,7 +62,7 @@ class Player:
         return [message for _, message in self.inbox if message["type"] == type_][-1]
 
 
-class House:
+class VirtualServer:
     """The connections and rooms of a server, without listener, on virtual time."""
 
     def __init__(self, nursery: trio.Nursery, settings: Settings) -> None:
@@ -109,15 +109,13 @@ class House:
 
 
 @pytest.fixture
-async def house(nursery: trio.Nursery) -> House:
-    return House(nursery, TEST_SETTINGS)
+async def server(nursery: trio.Nursery) -> VirtualServer:
+    return VirtualServer(nursery, TEST_SETTINGS)
 
 
-async def test_a_member_keeps_its_place_for_the_grace(
-    house: House, autojump_clock: MockClock
-) -> None:
-    async with house.player("Bob") as bob:
-        async with house.player("Ann"):
+async def test_member_stays_for_its_grace(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Bob") as bob:
+        async with server.player("Ann"):
             pass
         dropped = trio.current_time()
         assert bob.last("member_connection")["connected"] is False
@@ -129,28 +127,28 @@ async def test_a_member_keeps_its_place_for_the_grace(
         assert (left["reason"], left["memberCount"]) == ("timeout", 1)
 
 
-async def test_a_resume_ends_the_grace(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Bob") as bob:
-        async with house.player("Ann") as ann:
+async def test_resume_ends_the_grace(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Bob") as bob:
+        async with server.player("Ann") as ann:
             token = ann.last("snapshot")["you"]["resumeToken"]
         await trio.sleep(9)
-        async with house.player(resumeToken=token) as ann:
+        async with server.player(resumeToken=token) as ann:
             assert ann.last("snapshot")["you"]["resumed"] is True
             await trio.sleep(30)
         assert bob.times("user_left") == []
-        # Each drop has a grace of its own, as long as the first.
+        # Every disconnect starts a full grace.
         await trio.sleep(9.9)
         assert bob.times("user_left") == []
         await trio.sleep(0.2)
         assert len(bob.times("user_left")) == 1
 
 
-async def test_when_the_leader_does_not_come_back_another_leads_and_the_song_plays_on(
-    house: House, autojump_clock: MockClock
+async def test_song_plays_on_under_elected_leader(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player("Ann") as ann:
+    async with server.player("Ann") as ann:
         await ann.send("play")
-        async with house.player("Bob") as bob, house.player("Cid"):
+        async with server.player("Bob") as bob, server.player("Cid"):
             await ann.websocket._stream.aclose()  # noqa: SLF001 (the network is gone, no close)
             await trio.sleep(9.9)
             assert bob.times("role_changed") == []
@@ -162,10 +160,10 @@ async def test_when_the_leader_does_not_come_back_another_leads_and_the_song_pla
             assert trio.current_time() - last < 0.2
 
 
-async def test_ticks_come_every_tenth_of_a_second_while_it_plays(
-    house: House, autojump_clock: MockClock
+async def test_ticks_arrive_ten_times_a_second_while_playing(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann, house.player("Bob", ticks=False) as bob:
+    async with server.player() as ann, server.player("Bob", ticks=False) as bob:
         await ann.send("play", startInMs=1000)
         await trio.sleep(0.9)
         assert ann.times("scroll_tick") == []
@@ -180,13 +178,13 @@ async def test_ticks_come_every_tenth_of_a_second_while_it_plays(
         assert bob.times("scroll_tick") == []
 
 
-async def test_statistics_come_on_joins_and_every_five_seconds(
-    house: House, autojump_clock: MockClock
+async def test_stats_arrive_on_joins_and_every_five_seconds(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann:
+    async with server.player() as ann:
         joined = len(ann.times("room_stats"))
         assert joined == 1
-        async with house.player("Bob"):
+        async with server.player("Bob"):
             assert len(ann.times("room_stats")) == 2
             await trio.sleep(20)
             assert len(ann.times("room_stats")) == 6
@@ -205,102 +203,102 @@ class SlowStorage(MemoryStorage):
         return await super().commit(base, change, events)
 
 
-async def test_clock_answers_tell_when_the_question_came_and_when_the_answer_left(
-    house: House, autojump_clock: MockClock
+async def test_clock_sync_reply_has_receive_and_send_times(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    house.stores.memory = SlowStorage("boot-1", "for a test")
-    async with house.player() as ann:
+    server.stores.memory = SlowStorage("boot-1", "for a test")
+    async with server.player() as ann:
         await trio.sleep(1)
-        asked = house.hub.now()
+        asked = server.hub.now()
         both = (b'{"type":"play"}', b'{"type":"clock_sync","t0":1}')
         await ann.stream.send_all(
             b"".join(Frame(Opcode.TEXT, text).serialize(mask=True) for text in both)
         )
         await trio.sleep(1)
         reply = ann.last("clock_sync")
-        # It waited behind the command; neither stamp hides that.
+        # The request waited behind the command; both timestamps show it.
         assert reply["t1"] == pytest.approx(asked, abs=0.01)
         assert reply["t2"] == pytest.approx(asked + 500, abs=0.01)
 
 
-async def test_a_silent_client_is_closed(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Bob") as bob, house.player("Ann") as ann:
+async def test_silent_client_is_closed(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Bob") as bob, server.player("Ann") as ann:
         ann.websocket._pong = None  # noqa: SLF001
         heard = trio.current_time()
-        # Its end of the stream is never read again: it neither answers pings nor says goodbye.
+        # The client stops reading: it answers no pings and sends no close frame.
         ann.websocket._reader_running = False  # noqa: SLF001
         await trio.sleep(29)
         assert bob.times("member_connection") == []
         await trio.sleep(10)
         (gone,) = bob.times("member_connection")
         assert 30 <= gone - heard <= 30 + 5 + 2.1
-        assert house.hub.counters.closed == {"4000": 1}
+        assert server.hub.counters.closed == {"4000": 1}
 
 
-async def test_a_client_that_only_listens_is_not_silent(
-    house: House, autojump_clock: MockClock
+async def test_client_that_answers_pings_stays_open(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann:
+    async with server.player() as ann:
         await trio.sleep(300)
         assert ann.close_code is None
 
 
-async def test_a_drain_tells_everybody_and_closes_in_time(
-    house: House, autojump_clock: MockClock
+async def test_drain_notifies_and_closes_every_client(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player("Ann") as ann, house.player("Bob") as bob:
+    async with server.player("Ann") as ann, server.player("Bob") as bob:
         start = trio.current_time()
-        await drain(house.connections, 10)
+        await drain(server.connections, 10)
         assert trio.current_time() - start < 10
         await trio.sleep(0.01)
         assert (ann.close_code, bob.close_code) == (1012, 1012)
         waits = {player.last("server_draining")["reconnectInMs"] for player in (ann, bob)}
         assert len(waits) == 2
-        # Whose handshake was under way then is let go, too.
-        async with house.player("Cid") as late:
+        # A connection whose handshake was under way is closed, too.
+        async with server.player("Cid") as late:
             await trio.sleep(0.01)
             assert late.close_code == 1012
             assert late.inbox == []
 
 
-async def test_a_drain_waits_until_the_storage_knows_who_is_gone(
-    house: House, autojump_clock: MockClock
+async def test_drain_waits_until_disconnects_are_stored(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    house.stores.memory = SlowStorage("boot-1", "for a test")
-    async with house.player("Ann"), house.player("Bob"):
+    server.stores.memory = SlowStorage("boot-1", "for a test")
+    async with server.player("Ann"), server.player("Bob"):
         await trio.sleep(2)
-        await drain(house.connections, 10)
-        session = await house.stores.memory.get_session("song")
+        await drain(server.connections, 10)
+        session = await server.stores.memory.get_session("song")
         assert session is not None
         assert [member.connected for member in session.members.values()] == [False, False]
 
 
-async def test_a_drain_does_not_wait_for_ever(house: House, autojump_clock: MockClock) -> None:
-    async with house.player("Ann") as ann:
+async def test_drain_ends_at_its_deadline(server: VirtualServer, autojump_clock: MockClock) -> None:
+    async with server.player("Ann") as ann:
         ann.websocket._reader_running = False  # noqa: SLF001
         start = trio.current_time()
-        await drain(house.connections, 1)
+        await drain(server.connections, 1)
         assert trio.current_time() - start <= 1
 
 
-async def test_without_grace_a_member_is_gone_at_once(
+async def test_member_leaves_at_once_without_grace(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    house = House(nursery, replace(TEST_SETTINGS, resume_grace_ms=0))
-    async with house.player("Bob") as bob:
-        async with house.player("Ann"):
+    server = VirtualServer(nursery, replace(TEST_SETTINGS, resume_grace_ms=0))
+    async with server.player("Bob") as bob:
+        async with server.player("Ann"):
             pass
         await trio.sleep(0.01)
         assert len(bob.times("user_left")) == 1
 
 
-async def test_rooms_close_when_the_last_member_is_gone(
-    house: House, autojump_clock: MockClock
+async def test_room_closes_when_the_last_member_is_gone(
+    server: VirtualServer, autojump_clock: MockClock
 ) -> None:
-    async with house.player() as ann:
+    async with server.player() as ann:
         await ann.send("play")
-        assert len(house.hub.rooms) == 1
+        assert len(server.hub.rooms) == 1
     await trio.sleep(11)
-    assert house.hub.rooms == {}
-    sessions = await house.stores.memory.list_sessions()
+    assert server.hub.rooms == {}
+    sessions = await server.stores.memory.list_sessions()
     assert [session.session_id for session in sessions] == ["song"]

@@ -1,4 +1,4 @@
-"""The rota: every thing once a period, whenever it comes and goes."""
+"""Timer wheel: every item is visited once a period, whenever it is added or discarded."""
 
 import weakref
 from itertools import pairwise
@@ -18,32 +18,32 @@ Moves = list[tuple[float, str, bool]]
 async def scenario(
     moves: Moves,
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Add (True) and discard things after waits; when each came and was visited."""
-    rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
+    """Add (True) and discard items after waits; returns when each was added and visited."""
+    wheel: TimerWheel[str] = TimerWheel(PERIOD, 5)
     came: dict[str, list[float]] = {}
     visits: dict[str, list[float]] = {}
     present: set[str] = set()
 
-    def visit(thing: str) -> None:
-        assert thing in present
-        visits[thing].append(trio.current_time())
+    def visit(item: str) -> None:
+        assert item in present
+        visits[item].append(trio.current_time())
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(rota.run, visit)
-        for wait, thing, coming in moves:
+        nursery.start_soon(wheel.run, visit)
+        for wait, item, coming in moves:
             if wait:
                 await trio.sleep(wait)
-            if coming and thing not in present:
-                rota.add(thing)
-                present.add(thing)
-                came[thing] = [trio.current_time()]
-                visits[thing] = []
-            elif not coming and thing in present:
-                rota.discard(thing)
-                present.discard(thing)
+            if coming and item not in present:
+                wheel.add(item)
+                present.add(item)
+                came[item] = [trio.current_time()]
+                visits[item] = []
+            elif not coming and item in present:
+                wheel.discard(item)
+                present.discard(item)
         await trio.sleep(3.5)
         nursery.cancel_scope.cancel()
-    return {thing: (came[thing], visits[thing]) for thing in present}
+    return {item: (came[item], visits[item]) for item in present}
 
 
 @given(
@@ -54,7 +54,7 @@ async def scenario(
         max_size=30,
     )
 )
-def test_everything_is_visited_once_a_period_from_the_first_on(
+def test_every_item_is_visited_once_a_period(
     moves: Moves,
 ) -> None:
     clock = MockClock(autojump_threshold=0)
@@ -66,28 +66,28 @@ def test_everything_is_visited_once_a_period_from_the_first_on(
         assert all(abs(gap - PERIOD) < 1e-6 for gap in gaps[1:])
 
 
-async def test_coming_and_going_before_anybody_looks(
+async def test_item_discarded_before_its_visit_is_not_visited(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
+    wheel: TimerWheel[str] = TimerWheel(PERIOD, 5)
     seen: list[str] = []
-    nursery.start_soon(rota.run, seen.append)
+    nursery.start_soon(wheel.run, seen.append)
     await trio.sleep(10)
-    rota.add("a")
-    rota.discard("a")
+    wheel.add("a")
+    wheel.discard("a")
     await trio.sleep(10)
     assert seen == []
-    rota.add("b")
+    wheel.add("b")
     await trio.sleep(PERIOD)
     assert seen == ["b"]
 
 
-async def test_what_was_missed_is_missed(nursery: trio.Nursery, mock_clock: MockClock) -> None:
-    rota: TimerWheel[str] = TimerWheel(PERIOD, 5)
+async def test_missed_visits_are_skipped(nursery: trio.Nursery, mock_clock: MockClock) -> None:
+    wheel: TimerWheel[str] = TimerWheel(PERIOD, 5)
     seen: list[str] = []
     late: list[float] = []
-    rota.add("a")
-    nursery.start_soon(rota.run, seen.append, late.append)
+    wheel.add("a")
+    nursery.start_soon(wheel.run, seen.append, late.append)
     await trio.testing.wait_all_tasks_blocked()
     mock_clock.jump(60)
     await trio.testing.wait_all_tasks_blocked()
@@ -95,19 +95,17 @@ async def test_what_was_missed_is_missed(nursery: trio.Nursery, mock_clock: Mock
     assert late[0] > 58
 
 
-async def test_what_is_discarded_is_let_go_of(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    """Also the last that was visited, by the task that waits for the next."""
+async def test_discarded_item_is_freed(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """The waiting task must not keep the last visited item alive."""
     visited: list[int] = []
-    rota: TimerWheel[trio.Event] = TimerWheel(PERIOD, 5)
-    nursery.start_soon(rota.run, lambda thing: visited.append(id(thing)))
-    # Any object that can be referred to weakly.
-    thing = trio.Event()
-    there = weakref.ref(thing)
-    rota.add(thing)
+    wheel: TimerWheel[trio.Event] = TimerWheel(PERIOD, 5)
+    nursery.start_soon(wheel.run, lambda item: visited.append(id(item)))
+    # Any object that supports weak references.
+    item = trio.Event()
+    there = weakref.ref(item)
+    wheel.add(item)
     await trio.sleep(1.5 * PERIOD)
     assert visited
-    rota.discard(thing)
-    del thing
+    wheel.discard(item)
+    del item
     assert there() is None

@@ -1,4 +1,4 @@
-"""Who may join as whom."""
+"""Admission: from a join message to the command, or the refusal."""
 
 import jwt
 import pytest

@@ -42,7 +42,7 @@ from tests.support.states import NOW, Stage, kinds, step, steps
 
 
 def registers(session: Session) -> dict[str, tuple[object, object]]:
-    """What a merge compares: by register its order and its content."""
+    """Order and content of each register, as a merge compares them."""
     found: dict[str, tuple[object, object]] = {
         "leader": (session.leader.rank, session.leader.member_id),
         "transport": (session.transport.stamp, session.transport.value),

@@ -1,4 +1,4 @@
-"""What a server makes of what it reads, rule by rule."""
+"""Reconciliation of mirror and stored state, rule by rule."""
 
 import pytest
 from msgspec.structs import replace
@@ -446,7 +446,7 @@ class Newcomer(Stage):
         self.now += 1
 
     def meets(self, stored: Session | None) -> Session:
-        """What becomes of its session when Redis is back."""
+        """The merged session after Redis is back."""
         assert self.session is not None
         eve = self.ids["Eve"]
         own = {eve: self.session.members[eve]}

@@ -1,12 +1,7 @@
-"""Sessions in a real Redis: what it is told, what is left alone, and how its loss is noticed."""
+"""Sessions in a real Redis: hash, channel, expiry, conflicts, unreadable values."""
 
-import itertools
 import json
-import shutil
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from functools import partial
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,17 +9,13 @@ import redis
 import trio
 from msgspec.structs import replace
 
-from bandsync.model.session import TOMBSTONE_MS, Session, tip
+from bandsync.model.session import TOMBSTONE_MS, tip
 from bandsync.redis_link.connection import Argument, Reply
 from bandsync.redis_link.link import Link
-from bandsync.redis_link.redis_address import parse_address
-from bandsync.rules.actions import Command
 from bandsync.storage.base import (
     Committed,
     Conflict,
-    Lost,
     Presence,
-    Storage,
     Unreadable,
 )
 from bandsync.storage.records import read_session
@@ -32,65 +23,15 @@ from bandsync.storage.redis import Keys, RedisStorage
 from bandsync.wire.commands import ChatMessage, LeaveSession, Play, UpdateMessage
 from bandsync.wire.messages import encode
 from scripts.testbed.redis_server import RedisServer
-from tests.support.redis_storages import KEYS, PATIENT, LossList, open_link, redis_storage
+from tests.support.redis_band import CHANNEL, KEY, Band, band, dumped, fields, storage_on
+from tests.support.redis_storages import LossList, open_link, redis_storage
 from tests.support.servers import PATIENCE_S
-from tests.support.states import Stage
-
-_event_ids = itertools.count(1)
-KEY = "bandsync:session:{song}"
-CHANNEL = "bandsync:events:{song}"
 
 
 @pytest.fixture
 async def storage(shared_redis: RedisServer, nursery: trio.Nursery) -> AsyncIterator[RedisStorage]:
     async with redis_storage(shared_redis.url()) as made:
         yield made
-
-
-class Band(Stage):
-    """Sessions that are decided here and kept in a storage."""
-
-    def __init__(self, storage: Storage) -> None:
-        super().__init__()
-        self.storage = storage
-
-    async def enter(self, name: str) -> Session:
-        before = self.session
-        self.join(name)
-        return await self.commit(before)
-
-    async def play(self, name: str, command: Command) -> Session:
-        before = self.session
-        decision = self.do(name, command)
-        return await self.commit(before, [encode(event) for event in decision.events])
-
-    async def commit(self, before: Session | None, events: Sequence[bytes] = ()) -> Session:
-        assert self.session is not None
-        result = await self.storage.commit(before, self.session, events)
-        assert isinstance(result, Committed), result
-        self.session = result.session
-        return result.session
-
-    def next(self, name: str = "Ann", text: str = "lost?") -> Session:
-        """What would be committed next; it is not."""
-        before = self.session
-        self.do(name, ChatMessage(text=text))
-        after, self.session = self.session, before
-        assert after is not None
-        return after
-
-
-async def band(storage: Storage) -> Band:
-    """Ann and Bob, each on its own connection."""
-    made = Band(storage)
-    await made.enter("Ann")
-    await made.enter("Bob")
-    return made
-
-
-def fields(server: RedisServer, key: str = KEY) -> dict[str, bytes]:
-    flat = server.cli("HGETALL", key)
-    return {name: value.encode() for name, value in flat.items()}
 
 
 async def test_the_hash_is_the_session(storage: RedisStorage, shared_redis: RedisServer) -> None:
@@ -320,14 +261,6 @@ async def test_what_cannot_be_read_is_left_as_it_is(
     assert losses == []
 
 
-def dumped(server: RedisServer, key: str = KEY) -> bytes:
-    """The value of a key, whatever its type."""
-    with redis.Redis(unix_socket_path=str(server.unix_socket)) as client:
-        value = client.dump(key)
-    assert isinstance(value, bytes)
-    return value
-
-
 @pytest.mark.parametrize("field", ["head", "member:", "chat:"])
 async def test_a_field_that_was_spoiled_is_left_as_it_is(
     storage: RedisStorage, shared_redis: RedisServer, field: str
@@ -385,17 +318,6 @@ async def test_a_listing_has_the_sessions_of_its_prefix_and_no_others(
         assert sorted(session.session_id for session in listed) == sorted(names)
 
 
-def storage_on(link: Link, keys: Keys, losses: LossList | None = None) -> RedisStorage:
-    return RedisStorage(
-        link,
-        keys,
-        ttl_s=3600,
-        server_id="stage",
-        event_ids=(f"event-{number}" for number in _event_ids),
-        on_loss=(losses if losses is not None else LossList()).note,
-    )
-
-
 async def test_servers_that_are_alive_are_found(
     storage: RedisStorage, shared_redis: RedisServer
 ) -> None:
@@ -436,179 +358,3 @@ async def test_a_session_of_thousands_is_written_and_read_whole(
     cleared = await song.commit(put_back.session)
     assert await storage.get_session("song") == cleared
     assert f"member:{size - 1}" not in fields(shared_redis)
-
-
-# From here on Redis is broken on purpose: each test has its own.
-
-
-@asynccontextmanager
-async def impatient(
-    server: RedisServer, losses: LossList, silence_s: float = PATIENCE_S
-) -> AsyncIterator[RedisStorage]:
-    """A storage whose link may be lost before its end."""
-    link = Link(
-        parse_address(server.url()),
-        name="test",
-        timeouts=replace(PATIENT, silence_s=silence_s),
-    )
-
-    async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        # What the link is lost for is for its callers to see.
-        with suppress(redis.RedisError):
-            await link.run(task_status=task_status)
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(run)
-        yield storage_on(link, KEYS, losses)
-        nursery.cancel_scope.cancel()
-
-
-async def lost_everywhere(song: Band, reason: str, losses: LossList) -> None:
-    """All that needs Redis says why it is lost, and tells once each."""
-    storage = song.storage
-    asked = [
-        partial(storage.commit, song.session, song.next(), ()),
-        partial(storage.get_session, "song"),
-        partial(storage.touch, ["song"]),
-        storage.list_sessions,
-        partial(storage.find_servers, ["stage"]),
-        partial(storage.delete_session, "song"),
-    ]
-    for number, ask in enumerate(asked, 1):
-        assert await ask() == Lost(reason)
-        assert losses == [reason] * number
-    health = await storage.health_check()
-    assert not health.healthy
-
-
-async def test_a_redis_that_is_killed_is_lost(redis_server: RedisServer) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        redis_server.kill()
-        await lost_everywhere(song, "reset", losses)
-
-
-async def test_a_redis_that_is_silent_is_lost(redis_server: RedisServer) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses, silence_s=0.3) as storage:
-        song = await band(storage)
-        redis_server.stop()
-        await lost_everywhere(song, "timed_out", losses)
-
-
-async def lost_for_writing(song: Band, reason: str, losses: LossList, server: RedisServer) -> None:
-    """A commit says why it is lost, and leaves nothing behind."""
-    before = dumped(server)
-    change = song.next()
-    assert await song.storage.commit(song.session, change, ()) == Lost(reason)
-    new = replace(change, session_id="new")
-    assert await song.storage.commit(None, new, ()) == Lost(reason)
-    assert losses == [reason, reason]
-    assert dumped(server) == before
-    assert server.cli("EXISTS", "bandsync:session:{new}") == 0
-
-
-async def test_a_full_redis_is_lost_and_nothing_is_half_written(
-    redis_server: RedisServer,
-) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        await song.play("Bob", ChatMessage(text="hi"))
-        redis_server.cli("CONFIG", "SET", "maxmemory", 1)
-        await lost_for_writing(song, "oom", losses, redis_server)
-        # It can still be read.
-        assert await storage.get_session("song") == song.session
-
-
-async def test_a_change_that_deletes_and_sets_is_carried_out_whole_or_not_at_all(
-    redis_server: RedisServer,
-) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        before = await song.play("Bob", LeaveSession())
-        song.now += TOMBSTONE_MS + 1
-        song.join("Cid")
-        assert song.session is not None
-        assert before.members.keys() - song.session.members.keys() == {song.ids["Bob"]}
-        redis_server.cli("CONFIG", "SET", "maxmemory", 1)
-        result = await storage.commit(before, song.session, ())
-        stored = await storage.get_session("song")
-        if isinstance(result, Committed):
-            assert stored == result.session
-        else:
-            assert (result, stored) == (Lost("oom"), before)
-
-
-async def test_a_replica_is_lost(redis_server: RedisServer) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        redis_server.cli("REPLICAOF", "127.0.0.1", 1)
-        await lost_for_writing(song, "readonly", losses, redis_server)
-
-
-async def test_a_replica_without_its_primary_is_lost(redis_server: RedisServer) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        redis_server.cli("CONFIG", "SET", "replica-serve-stale-data", "no")
-        redis_server.cli("REPLICAOF", "127.0.0.1", 1)
-        assert await storage.get_session("song") == Lost("masterdown")
-        assert await storage.commit(song.session, song.next(), ()) == Lost("masterdown")
-        assert await storage.touch(["song"]) == Lost("masterdown")
-        assert losses == ["masterdown"] * 3
-
-
-async def test_a_redis_that_cannot_save_is_lost(redis_server: RedisServer) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        redis_server.cli("CONFIG", "SET", "save", "3600 1")
-        shutil.rmtree(Path(redis_server.cli("CONFIG", "GET", "dir")["dir"]))
-        redis_server.cli("BGSAVE")
-        with trio.fail_after(PATIENCE_S):
-            while redis_server.cli("INFO", "persistence")["rdb_last_bgsave_status"] != "err":  # noqa: ASYNC110
-                await trio.sleep(0.01)
-        await lost_for_writing(song, "misconf", losses, redis_server)
-
-
-async def test_a_user_who_loses_the_right_to_write_is_lost(redis_server: RedisServer) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        redis_server.cli("ACL", "SETUSER", "default", "-hset")
-        await lost_for_writing(song, "auth", losses, redis_server)
-        redis_server.cli("ACL", "SETUSER", "default", "-hgetall", "-evalsha", "-expire")
-        assert await storage.get_session("song") == Lost("auth")
-        assert await storage.touch(["song"]) == Lost("auth")
-        redis_server.cli("ACL", "SETUSER", "default", "allcommands")
-
-
-async def test_a_redis_that_is_busy_with_a_script_is_lost(
-    redis_server: RedisServer, nursery: trio.Nursery
-) -> None:
-    losses = LossList()
-    async with impatient(redis_server, losses) as storage:
-        song = await band(storage)
-        redis_server.cli("CONFIG", "SET", "lua-time-limit", 1)
-
-        def hog() -> None:
-            with pytest.raises(redis.RedisError, match=r"(?i)script killed"):
-                redis_server.cli("EVAL", "while true do end", 0)
-
-        async def hogged() -> None:
-            await trio.to_thread.run_sync(hog)
-
-        nursery.start_soon(hogged)
-        try:
-            # Until the script runs all is well.
-            with trio.fail_after(PATIENCE_S):
-                while not isinstance(await storage.get_session("song"), Lost):  # noqa: ASYNC110
-                    await trio.sleep(0.001)
-            assert await storage.commit(song.session, song.next(), ()) == Lost("overloaded")
-            assert set(losses) == {"overloaded"}
-        finally:
-            redis_server.cli("SCRIPT", "KILL")

@@ -22,7 +22,7 @@ from bandsync.storage.redis import Keys
 from bandsync.storage.relay import Relay
 from bandsync.wire.commands import LeaveSession
 from tests.support.redis_storages import IMPATIENT
-from tests.support.rooms import Band, Listener, Stage, cancel_when_all_wait
+from tests.support.rooms import HubHarness, RecordingPeer, RelayHarness, cancel_when_all_wait
 
 RETRY_CAP_S = 2.0
 
@@ -264,7 +264,7 @@ async def test_what_is_hosted_is_not_unsubscribed(
     assert channel.channels == set()
 
 
-class Hosting(Band):
+class Hosting(RelayHarness):
     """A hub whose channels are subscribed."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -308,9 +308,9 @@ async def test_a_channel_is_heard_before_its_session_is_read(
 async def test_whoever_joins_sees_what_was_said_while_the_session_was_read(
     stage: Hosting, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    await stage.elsewhere(stage.bind("Cid"), "Cid", "far away")
+    await stage.commit_elsewhere(stage.bind("Cid"), "Cid", "far away")
     stage.remote.gate = trio.Event()
-    joined: list[tuple[Listener, Room]] = []
+    joined: list[tuple[RecordingPeer, Room]] = []
 
     async def join() -> None:
         joined.append(await stage.join("Ann"))
@@ -320,18 +320,18 @@ async def test_whoever_joins_sees_what_was_said_while_the_session_was_read(
     read = stage.reads
     # Read, and the answer on its way: what is said now is only heard.
     (payload,) = await stage.chats(1)
-    stage.hear(payload, payload)
+    stage.receive(payload, payload)
     stage.remote.gate.set()
     await stage.left()
     ((ann, room),) = joined
-    (snapshot,) = ann.heard("snapshot")
+    (snapshot,) = ann.received("snapshot")
     assert [chat["text"] for chat in snapshot["chat"]] == ["0"]  # type: ignore[attr-defined]
-    assert ann.heard("chat_message") == []
+    assert ann.received("chat_message") == []
     assert room.mirror.session == stage.stored()
     assert stage.reads == read
 
 
-async def leave(stage: Stage, ann: Listener, room: Room) -> None:
+async def leave(stage: HubHarness, ann: RecordingPeer, room: Room) -> None:
     assert await room.command(ann, LeaveSession(), "", "bye") is None
 
 
@@ -406,6 +406,6 @@ async def test_a_room_without_a_subscription_opens_all_the_same(
 ) -> None:
     stage.channel.errors.append(LinkLostError("gone"))
     ann, room = await stage.join("Ann")
-    await stage.say(room, ann, "hi")
+    await stage.send_chat(room, ann, "hi")
     assert not isinstance(await stage.remote.get_session("song"), Lost)
     assert room.mirror.session == stage.stored()

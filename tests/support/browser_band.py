@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, Pages, evaluate
+from scripts.testbed.browsers import LOST_CONNECTIONS, BrowserPages, evaluate
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -35,14 +35,14 @@ CREATE = """async (options) => {
 JOIN = "() => band.join()"
 
 
-def open_band(open_page: Pages, url: str, **options: object) -> "Page":
+def open_band(open_page: BrowserPages, url: str, **options: object) -> "Page":
     """A page with a `band` that has not joined yet."""
     page = open_page.blank(ORIGIN, *WEB.rglob("*.js"), tolerate=LOST_CONNECTIONS)
     evaluate(page, CREATE, {"url": url, **options})
     return page
 
 
-def join(open_page: Pages, url: str, **options: object) -> "Page":
+def join(open_page: BrowserPages, url: str, **options: object) -> "Page":
     """A page with a `band` that has joined the session "song"."""
     page = open_band(open_page, url, **options)
     evaluate(page, JOIN)

@@ -35,6 +35,8 @@ _FIRST_WORD = re.compile(r"[\s\"'(*_`-]*([A-Za-z]+)")
 
 # Suffixes of files that citations are checked for.
 _SUFFIXES = "css|html|js|lua|md|png|py|svg|toml|webmanifest|ya?ml"
+# Files of other projects.
+_FOREIGN = frozenset({"axe.min.js"})
 _URL = re.compile(r"\b[a-z][a-z+.-]*://[^\s)>`\"']+|\b(?:www\.)[\w./-]+")
 _PATH = re.compile(
     rf"(?<![\w/.@$~{{}}<>*-])"
@@ -315,7 +317,8 @@ def _linked(target: str, source: str, repository: Repository) -> str | None:
 def _dead_paths(text: str, source: str, repository: Repository) -> Iterator[tuple[int, str]]:
     for match in _PATH.finditer(text):
         cited = match["path"].rstrip(".")
-        if not repository.find(cited, source) and not repository.has_directory(cited):
+        known = cited in _FOREIGN or repository.has_directory(cited)
+        if not known and not repository.find(cited, source):
             yield match.start(), f"{cited} does not exist"
     for match in _MODULE.finditer(text):
         if match.end() < len(text) and text[match.end()] in "/-":

@@ -44,8 +44,8 @@ GRACE_S = 10
 OTHER = ServerContext(server_id="hall", boot_id="boot-2", max_members=8, isolated=False)
 
 
-class Listener:
-    """A peer that keeps what it is sent."""
+class RecordingPeer:
+    """A peer that records what it is sent."""
 
     def __init__(self, connection_id: str) -> None:
         self.connection_id = connection_id
@@ -74,8 +74,8 @@ class Listener:
         assert reason
         self.closed = code
 
-    def heard(self, *types: str) -> list[dict[str, object]]:
-        """The messages of these types."""
+    def received(self, *types: str) -> list[dict[str, object]]:
+        """The received messages of these types."""
         found = []
         data = self._data
         while data:
@@ -88,17 +88,17 @@ class Listener:
         return found
 
 
-class Remote(MemoryStorage):
-    """A storage in the place of Redis, which does what the test says.
+class FaultyStorage(MemoryStorage):
+    """A storage in place of Redis, with faults on demand.
 
     Attributes:
-        fates: what becomes of the next commits; "carried out" means that its answer is lost.
+        fates: faults of the next commits; "carried out" means that only the answer is lost.
         unreadable: the sessions that cannot be read.
-        broken: whether nothing is answered but `Lost`.
+        broken: whether every answer is `Lost`.
         gate: commits and reads wait until it is set.
         commit_gate: commits wait until it is set, when they have been carried out.
         reads: how often each session was read.
-        servers: those that are alive.
+        servers: the presence entries, by server id.
     """
 
     def __init__(self) -> None:
@@ -160,24 +160,24 @@ class Remote(MemoryStorage):
         return Lost("reset")
 
 
-class Eras(FixedStores):
-    """Stores whose Redis is lost and comes back."""
+class RecoverableStores(FixedStores):
+    """Stores whose Redis can be lost and recovered."""
 
-    def begin(self, storage: Remote) -> Era:
-        """From now on sessions are opened in this one."""
+    def begin(self, storage: FaultyStorage) -> Era:
+        """Begin an era: from now on sessions are opened in ``storage``."""
         era = self._era = Era(storage, lambda: None)
         storage.broken = False
         storage.lose = lambda: era.end(Loss("reset", "by a test"))
         return era
 
 
-class Stage:
-    """A hub on a `Remote`, and another server that is played by hand."""
+class HubHarness:
+    """A hub on a `FaultyStorage`, and another server that commits when the test says so."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
-        self.remote = Remote()
-        self.stores = Eras()
+        self.remote = FaultyStorage()
+        self.stores = RecoverableStores()
         self.log = CapturingLogger()
         self.era = self.stores.begin(self.remote)
         self.hub = Hub(
@@ -198,9 +198,9 @@ class Stage:
 
     async def join(
         self, name: str, session_id: str = "song", *, resume: int = 0
-    ) -> tuple[Listener, Room]:
-        """Join, or with the incarnation of its token resume, on a new connection."""
-        peer = Listener(f"connection {next(self._ids)} of {name}")
+    ) -> tuple[RecordingPeer, Room]:
+        """Join on a new connection; with the incarnation of a token, resume."""
+        peer = RecordingPeer(f"connection {next(self._ids)} of {name}")
         bind = self.bind(name, session_id)
         if resume:
             token = ResumeToken(f"member {name}", resume, f"secret of {name}")
@@ -209,18 +209,18 @@ class Stage:
         assert not isinstance(outcome, Refusal), outcome
         return peer, outcome[0]
 
-    async def say(self, room: Room, peer: Listener, text: str) -> None:
-        """A chat message that must be acknowledged."""
+    async def send_chat(self, room: Room, peer: RecordingPeer, text: str) -> None:
+        """Send a chat message that must be acknowledged."""
         message_id = f"message {next(self._ids)}"
         assert await room.command(peer, ChatMessage(text=text), message_id, text) is None
 
     def lose(self) -> None:
-        """Redis is gone."""
+        """Lose Redis."""
         self.remote.broken = True
         self.era.end(Loss("reset", "by a test"))
 
     async def recover(self) -> Counter[str]:
-        """Redis is back, with what it has; how many sessions were moved."""
+        """Recover Redis with its data; returns the number of migrated sessions."""
         self.era = self.stores.begin(self.remote)
         moved: Counter[str] = Counter()
         await self.hub.migrate(self.era, lambda: moved.update(["moved"]))
@@ -231,10 +231,10 @@ class Stage:
         assert session is not None
         return session
 
-    async def elsewhere(
+    async def commit_elsewhere(
         self, command: Command, name: str, connection: str = "", fresh_id: str = ""
     ) -> Session:
-        """Another server commits a command."""
+        """Let another server commit a command."""
         base = self.remote.find("song")
         member = None if base is None else base.members.get(f"member {name}")
         connection = connection or ("" if member is None else member.connection_id)
@@ -249,8 +249,8 @@ class Stage:
         return [call.kwargs for call in self.log.calls if call.kwargs["event"] == event]
 
 
-class Band(Stage):
-    """Ann and Bob are here, Cid is on the server ``hall``, which is played by hand.
+class RelayHarness(HubHarness):
+    """Ann and Bob are here; Cid is on the server ``hall``, which commits when the test says so.
 
     Attributes:
         ann, bob: connections of this server.
@@ -259,11 +259,13 @@ class Band(Stage):
     async def meet(self) -> None:
         self.ann, self.room = await self.join("Ann")
         self.bob, _ = await self.join("Bob")
-        self.hear(await self.hall(self.bind("Cid"), "Cid", "far away"))
+        self.receive(await self.commit_remotely(self.bind("Cid"), "Cid", "far away"))
         self.remote.reads.clear()
 
-    async def hall(self, command: Command, name: str = "Cid", connection: str = "") -> bytes:
-        """The other server commits a command; what it says of it."""
+    async def commit_remotely(
+        self, command: Command, name: str = "Cid", connection: str = ""
+    ) -> bytes:
+        """Let the other server commit a command; returns its relay message."""
         base = self.stored()
         member = base.members.get(f"member {name}")
         connection = connection or ("" if member is None else member.connection_id)
@@ -271,19 +273,23 @@ class Band(Stage):
         actor = Actor(OTHER, connection, f"member {name}", fresh_id)
         decision = decide(base, command, actor, self.hub.now())
         assert isinstance(decision, Decision), decision
-        return await self.put(base, decision.session, decision.events)
+        return await self.commit_state(base, decision.session, decision.events)
 
-    async def put(self, base: Session, session: Session, events: tuple[Outgoing, ...]) -> bytes:
-        """The other server commits a state; what it says of it."""
+    async def commit_state(
+        self, base: Session, session: Session, events: tuple[Outgoing, ...]
+    ) -> bytes:
+        """Let the other server commit a state; returns its relay message."""
         result = await MemoryStorage.commit(self.remote, base, session, ())
         assert isinstance(result, Committed)
-        return said(base, result.session, *map(encode, events))
+        return change_message(base, result.session, *map(encode, events))
 
     async def chats(self, count: int) -> list[bytes]:
-        """So many messages of Cid, numbered from 0."""
-        return [await self.hall(ChatMessage(text=str(number))) for number in range(count)]
+        """Relay messages of this many chats by Cid, numbered from 0."""
+        return [
+            await self.commit_remotely(ChatMessage(text=str(number))) for number in range(count)
+        ]
 
-    def hear(self, *payloads: bytes) -> None:
+    def receive(self, *payloads: bytes) -> None:
         for payload in payloads:
             self.hub.hear("song", payload)
 
@@ -293,7 +299,7 @@ class Band(Stage):
         return self.remote.reads["song"]
 
 
-def said(base: Session, session: Session, *events: bytes) -> bytes:
+def change_message(base: Session, session: Session, *events: bytes) -> bytes:
     fields, gone = changed_fields(base, session)
     return write_change(tip(base), tip(session), "hall", fields, gone, events)
 
@@ -307,21 +313,21 @@ def texts(session: Session) -> list[str]:
     return [chat.text for chat in session.chat]
 
 
-def chat(peer: Listener) -> list[object]:
-    return [message["text"] for message in peer.heard("chat_message")]
+def chat(peer: RecordingPeer) -> list[object]:
+    return [message["text"] for message in peer.received("chat_message")]
 
 
-def shown(peer: Listener) -> list[object]:
-    """The texts in the latest snapshot."""
-    ring = peer.heard("snapshot")[-1]["chat"]
+def shown(peer: RecordingPeer) -> list[object]:
+    """The chat texts in the latest snapshot."""
+    ring = peer.received("snapshot")[-1]["chat"]
     assert isinstance(ring, list)
     return [message["text"] for message in ring]
 
 
-def in_order(peer: Listener) -> None:
-    """No version is skipped or comes twice without a snapshot; none is lower than one before."""
+def assert_versions_in_order(peer: RecordingPeer) -> None:
+    """No version is skipped or repeated without a snapshot, and none goes backwards."""
     known = 0
-    for message in peer.heard(*VERSIONED):
+    for message in peer.received(*VERSIONED):
         version = message["version"]
         assert isinstance(version, int)
         if message["type"] == "snapshot":

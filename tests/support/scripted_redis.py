@@ -16,7 +16,7 @@ ADDRESS = RedisAddress(host="stage.example")
 
 
 class Wire(anyio.abc.ByteStream):
-    """One of Trio's memory streams as one of anyio's."""
+    """Adapts one of Trio's memory streams to anyio."""
 
     def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self._stream = stream
@@ -47,10 +47,10 @@ class Wire(anyio.abc.ByteStream):
 
 
 class ScriptedRedis:
-    """The next connection that is opened ends here.
+    """The other end of the next connection that is opened.
 
     Args:
-        lockstep: what is sent waits until it is read.
+        lockstep: a send waits until the data is read.
 
     Attributes:
         wire: the other end.
@@ -85,10 +85,10 @@ class ScriptedRedis:
 
 
 class Outcome:
-    """How a line ended.
+    """How a multiplexer ended.
 
     Attributes:
-        error: why it was lost.
+        error: the reason of the loss.
     """
 
     def __init__(self) -> None:
@@ -96,15 +96,15 @@ class Outcome:
         self._ended = trio.Event()
 
     async def wait(self) -> RedisError:
-        """Why it was lost, when it is."""
+        """Wait for the loss; returns its error."""
         with trio.fail_after(PATIENCE_S):
             await self._ended.wait()
         assert self.error is not None
         return self.error
 
-    async def run(self, line: Multiplexer, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, multiplexer: Multiplexer, *, task_status: trio.TaskStatus[None]) -> None:
         try:
-            await line.run(task_status=task_status)
+            await multiplexer.run(task_status=task_status)
         except RedisError as error:
             self.error = error
         finally:
@@ -112,12 +112,12 @@ class Outcome:
 
 
 async def start(
-    nursery: trio.Nursery, line: Multiplexer, scripted: ScriptedRedis | None = None
+    nursery: trio.Nursery, multiplexer: Multiplexer, scripted: ScriptedRedis | None = None
 ) -> Outcome:
-    """Run a line; a scripted one answers the introduction."""
+    """Run a multiplexer; a scripted Redis answers its handshake."""
     outcome = Outcome()
     if scripted is not None:
         nursery.start_soon(scripted.answer, b"+OK\r\n")
     with trio.fail_after(PATIENCE_S):
-        await nursery.start(outcome.run, line)
+        await nursery.start(outcome.run, multiplexer)
     return outcome

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from scripts.testbed.browsers import PATIENCE_MS, Pages
+from scripts.testbed.browsers import PATIENCE_MS, BrowserPages
 from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def enter(page: "Page", name: str) -> "Page":
     return page
 
 
-def open_stage(open_page: Pages, server: ServerProcess, name: str, **options: Any) -> "Page":
+def open_stage(open_page: BrowserPages, server: ServerProcess, name: str, **options: Any) -> "Page":
     """A page whose owner has joined the session ``song``."""
     session = options.pop("session", "song")
     return enter(open_page(f"{server.url}/#{session}", **options), name)

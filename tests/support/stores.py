@@ -6,7 +6,7 @@ from bandsync.storage.memory import MemoryStorage
 
 
 class FixedStores:
-    """Memory alone, or a storage in the place of Redis."""
+    """Memory alone, or memory and a storage in place of Redis."""
 
     def __init__(self, redis: Storage | None = None) -> None:
         self.memory = MemoryStorage("boot-1", "for a test")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, Pages
+from scripts.testbed.browsers import LOST_CONNECTIONS, BrowserPages
 from tests.support.accessibility import violations
 from tests.support.stage_pages import PHONE, Start, enter, shows
 
@@ -10,7 +10,7 @@ SCHEMES = ["dark", pytest.param("light", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_stage(open_page: Pages, start_process: Start, scheme: str) -> None:
+def test_the_stage(open_page: BrowserPages, start_process: Start, scheme: str) -> None:
     server = start_process()
     ann = open_page(f"{server.url}/#song", color_scheme=scheme)
     assert violations(ann) == []
@@ -34,7 +34,7 @@ def test_the_stage(open_page: Pages, start_process: Start, scheme: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_stage_in_trouble(open_page: Pages, start_process: Start, scheme: str) -> None:
+def test_the_stage_in_trouble(open_page: BrowserPages, start_process: Start, scheme: str) -> None:
     server = start_process(MAX_MEMBERS="1")
     lost = LOST_CONNECTIONS
     ann = enter(open_page(f"{server.url}/#song", color_scheme=scheme, tolerate=lost), "Ann")
@@ -47,7 +47,7 @@ def test_the_stage_in_trouble(open_page: Pages, start_process: Start, scheme: st
     assert violations(ann) == []
 
 
-def test_keyboard_alone_joins_and_plays(open_page: Pages, start_process: Start) -> None:
+def test_keyboard_alone_joins_and_plays(open_page: BrowserPages, start_process: Start) -> None:
     """From the address to a playing song with the keyboard alone."""
     server = start_process()
     page = open_page(f"{server.url}/#song")

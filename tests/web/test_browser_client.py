@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jwt
 import pytest
 
-from scripts.testbed.browsers import Pages, evaluate
+from scripts.testbed.browsers import BrowserPages, evaluate
 from scripts.testbed.network import Network
 from scripts.testbed.redis_server import RedisServer
 from scripts.testbed.server_process import ServerProcess
@@ -25,7 +25,7 @@ def server(start_process: Start) -> ServerProcess:
     return start_process(ALLOWED_ORIGINS=ORIGIN)
 
 
-def test_a_band_plays(open_page: Pages, server: ServerProcess) -> None:
+def test_a_band_plays(open_page: BrowserPages, server: ServerProcess) -> None:
     ada = open_band(open_page, server.ws_url, displayName="Ada")
     assert ada.evaluate("[band.status, band.session, band.memberId, band.beatAt()]") == [
         "idle",
@@ -82,7 +82,9 @@ def test_a_band_plays(open_page: Pages, server: ServerProcess) -> None:
     assert ada.evaluate("changes") > 3
 
 
-def test_lead_is_requested_denied_and_handed_over(open_page: Pages, server: ServerProcess) -> None:
+def test_lead_is_requested_denied_and_handed_over(
+    open_page: BrowserPages, server: ServerProcess
+) -> None:
     ada = join(open_page, server.ws_url, displayName="Ada")
     bob = join(open_page, server.ws_url, displayName="Bob")
     refused = evaluate(bob, "() => refusal(band.play())")
@@ -108,7 +110,7 @@ def test_lead_is_requested_denied_and_handed_over(open_page: Pages, server: Serv
 
 
 @pytest.mark.slow
-def test_positions_from_the_devices(open_page: Pages, server: ServerProcess) -> None:
+def test_positions_from_the_devices(open_page: BrowserPages, server: ServerProcess) -> None:
     ada = join(open_page, server.ws_url)
     bob = join(open_page, server.ws_url)
     evaluate(ada, "() => band.play({ startInMs: 0 })")
@@ -124,7 +126,9 @@ def test_positions_from_the_devices(open_page: Pages, server: ServerProcess) -> 
     assert 900 < heard["driftMs"] < 1100
 
 
-def test_refusals_of_the_server_and_of_the_client(open_page: Pages, server: ServerProcess) -> None:
+def test_refusals_of_the_server_and_of_the_client(
+    open_page: BrowserPages, server: ServerProcess
+) -> None:
     page = open_band(open_page, server.ws_url)
     assert evaluate(page, "() => refusal(band.play())")["code"] == "not_connected"
     evaluate(page, JOIN)
@@ -144,7 +148,7 @@ def test_refusals_of_the_server_and_of_the_client(open_page: Pages, server: Serv
 
 
 @pytest.mark.slow
-def test_leaving_and_closing(open_page: Pages, server: ServerProcess) -> None:
+def test_leaving_and_closing(open_page: BrowserPages, server: ServerProcess) -> None:
     ada = join(open_page, server.ws_url)
     bob = join(open_page, server.ws_url)
     token, bob_id = bob.evaluate("[band.resumeToken, band.memberId]")
@@ -176,7 +180,9 @@ def test_leaving_and_closing(open_page: Pages, server: ServerProcess) -> None:
 
 
 @pytest.mark.slow
-def test_resume_elsewhere_supersedes_the_page(open_page: Pages, server: ServerProcess) -> None:
+def test_resume_elsewhere_supersedes_the_page(
+    open_page: BrowserPages, server: ServerProcess
+) -> None:
     here = join(open_page, server.ws_url)
     there = join(open_page, server.ws_url, resumeToken=here.evaluate("band.resumeToken"))
     until(here, "band.status === 'closed'")
@@ -189,7 +195,9 @@ def test_resume_elsewhere_supersedes_the_page(open_page: Pages, server: ServerPr
 
 
 @pytest.mark.slow
-def test_permanent_refusals_close_the_page_client(open_page: Pages, start_process: Start) -> None:
+def test_permanent_refusals_close_the_page_client(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     server = start_process(ALLOWED_ORIGINS=ORIGIN, JOIN_SECRET="s" * 32, MAX_MEMBERS="1")
     page = open_band(open_page, server.ws_url)
     assert evaluate(page, "() => refusal(band.join())")["code"] == "unauthorized"
@@ -206,7 +214,7 @@ def test_permanent_refusals_close_the_page_client(open_page: Pages, start_proces
     assert evaluate(nowhere, "() => refusal(band.join())")["code"] == "invalid_url"
 
 
-def test_ids_that_look_like_paths(open_page: Pages, server: ServerProcess) -> None:
+def test_ids_that_look_like_paths(open_page: BrowserPages, server: ServerProcess) -> None:
     page = join(open_page, server.ws_url, sessionId="..")
     assert page.evaluate("band.session.sessionId") == ".."
 
@@ -223,7 +231,7 @@ def assert_resumed(page: "Page", member_id: str) -> None:
 
 
 def test_page_resumes_after_a_cut_network(
-    open_page: Pages, server: ServerProcess, network_to: Connect
+    open_page: BrowserPages, server: ServerProcess, network_to: Connect
 ) -> None:
     network = network_to(server.port)
     ada = join(open_page, network.ws_url)
@@ -248,7 +256,7 @@ def test_page_resumes_after_a_cut_network(
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["both", "up", "down"])
 def test_silence_is_noticed_within_the_grace(
-    open_page: Pages, server: ServerProcess, network_to: Connect, direction: str
+    open_page: BrowserPages, server: ServerProcess, network_to: Connect, direction: str
 ) -> None:
     network = network_to(server.port)
     page = join(open_page, network.ws_url)
@@ -261,7 +269,7 @@ def test_silence_is_noticed_within_the_grace(
 
 @pytest.mark.slow
 def test_command_in_flight_at_a_loss_is_connection_lost(
-    open_page: Pages, server: ServerProcess, network_to: Connect
+    open_page: BrowserPages, server: ServerProcess, network_to: Connect
 ) -> None:
     network = network_to(server.port)
     page = join(open_page, network.ws_url)
@@ -278,7 +286,9 @@ def test_command_in_flight_at_a_loss_is_connection_lost(
 
 
 @pytest.mark.slow
-def test_offline_device_retries_until_online(open_page: Pages, server: ServerProcess) -> None:
+def test_offline_device_retries_until_online(
+    open_page: BrowserPages, server: ServerProcess
+) -> None:
     page = join(open_page, server.ws_url)
     member_id = page.evaluate("band.memberId")
     page.context.set_offline(True)
@@ -291,7 +301,7 @@ def test_offline_device_retries_until_online(open_page: Pages, server: ServerPro
 
 @pytest.mark.slow
 def test_slow_network_is_not_a_loss(
-    open_page: Pages, server: ServerProcess, network_to: Connect
+    open_page: BrowserPages, server: ServerProcess, network_to: Connect
 ) -> None:
     network = network_to(server.port)
     network.delay((600, 1200), (600, 1200))
@@ -307,7 +317,7 @@ def test_slow_network_is_not_a_loss(
 
 @pytest.mark.slow
 def test_page_resumes_after_a_server_kill(
-    open_page: Pages, start_process: Start, redis_server: RedisServer
+    open_page: BrowserPages, start_process: Start, redis_server: RedisServer
 ) -> None:
     server = start_process(
         ALLOWED_ORIGINS=ORIGIN, REDIS_ENABLED="true", REDIS_URL=redis_server.url()
@@ -321,7 +331,7 @@ def test_page_resumes_after_a_server_kill(
 
 
 def test_page_joins_a_server_without_its_session_anew(
-    open_page: Pages, server: ServerProcess
+    open_page: BrowserPages, server: ServerProcess
 ) -> None:
     page = join(open_page, server.ws_url)
     member_id, epoch = page.evaluate("[band.memberId, band.session.epoch]")
@@ -337,7 +347,7 @@ def test_page_joins_a_server_without_its_session_anew(
 
 
 def test_page_resumes_after_a_drain(
-    open_page: Pages, start_process: Start, redis_server: RedisServer
+    open_page: BrowserPages, start_process: Start, redis_server: RedisServer
 ) -> None:
     server = start_process(
         ALLOWED_ORIGINS=ORIGIN, REDIS_ENABLED="true", REDIS_URL=redis_server.url()
@@ -353,7 +363,7 @@ def test_page_resumes_after_a_drain(
 
 @pytest.mark.slow
 def test_page_leaves_a_server_that_hangs(
-    open_page: Pages, start_process: Start, redis_server: RedisServer
+    open_page: BrowserPages, start_process: Start, redis_server: RedisServer
 ) -> None:
     """One that hangs is left as a dead network is; the one behind the same address takes over."""
     server = start_process(
@@ -369,7 +379,7 @@ def test_page_leaves_a_server_that_hangs(
 
 @pytest.mark.slow
 def test_storage_lost_and_back(
-    open_page: Pages, start_process: Start, redis_server: RedisServer
+    open_page: BrowserPages, start_process: Start, redis_server: RedisServer
 ) -> None:
     server = start_process(
         ALLOWED_ORIGINS=ORIGIN, REDIS_ENABLED="true", REDIS_URL=redis_server.url()

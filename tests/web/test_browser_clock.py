@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.testbed.browsers import Pages, evaluate
+from scripts.testbed.browsers import BrowserPages, evaluate
 from scripts.testbed.network import Network
 from scripts.testbed.redis_server import RedisServer
 from scripts.testbed.server_process import ServerProcess
@@ -29,7 +29,7 @@ LOPSIDED = {"up": [20, 30], "down": [120, 160]}
 
 
 @pytest.fixture
-def page(open_page: Pages) -> "Page":
+def page(open_page: BrowserPages) -> "Page":
     """A page that can import the simulation and the clock."""
     return open_page.blank(NOWHERE, *WEB.rglob("*.js"), TESTS / "clock_simulation.js")
 
@@ -232,7 +232,7 @@ def test_error_bound_holds_with_real_servers(
     up: tuple[float, float],
     down: tuple[float, float],
 ) -> None:
-    # Without rate limits, so that every exchange of the reference is answered.
+    # The reference probes more often than the rate limit allows.
     server = start_process(ALLOWED_ORIGINS=NOWHERE, RATE_LIMIT_FACTOR="0")
     network = network_to(server.port)
     network.delay(up, down)
@@ -253,7 +253,7 @@ def test_error_bound_holds_with_real_servers(
 
 @pytest.mark.slow
 def test_two_pages_on_two_servers_are_together(
-    open_page: Pages,
+    open_page: BrowserPages,
     start_process: Callable[..., ServerProcess],
     network_to: Callable[[int], Network],
     redis_server: RedisServer,

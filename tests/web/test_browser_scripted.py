@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scripts.testbed.browsers import Pages, evaluate
+from scripts.testbed.browsers import BrowserPages, evaluate
 from tests.support.browser_band import details, open_band, statuses, until
 from tests.support.scripted_band import (
     EPOCH_MS,
@@ -30,7 +30,7 @@ def scripted() -> Iterator[ScriptedServer]:
 
 
 @pytest.fixture
-def joined(open_page: Pages, scripted: ScriptedServer) -> "tuple[Page, Peer]":
+def joined(open_page: BrowserPages, scripted: ScriptedServer) -> "tuple[Page, Peer]":
     """A page that leads "song", at version 1, and its connection."""
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void (globalThis.joining = band.join())")
@@ -231,7 +231,7 @@ def test_page_waits_longer_for_a_full_server(
 
 
 @pytest.mark.slow
-def test_backoff_doubles_with_jitter(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_backoff_doubles_with_jitter(open_page: BrowserPages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void band.join()")
     for _ in range(4):
@@ -279,7 +279,7 @@ def test_draining_is_waited_out(joined: "tuple[Page, Peer]", scripted: ScriptedS
 
 @pytest.mark.parametrize("code", ["conflict", "internal", "rate_limited"])
 def test_join_refused_temporarily_is_retried(
-    open_page: Pages, scripted: ScriptedServer, code: str
+    open_page: BrowserPages, scripted: ScriptedServer, code: str
 ) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void (globalThis.joining = band.join())")
@@ -302,7 +302,9 @@ def test_session_full_at_a_resume_is_retried(
     until(page, "band.status === 'online'")
 
 
-def test_other_protocol_version_is_unsupported(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_other_protocol_version_is_unsupported(
+    open_page: BrowserPages, scripted: ScriptedServer
+) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void (globalThis.refused = refusal(band.join()))")
     scripted.next().welcome(protocol=2)
@@ -391,7 +393,7 @@ def test_drift_corrections_and_stats(joined: "tuple[Page, Peer]") -> None:
 
 
 def test_a_token_can_be_fetched_for_each_connection(
-    open_page: Pages, scripted: ScriptedServer
+    open_page: BrowserPages, scripted: ScriptedServer
 ) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate(
@@ -410,7 +412,7 @@ def test_a_token_can_be_fetched_for_each_connection(
     until(page, "band.status === 'online'")
 
 
-def test_closing_while_joining(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_closing_while_joining(open_page: BrowserPages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     page.evaluate("void (globalThis.refused = refusal(band.join()))")
     scripted.next().welcome()
@@ -420,7 +422,7 @@ def test_closing_while_joining(open_page: Pages, scripted: ScriptedServer) -> No
     assert scripted.connections == 1
 
 
-def test_instants_of_beats_in_javascript(open_page: Pages, scripted: ScriptedServer) -> None:
+def test_instants_of_beats_in_javascript(open_page: BrowserPages, scripted: ScriptedServer) -> None:
     page = open_band(open_page, scripted.ws_url)
     found = page.evaluate(
         """() => {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
+from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, BrowserPages
 from scripts.testbed.redis_server import RedisServer, free_port
 from scripts.testbed.server_process import ServerProcess
 from tests.support.accessibility import violations
@@ -97,7 +97,7 @@ def on_redis(start_process: Start, redis_server: RedisServer) -> ServerProcess:
 
 
 def test_redis_is_killed_and_comes_back(
-    open_page: Pages, on_redis: ServerProcess, redis_server: RedisServer
+    open_page: BrowserPages, on_redis: ServerProcess, redis_server: RedisServer
 ) -> None:
     from playwright.sync_api import expect
 
@@ -144,7 +144,7 @@ def test_redis_is_killed_and_comes_back(
 
 
 @pytest.mark.slow
-def test_the_server_goes_away_and_comes_back(open_page: Pages, start_process: Start) -> None:
+def test_the_server_goes_away_and_comes_back(open_page: BrowserPages, start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     page = open_page(f"{server.url}/ops", tolerate=LOST_CONNECTIONS)
     until(page, "() => document.querySelector('.chart .line0')?.getAttribute('d').length > 20")
@@ -171,7 +171,7 @@ def test_the_server_goes_away_and_comes_back(open_page: Pages, start_process: St
     )
 
 
-def test_a_browser_gives_the_token(open_page: Pages, start_process: Start) -> None:
+def test_a_browser_gives_the_token(open_page: BrowserPages, start_process: Start) -> None:
     server = start_process(ADMIN_TOKEN="höchst geheim")
     assert open_page().request.get(f"{server.url}/ops").status == 401
     page = open_page(http_credentials={"username": "ops", "password": "höchst geheim"})
@@ -180,7 +180,7 @@ def test_a_browser_gives_the_token(open_page: Pages, start_process: Start) -> No
 
 
 @pytest.mark.slow
-def test_rejected_token_is_shown(open_page: Pages, start_process: Start) -> None:
+def test_rejected_token_is_shown(open_page: BrowserPages, start_process: Start) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops", tolerate=UNAUTHORIZED)
     says(page, WELL)
@@ -191,7 +191,9 @@ def test_rejected_token_is_shown(open_page: Pages, start_process: Start) -> None
 
 
 @pytest.mark.slow
-def test_screen_ignores_answers_of_another_server(open_page: Pages, start_process: Start) -> None:
+def test_screen_ignores_answers_of_another_server(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     server, other = start_process(SERVER_ID="left"), start_process(SERVER_ID="right")
     page = open_page(f"{server.url}/ops")
     says(page, WELL)
@@ -229,7 +231,7 @@ def altered(page: "Page", alter: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.slow
-def test_background_tab_dates_its_title(open_page: Pages, start_process: Start) -> None:
+def test_background_tab_dates_its_title(open_page: BrowserPages, start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     page = open_page(tolerate=LOST_CONNECTIONS)
     page.add_init_script(MAY_HIDE)
@@ -248,7 +250,7 @@ def test_background_tab_dates_its_title(open_page: Pages, start_process: Start) 
 
 @pytest.mark.slow
 def test_tab_that_slept_polls_before_it_claims_health(
-    open_page: Pages, start_process: Start
+    open_page: BrowserPages, start_process: Start
 ) -> None:
     server = start_process()
     page = open_page(tolerate=LOST_CONNECTIONS)
@@ -283,7 +285,7 @@ def test_tab_that_slept_polls_before_it_claims_health(
     ids=["events", "verdict", "samples", "storage", "since", "others"],
 )
 def test_screen_reports_its_own_failure_and_recovers(
-    open_page: Pages, start_process: Start, alter: Callable[[Any], None]
+    open_page: BrowserPages, start_process: Start, alter: Callable[[Any], None]
 ) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops", tolerate=re.compile("TypeError|RangeError"))
@@ -303,7 +305,9 @@ def test_screen_reports_its_own_failure_and_recovers(
     says(page, WELL)
 
 
-def test_unknown_values_of_a_newer_server_are_shown(open_page: Pages, start_process: Start) -> None:
+def test_unknown_values_of_a_newer_server_are_shown(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     server = start_process()
     page = open_page()
 
@@ -334,7 +338,9 @@ def test_unknown_values_of_a_newer_server_are_shown(open_page: Pages, start_proc
 
 
 @pytest.mark.slow
-def test_redis_never_reached_is_not_shown_as_lost(open_page: Pages, start_process: Start) -> None:
+def test_redis_never_reached_is_not_shown_as_lost(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     server = start_process(REDIS_ENABLED="true", REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
     page = open_page(f"{server.url}/ops")
     says(page, "Redis is not there")
@@ -346,7 +352,7 @@ def test_redis_never_reached_is_not_shown_as_lost(open_page: Pages, start_proces
 
 @pytest.mark.slow
 def test_bands_that_are_cut_apart(
-    open_page: Pages, redis_server: RedisServer, start_process: Start
+    open_page: BrowserPages, redis_server: RedisServer, start_process: Start
 ) -> None:
     left, right = (
         start_process(
@@ -374,7 +380,7 @@ def test_bands_that_are_cut_apart(
 
 @pytest.mark.slow
 def test_it_asks_for_what_is_new_only_and_nobody_else(
-    open_page: Pages, start_process: Start
+    open_page: BrowserPages, start_process: Start
 ) -> None:
     server = start_process()
     page = open_page()
@@ -390,7 +396,7 @@ def test_it_asks_for_what_is_new_only_and_nobody_else(
 
 
 @pytest.mark.slow
-def test_the_charts_can_be_read(open_page: Pages, start_process: Start) -> None:
+def test_the_charts_can_be_read(open_page: BrowserPages, start_process: Start) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops")
     until(page, "() => document.querySelector('.chart .line0')?.getAttribute('d').length > 40")
@@ -411,7 +417,9 @@ def test_the_charts_can_be_read(open_page: Pages, start_process: Start) -> None:
 
 
 @pytest.mark.slow
-def test_the_span_of_the_timeline_by_keyboard(open_page: Pages, start_process: Start) -> None:
+def test_the_span_of_the_timeline_by_keyboard(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     server = start_process()
     page = open_page(f"{server.url}/ops")
     says(page, WELL)
@@ -424,7 +432,7 @@ def test_the_span_of_the_timeline_by_keyboard(open_page: Pages, start_process: S
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("screen", ["phone", pytest.param("wide", marks=pytest.mark.slow)])
 def test_it_is_accessible(
-    open_page: Pages,
+    open_page: BrowserPages,
     on_redis: ServerProcess,
     redis_server: RedisServer,
     scheme: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, Pages
+from scripts.testbed.browsers import LOST_CONNECTIONS, PATIENCE_MS, BrowserPages
 from scripts.testbed.server_process import ServerProcess
 from tests.support.stage_pages import open_stage, shows
 from tests.support.web_files import WEB_FILES
@@ -143,7 +143,7 @@ def alive(page: "Page", version: int) -> None:
     assert page.locator("#session").input_value()
 
 
-def kept_page(open_page: Pages, house: House) -> "Page":
+def kept_page(open_page: BrowserPages, house: House) -> "Page":
     """A page that was opened once, and is kept."""
     page = open_page(f"{house.url}/", tolerate=TOLERATED)
     page.evaluate("() => navigator.serviceWorker.ready")
@@ -178,7 +178,7 @@ def wait_for_versions(page: "Page", wanted: Callable[[list[list[str]]], bool]) -
 
 
 def test_the_page_opens_without_a_network(
-    open_page: Pages, start_process: Callable[..., ServerProcess]
+    open_page: BrowserPages, start_process: Callable[..., ServerProcess]
 ) -> None:
     server = start_process()
     ann = open_stage(open_page, server, "Ann", tolerate=LOST_CONNECTIONS)
@@ -191,7 +191,7 @@ def test_the_page_opens_without_a_network(
 
 
 def test_service_worker_keeps_all_requested_files(
-    open_page: Pages, start_process: Callable[..., ServerProcess]
+    open_page: BrowserPages, start_process: Callable[..., ServerProcess]
 ) -> None:
     server = start_process()
     asked: list[str] = []
@@ -211,7 +211,7 @@ def test_service_worker_keeps_all_requested_files(
 
 
 @pytest.mark.slow
-def test_hanging_server_delays_the_kept_page_once(open_page: Pages, house: House) -> None:
+def test_hanging_server_delays_the_kept_page_once(open_page: BrowserPages, house: House) -> None:
     page = kept_page(open_page, house)
     house.hung = {"/", *(f"/{name}" for name in WEB_FILES)}
     house.asked.clear()
@@ -229,7 +229,9 @@ def test_hanging_server_delays_the_kept_page_once(open_page: Pages, house: House
         pytest.param(503, marks=pytest.mark.slow),
     ],
 )
-def test_gateway_error_opens_the_kept_page(open_page: Pages, house: House, status: int) -> None:
+def test_gateway_error_opens_the_kept_page(
+    open_page: BrowserPages, house: House, status: int
+) -> None:
     page = kept_page(open_page, house)
     house.status = status
     page.reload()
@@ -237,7 +239,7 @@ def test_gateway_error_opens_the_kept_page(open_page: Pages, house: House, statu
 
 
 @pytest.mark.slow
-def test_query_does_not_change_the_kept_page(open_page: Pages, house: House) -> None:
+def test_query_does_not_change_the_kept_page(open_page: BrowserPages, house: House) -> None:
     page = kept_page(open_page, house)
     page.goto(f"{house.url}/?from=a+friend#song")
     alive(page, 1)
@@ -247,7 +249,7 @@ def test_query_does_not_change_the_kept_page(open_page: Pages, house: House) -> 
     alive(page, 1)
 
 
-def test_an_upgrade_is_seen_at_once(open_page: Pages, house: House) -> None:
+def test_an_upgrade_is_seen_at_once(open_page: BrowserPages, house: House) -> None:
     page = kept_page(open_page, house)
     for version in (2, 3, 2):
         house.version = version
@@ -262,7 +264,9 @@ def test_an_upgrade_is_seen_at_once(open_page: Pages, house: House) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["/words.js", "/stage.js", "/stage.css"])
-def test_slow_upgrade_is_shown_at_the_next_load(open_page: Pages, house: House, file: str) -> None:
+def test_slow_upgrade_is_shown_at_the_next_load(
+    open_page: BrowserPages, house: House, file: str
+) -> None:
     page = kept_page(open_page, house)
     house.version = 2
     house.hung = {file}
@@ -275,7 +279,9 @@ def test_slow_upgrade_is_shown_at_the_next_load(open_page: Pages, house: House, 
 
 
 @pytest.mark.slow
-def test_network_lost_during_an_upgrade_keeps_the_old_page(open_page: Pages, house: House) -> None:
+def test_network_lost_during_an_upgrade_keeps_the_old_page(
+    open_page: BrowserPages, house: House
+) -> None:
     page = kept_page(open_page, house)
     house.version = 2
     house.lost = {"/words.js"}
@@ -285,7 +291,7 @@ def test_network_lost_during_an_upgrade_keeps_the_old_page(open_page: Pages, hou
 
 
 @pytest.mark.parametrize("file", ["/stage.js", pytest.param("/words.js", marks=pytest.mark.slow)])
-def test_mixed_versions_are_not_kept(open_page: Pages, house: House, file: str) -> None:
+def test_mixed_versions_are_not_kept(open_page: BrowserPages, house: House, file: str) -> None:
     page = kept_page(open_page, house)
     # A file of the version before has changed already, so that there is something to keep.
     house.version = 2
@@ -302,7 +308,7 @@ def test_mixed_versions_are_not_kept(open_page: Pages, house: House, file: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [302, 403])
 def test_redirect_or_denial_is_shown_and_not_kept(
-    open_page: Pages, house: House, status: int
+    open_page: BrowserPages, house: House, status: int
 ) -> None:
     page = kept_page(open_page, house)
     house.status = status
@@ -315,7 +321,7 @@ def test_redirect_or_denial_is_shown_and_not_kept(
 
 
 @pytest.mark.slow
-def test_service_worker_ignores_other_pages(open_page: Pages, house: House) -> None:
+def test_service_worker_ignores_other_pages(open_page: BrowserPages, house: House) -> None:
     page = kept_page(open_page, house)
     page.goto(f"{house.url}/login")
     assert page.title() == "Log in"
@@ -325,7 +331,7 @@ def test_service_worker_ignores_other_pages(open_page: Pages, house: House) -> N
 
 
 @pytest.mark.slow
-def test_new_service_worker_waits_for_open_pages(open_page: Pages, house: House) -> None:
+def test_new_service_worker_waits_for_open_pages(open_page: BrowserPages, house: House) -> None:
     page = kept_page(open_page, house)
     page.reload()
     alive(page, 1)
@@ -353,7 +359,7 @@ def test_new_service_worker_waits_for_open_pages(open_page: Pages, house: House)
 
 
 @pytest.mark.slow
-def test_two_pages_at_once(open_page: Pages, house: House) -> None:
+def test_two_pages_at_once(open_page: BrowserPages, house: House) -> None:
     page = kept_page(open_page, house)
     house.version = 2
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ import pytest
 import zxingcpp
 from PIL import Image
 
-from scripts.testbed.browsers import Pages
+from scripts.testbed.browsers import BrowserPages
 from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ from tests.support.stage_pages import (
 )
 
 
-def test_two_phones_play_together(open_page: Pages, server_process: ServerProcess) -> None:
+def test_two_phones_play_together(open_page: BrowserPages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann", **PHONE)
     assert ann.url == f"{server_process.url}/#song"
     bob = open_stage(open_page, server_process, "Bob", **PHONE)
@@ -53,7 +53,7 @@ def test_two_phones_play_together(open_page: Pages, server_process: ServerProces
     shows(bob, "#barNumber", "Bar 1")
 
 
-def test_the_leader_conducts(open_page: Pages, server_process: ServerProcess) -> None:
+def test_the_leader_conducts(open_page: BrowserPages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     ann.get_by_label("BPM", exact=True).fill("90")
@@ -85,7 +85,7 @@ def test_the_leader_conducts(open_page: Pages, server_process: ServerProcess) ->
 
 
 @pytest.mark.slow
-def test_tapping_sets_the_tempo(open_page: Pages, server_process: ServerProcess) -> None:
+def test_tapping_sets_the_tempo(open_page: BrowserPages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     # Events carry their own times, so that a busy page does not falsify them.
@@ -99,7 +99,9 @@ def test_tapping_sets_the_tempo(open_page: Pages, server_process: ServerProcess)
     shows(bob, "#tempo", "150")
 
 
-def test_chat_is_text_and_unread_is_shown(open_page: Pages, server_process: ServerProcess) -> None:
+def test_chat_is_text_and_unread_is_shown(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "<b>Bob</b>", **PHONE)
     markup = '<img src=x onerror="alert(1)"> hello'
@@ -118,7 +120,7 @@ def test_chat_is_text_and_unread_is_shown(open_page: Pages, server_process: Serv
 
 @pytest.mark.slow
 def test_members_are_shown_with_their_quality(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     open_stage(open_page, server_process, "Bob")
@@ -132,7 +134,9 @@ def test_members_are_shown_with_their_quality(
     shows(ann, "#bandTitle", "Band (2)")
 
 
-def test_the_invitation_can_be_scanned(open_page: Pages, server_process: ServerProcess) -> None:
+def test_the_invitation_can_be_scanned(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, server_process, "Ann", session="Our.Song_2-b", **PHONE)
     ann.get_by_role("button", name="Invite").click()
     picture = Image.open(io.BytesIO(ann.locator("#qr").screenshot()))
@@ -146,7 +150,9 @@ def test_the_invitation_can_be_scanned(open_page: Pages, server_process: ServerP
 
 
 @pytest.mark.slow
-def test_pass_is_requested_or_read_from_the_link(open_page: Pages, start_process: Start) -> None:
+def test_pass_is_requested_or_read_from_the_link(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     secret = "0123456789abcdef0123456789abcdef"
     server = start_process(JOIN_SECRET=secret)
     token = jwt.encode({"sub": "ann", "session": "song", "exp": 4_000_000_000}, secret)
@@ -169,7 +175,9 @@ def test_pass_is_requested_or_read_from_the_link(open_page: Pages, start_process
 
 
 @pytest.mark.slow
-def test_draft_survives_changes_of_others(open_page: Pages, server_process: ServerProcess) -> None:
+def test_draft_survives_changes_of_others(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     ann.get_by_label("Message to the band").fill("Bridge, then")
@@ -181,7 +189,7 @@ def test_draft_survives_changes_of_others(open_page: Pages, server_process: Serv
 
 
 @pytest.mark.slow
-def test_rapid_clicks_all_count(open_page: Pages, server_process: ServerProcess) -> None:
+def test_rapid_clicks_all_count(open_page: BrowserPages, server_process: ServerProcess) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     ann.evaluate("() => { for (let i = 0; i < 5; i++) document.getElementById('faster').click(); }")
@@ -189,7 +197,9 @@ def test_rapid_clicks_all_count(open_page: Pages, server_process: ServerProcess)
 
 
 @pytest.mark.slow
-def test_bar_of_the_tempo_that_comes(open_page: Pages, server_process: ServerProcess) -> None:
+def test_bar_of_the_tempo_that_comes(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     ann.get_by_label("Count-in").select_option("0")
     ann.get_by_role("button", name="Play").click()
@@ -205,7 +215,7 @@ def test_bar_of_the_tempo_that_comes(open_page: Pages, server_process: ServerPro
 
 @pytest.mark.slow
 def test_link_to_another_session_keeps_the_current_one(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     ann.evaluate("() => { location.hash = '#other&pass=secret'; }")
@@ -218,7 +228,9 @@ def test_link_to_another_session_keeps_the_current_one(
 
 
 @pytest.mark.slow
-def test_bidirectional_name_is_isolated(open_page: Pages, server_process: ServerProcess) -> None:
+def test_bidirectional_name_is_isolated(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     open_stage(open_page, server_process, "\u202eevil")
     bob = open_stage(open_page, server_process, "Bob")
     shows(bob, "#reason", "Only \u2068\u202eevil\u2069, who leads, can use these.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.testbed.browsers import Pages
+from scripts.testbed.browsers import BrowserPages
 from scripts.testbed.server_process import ServerProcess
 from tests.support.stage_pages import Start, enter, shows, until
 
@@ -31,7 +31,7 @@ def house() -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
-def page(open_page: Pages, house: ServerProcess) -> "Page":
+def page(open_page: BrowserPages, house: ServerProcess) -> "Page":
     """A page that can import the stage's modules."""
     return open_page.blank(house.url)
 
@@ -214,7 +214,7 @@ HEAR = """() => {
 }"""
 
 
-def clicking(open_page: Pages, server: ServerProcess, bpm: int, trim: int = 0) -> "Page":
+def clicking(open_page: BrowserPages, server: ServerProcess, bpm: int, trim: int = 0) -> "Page":
     """A leader alone whose click is on, and whose clock is known."""
     page = open_page()
     page.add_init_script(f"({HEAR})()")
@@ -248,7 +248,9 @@ def sounded(page: "Page", count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trim", [0, 150])
-def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, trim: int) -> None:
+def test_the_click_falls_on_the_beat(
+    open_page: BrowserPages, start_process: Start, trim: int
+) -> None:
     """On the audio clock, from the first beat on, where the light has them; earlier by the trim.
 
     Somebody chats meanwhile, which must not touch it.
@@ -282,7 +284,7 @@ def test_the_click_falls_on_the_beat(open_page: Pages, start_process: Start, tri
 
 
 @pytest.mark.slow
-def test_count_in_sounds_every_beat(open_page: Pages, start_process: Start) -> None:
+def test_count_in_sounds_every_beat(open_page: BrowserPages, start_process: Start) -> None:
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("1")
     page.get_by_role("button", name="Play").click()
@@ -293,7 +295,7 @@ def test_count_in_sounds_every_beat(open_page: Pages, start_process: Start) -> N
 
 
 @pytest.mark.slow
-def test_seek_back_clicks_at_once(open_page: Pages, start_process: Start) -> None:
+def test_seek_back_clicks_at_once(open_page: BrowserPages, start_process: Start) -> None:
     """The first bar again, whose beats have just sounded."""
     page = clicking(open_page, start_process(), 240)
     page.get_by_label("Count-in").select_option("0")
@@ -316,7 +318,7 @@ def test_seek_back_clicks_at_once(open_page: Pages, start_process: Start) -> Non
 
 
 @pytest.mark.slow
-def test_tempo_change_cuts_no_sounding_click(open_page: Pages, start_process: Start) -> None:
+def test_tempo_change_cuts_no_sounding_click(open_page: BrowserPages, start_process: Start) -> None:
     """A tempo change plans future clicks anew and leaves sounding ones alone."""
     page = clicking(open_page, start_process(), 120)
     page.get_by_label("Count-in").select_option("0")
@@ -330,7 +332,9 @@ def test_tempo_change_cuts_no_sounding_click(open_page: Pages, start_process: St
 
 
 @pytest.mark.slow
-def test_suspended_audio_resumes_at_the_next_touch(open_page: Pages, start_process: Start) -> None:
+def test_suspended_audio_resumes_at_the_next_touch(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     """A phone call suspends audio: the button says so, and the next touch resumes it."""
     page = open_page()
     page.add_init_script(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scripts.testbed.browsers import Pages
+from scripts.testbed.browsers import BrowserPages
 from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ from tests.support.stage_pages import PHONE, open_stage, shows, until
 
 @pytest.mark.slow
 def test_trims_and_colours_survive_a_reload(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     ann.get_by_label("Shift the light").fill("-40")
@@ -30,7 +30,7 @@ def test_trims_and_colours_survive_a_reload(
 
 
 def test_the_page_is_small_and_asks_nobody_else(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     page = open_page(service_workers="block")
     session = page.context.new_cdp_session(page)
@@ -50,7 +50,7 @@ def test_the_page_is_small_and_asks_nobody_else(
     "width", [320, *(pytest.param(w, marks=pytest.mark.slow) for w in (390, 768, 1280))]
 )
 def test_nothing_is_wider_than_the_screen(
-    open_page: Pages, server_process: ServerProcess, width: int
+    open_page: BrowserPages, server_process: ServerProcess, width: int
 ) -> None:
     long = "W" * 64
     page = open_stage(
@@ -76,7 +76,7 @@ TURNED = [
 
 @pytest.mark.parametrize(("width", "height"), TURNED)
 def test_landscape_phone_shows_light_and_position(
-    open_page: Pages, server_process: ServerProcess, width: int, height: int
+    open_page: BrowserPages, server_process: ServerProcess, width: int, height: int
 ) -> None:
     page = open_stage(open_page, server_process, "Ann", viewport={"width": width, "height": height})
     for name in ("play", "band", "chat", "device"):
@@ -96,7 +96,7 @@ def test_landscape_phone_shows_light_and_position(
 
 @pytest.mark.slow
 def test_scrolling_with_a_thumb_on_the_scrubber_moves_no_song(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann", **PHONE)
     bob = open_stage(open_page, server_process, "Bob")

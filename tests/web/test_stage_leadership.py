@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scripts.testbed.browsers import Pages
+from scripts.testbed.browsers import BrowserPages
 from scripts.testbed.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ from tests.support.stage_pages import Start, open_stage, shows
 
 
 def test_the_lead_is_asked_for_refused_and_handed_over(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
@@ -37,7 +37,9 @@ def test_the_lead_is_asked_for_refused_and_handed_over(
 
 
 @pytest.mark.slow
-def test_the_lead_can_be_taken_where_it_is_open(open_page: Pages, start_process: Start) -> None:
+def test_the_lead_can_be_taken_where_it_is_open(
+    open_page: BrowserPages, start_process: Start
+) -> None:
     server = start_process(LEADERSHIP="open")
     ann = open_stage(open_page, server, "Ann")
     bob = open_stage(open_page, server, "Bob")
@@ -48,7 +50,7 @@ def test_the_lead_can_be_taken_where_it_is_open(open_page: Pages, start_process:
 
 @pytest.mark.slow
 def test_lead_of_a_present_leader_cannot_be_taken(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
@@ -57,7 +59,9 @@ def test_lead_of_a_present_leader_cannot_be_taken(
 
 
 @pytest.mark.slow
-def test_the_lead_of_somebody_away_is_free(open_page: Pages, server_process: ServerProcess) -> None:
+def test_the_lead_of_somebody_away_is_free(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     shows(ann, "#bandTitle", "Band (2)")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jwt
 import pytest
 
-from scripts.testbed.browsers import LOST_CONNECTIONS, Pages
+from scripts.testbed.browsers import LOST_CONNECTIONS, BrowserPages
 from scripts.testbed.network import Network
 from scripts.testbed.redis_server import RedisServer
 from scripts.testbed.server_process import ServerProcess
@@ -30,7 +30,7 @@ from tests.support.stage_pages import (
 
 @pytest.mark.slow
 def test_stage_resumes_after_a_lost_network(
-    open_page: Pages, server_process: ServerProcess, network_to: Callable[[int], Network]
+    open_page: BrowserPages, server_process: ServerProcess, network_to: Callable[[int], Network]
 ) -> None:
     network = network_to(server_process.port)
     ann = enter(open_page(f"{network.url}/#song", tolerate=LOST_CONNECTIONS), "Ann")
@@ -53,7 +53,7 @@ def test_stage_resumes_after_a_lost_network(
 
 @pytest.mark.slow
 def test_redis_dies_and_no_beat_is_missed(
-    open_page: Pages, redis_server_process: ServerProcess, redis_server: RedisServer
+    open_page: BrowserPages, redis_server_process: ServerProcess, redis_server: RedisServer
 ) -> None:
     ann = open_stage(open_page, redis_server_process, "Ann")
     bob = open_stage(open_page, redis_server_process, "Bob")
@@ -81,7 +81,9 @@ def test_redis_dies_and_no_beat_is_missed(
 
 
 @pytest.mark.slow
-def test_the_server_is_restarted(open_page: Pages, redis_server_process: ServerProcess) -> None:
+def test_the_server_is_restarted(
+    open_page: BrowserPages, redis_server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, redis_server_process, "Ann", tolerate=LOST_CONNECTIONS)
     bob = open_stage(open_page, redis_server_process, "Bob", tolerate=LOST_CONNECTIONS)
     ann.get_by_label("Count-in").select_option("0")
@@ -100,7 +102,9 @@ def test_the_server_is_restarted(open_page: Pages, redis_server_process: ServerP
     assert_in_step(wait_for_beats(bob, 6))
 
 
-def test_reload_resumes_the_same_member(open_page: Pages, server_process: ServerProcess) -> None:
+def test_reload_resumes_the_same_member(
+    open_page: BrowserPages, server_process: ServerProcess
+) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     bob = open_stage(open_page, server_process, "Bob")
     shows(ann, "#bandTitle", "Band (2)")
@@ -119,7 +123,7 @@ def test_reload_resumes_the_same_member(open_page: Pages, server_process: Server
 
 @pytest.mark.slow
 def test_duplicated_tab_takes_over_the_membership(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     ann = open_stage(open_page, server_process, "Ann")
     seat = ann.evaluate("() => sessionStorage.getItem('bandsync.seat')")
@@ -133,7 +137,7 @@ def test_duplicated_tab_takes_over_the_membership(
 
 @pytest.mark.slow
 def test_controls_do_not_move_during_requests_and_outages(
-    open_page: Pages, redis_server_process: ServerProcess, redis_server: RedisServer
+    open_page: BrowserPages, redis_server_process: ServerProcess, redis_server: RedisServer
 ) -> None:
     """Requests for the lead and storage news leave the controls in place."""
     ann = open_stage(open_page, redis_server_process, "Ann", **PHONE)
@@ -152,7 +156,7 @@ def test_controls_do_not_move_during_requests_and_outages(
 
 @pytest.mark.slow
 def test_banner_names_the_members_out_of_reach_during_an_outage(
-    open_page: Pages, redis_server: RedisServer, start_process: Start
+    open_page: BrowserPages, redis_server: RedisServer, start_process: Start
 ) -> None:
     ours, theirs = (
         start_process(REDIS_ENABLED="true", REDIS_URL=redis_server.url(), SERVER_ID=name)
@@ -171,7 +175,7 @@ def test_banner_names_the_members_out_of_reach_during_an_outage(
 
 @pytest.mark.slow
 def test_join_waits_for_an_absent_server_until_cancelled(
-    open_page: Pages, server_process: ServerProcess
+    open_page: BrowserPages, server_process: ServerProcess
 ) -> None:
     # There is nobody to give the worker that keeps the page, either.
     page = open_page(
@@ -190,7 +194,7 @@ def test_join_waits_for_an_absent_server_until_cancelled(
 
 @pytest.mark.slow
 def test_expired_pass_still_resumes(
-    open_page: Pages, start_process: Start, network_to: Callable[[int], Network]
+    open_page: BrowserPages, start_process: Start, network_to: Callable[[int], Network]
 ) -> None:
     secret = "0123456789abcdef0123456789abcdef"
     server = start_process(JOIN_SECRET=secret)

@@ -13,7 +13,7 @@ _TAGS_PER_PASS = 500
 
 
 class Routes:
-    """Which master serves which slot.
+    """The master of each slot.
 
     Attributes:
         topology: the latest one, with the MOVED redirections since.

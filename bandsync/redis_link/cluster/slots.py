@@ -27,7 +27,7 @@ class Endpoint(NamedTuple):
 
 
 class Topology(Struct, frozen=True):
-    """Which master owns which slot.
+    """The owner of each slot.
 
     Attributes:
         owners: the master of each slot; None if it has none.

@@ -71,7 +71,7 @@ const now = () => latest.overview.now + performance.now() - latest.heardMs;
 let latest = null;
 /** Why there is no answer; null while there are answers. */
 let trouble = null;
-/** What this screen failed at, with the last answer; null if at nothing. @type {Error | null} */
+/** The failure of this screen at the last answer; null without one. @type {Error | null} */
 let failure = null;
 let span = "recent";
 /** Where the pointer is in the charts: a share of their span, or null. */
@@ -154,7 +154,7 @@ function silentMs() {
   return latest === null ? 0 : performance.now() - latest.heardMs;
 }
 
-/** What is to be said first; null before there is anything to say. */
+/** The headline of the screen; null before the first answer. */
 function state() {
   const asOf = latest === null ? "" : `What is shown is as of ${duration(silentMs())} ago.`;
   const since = latest === null ? null : latest.overview.now;

@@ -20,7 +20,7 @@ const SVG = "http://www.w3.org/2000/svg";
 /**
  * The beats to draw at an instant of the session.
  *
- * @param {object} transport of protocol.md section 1
+ * @param {object} transport as in PROTOCOL.md
  * @param {number} t milliseconds, session clock
  * @param {number | null} countInFrom as of the session
  * @returns {{state: "stopped" | "paused" | "starting" | "playing", running: boolean,

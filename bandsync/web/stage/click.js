@@ -147,7 +147,7 @@ export class Click {
 /**
  * The beats of a transport between two instants, count-in included.
  *
- * @param {object} transport of protocol.md section 1
+ * @param {object} transport as in PROTOCOL.md
  * @param {number} from milliseconds, session clock
  * @param {number} till not included
  * @param {number | null} countInFrom as of the session
