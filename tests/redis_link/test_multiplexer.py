@@ -19,7 +19,7 @@ from tests.support.scripted_redis import ADDRESS, ScriptedRedis, start
 from tests.support.servers import PATIENCE_S
 
 
-async def test_all_that_wait_learn_of_the_loss(proxy: FaultProxy, nursery: trio.Nursery) -> None:
+async def test_loss_fails_all_waiting_commands(proxy: FaultProxy, nursery: trio.Nursery) -> None:
     link = link_to(proxied(proxy))
     outcome = await start(nursery, link)
     errors: list[RedisError] = []
@@ -52,13 +52,15 @@ async def test_all_that_wait_learn_of_the_loss(proxy: FaultProxy, nursery: trio.
         await link.execute("PING")
 
 
-async def test_a_killed_redis(redis_server: RedisServer, nursery: trio.Nursery) -> None:
+async def test_killed_redis_is_a_loss(redis_server: RedisServer, nursery: trio.Nursery) -> None:
     outcome = await start(nursery, link_to(redis_server.url()))
     redis_server.kill()
     assert loss_reason(await outcome.wait()) == "reset"
 
 
-async def test_cancelled(shared_redis: RedisServer, nursery: trio.Nursery) -> None:
+async def test_cancelled_run_closes_the_connection(
+    shared_redis: RedisServer, nursery: trio.Nursery
+) -> None:
     link = link_to(shared_redis.url())
     with trio.fail_after(PATIENCE_S):
         async with trio.open_nursery() as links:
@@ -83,7 +85,7 @@ async def test_cancelled(shared_redis: RedisServer, nursery: trio.Nursery) -> No
         (b"+PONG\r\n+PONG\r\n", "protocol"),
     ],
 )
-async def test_odd_replies(
+async def test_malformed_replies_are_a_loss(
     said: bytes, reason: str, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
@@ -104,7 +106,7 @@ async def test_odd_replies(
     assert loss_reason(await outcome.wait()) == reason
 
 
-async def test_a_reply_that_nobody_asked_for(
+async def test_unexpected_reply_is_a_loss(
     monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
@@ -113,7 +115,7 @@ async def test_a_reply_that_nobody_asked_for(
     assert loss_reason(await outcome.wait()) == "protocol"
 
 
-async def test_too_much_waits(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> None:
+async def test_full_queue_is_a_loss(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> None:
     scripted = ScriptedRedis(monkeypatch)
     link = link_to(ADDRESS, max_queued=3)
     outcome = await start(nursery, link, scripted)
@@ -131,7 +133,7 @@ async def test_too_much_waits(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nur
     assert loss_reason(await outcome.wait()) == "overloaded"
 
 
-async def test_silence(
+async def test_silence_is_a_loss(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -153,7 +155,7 @@ async def test_silence(
     assert isinstance(await outcome.wait(), TimeoutError)
 
 
-async def test_silence_counts_from_the_latest_sign_of_life(
+async def test_silence_counts_from_the_latest_data(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -191,7 +193,7 @@ async def test_silence_counts_from_the_latest_sign_of_life(
     assert trio.current_time() - began == pytest.approx(5)
 
 
-async def test_the_oldest_counts_not_the_newest(
+async def test_oldest_command_counts_for_silence(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -213,7 +215,7 @@ async def test_the_oldest_counts_not_the_newest(
     assert trio.current_time() - began == pytest.approx(1.2)
 
 
-async def test_the_watch_sleeps_while_replies_come(
+async def test_watch_sleeps_while_replies_arrive(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -237,7 +239,7 @@ async def test_the_watch_sleeps_while_replies_come(
     assert len(deadlines) <= 20
 
 
-async def test_a_peer_that_does_not_read(
+async def test_peer_that_does_not_read_is_a_loss(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -252,7 +254,7 @@ async def test_a_peer_that_does_not_read(
     assert trio.current_time() - began == pytest.approx(1)
 
 
-async def test_a_stopped_redis_and_a_black_hole(
+async def test_stopped_redis_and_dropped_packets_are_a_loss(
     redis_server: RedisServer, proxy: FaultProxy, nursery: trio.Nursery
 ) -> None:
     link = link_to(proxied(proxy), silence_s=0.2)
@@ -274,7 +276,7 @@ async def test_a_stopped_redis_and_a_black_hole(
         redis_server.resume()
 
 
-async def test_our_own_stall_is_not_the_silence_of_redis(
+async def test_own_stall_is_not_silence_of_redis(
     shared_redis: RedisServer, nursery: trio.Nursery
 ) -> None:
     silence_s = 1.0
@@ -290,7 +292,7 @@ async def test_our_own_stall_is_not_the_silence_of_redis(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_reply_that_is_on_its_way_gets_as_long_as_we_were_away(
+async def test_reply_in_flight_is_awaited_after_a_stall(
     shared_redis: RedisServer, nursery: trio.Nursery
 ) -> None:
     link = link_to(shared_redis.url(), silence_s=1.0)
@@ -303,7 +305,7 @@ async def test_a_reply_that_is_on_its_way_gets_as_long_as_we_were_away(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_stall_before_the_command_is_sent(
+async def test_stall_before_the_send_is_not_silence(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -330,7 +332,7 @@ async def test_a_stall_before_the_command_is_sent(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_stall_while_the_watch_waits_for_the_reader(
+async def test_stall_of_the_reader_is_not_silence(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,

@@ -35,7 +35,7 @@ from bandsync.redis_link.redis_address import RedisAddress, TLSOptions, parse_ad
         ),
     ],
 )
-def test_addresses(url: str, address: RedisAddress, text: str) -> None:
+def test_url_is_parsed(url: str, address: RedisAddress, text: str) -> None:
     assert parse_address(url) == address
     assert str(address) == repr(address) == text
 
@@ -62,12 +62,12 @@ def test_addresses(url: str, address: RedisAddress, text: str) -> None:
         "unix://",
     ],
 )
-def test_bad_addresses_keep_their_secrets(url: str) -> None:
+def test_error_of_a_bad_url_has_no_secret(url: str) -> None:
     with pytest.raises(ValueError, match=r"^(must|has) ") as raised:
         parse_address(url)
     assert not re.search("secret|ret@|sec", str(raised.value).replace("security", ""))
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
 
 
-def test_tls_options_keep_their_secret() -> None:
+def test_tls_options_hide_their_secret() -> None:
     assert "secret" not in repr(TLSOptions(key_password="secret"))

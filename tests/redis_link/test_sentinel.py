@@ -56,7 +56,7 @@ def asking(hosts: list[int], *, master: str = MASTER, **changes: Any) -> Sentine
     return Sentinels([(HOST, port) for port in hosts], master, RedisAddress(db=3), **options)
 
 
-async def test_the_master_is_found_with_credentials_of_its_own(calm: SentinelSetup) -> None:
+async def test_master_is_found_with_its_own_credentials(calm: SentinelSetup) -> None:
     like = RedisAddress("nowhere", 1, username="u", password="p", db=3)
     ports = [sentinel.port for sentinel in calm.sentinels]
     found = await Sentinels(
@@ -65,7 +65,7 @@ async def test_the_master_is_found_with_credentials_of_its_own(calm: SentinelSet
     assert found == RedisAddress(HOST, calm.servers[0].port, username="u", password="p", db=3)
 
 
-async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(calm: SentinelSetup) -> None:
+async def test_absent_or_hanging_sentinel_is_skipped(calm: SentinelSetup) -> None:
     hanging, answering = calm.sentinels[:2]
     hanging.signal(signal.SIGSTOP)
     try:
@@ -89,7 +89,7 @@ async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(calm: SentinelSet
     ],
     ids=["nobody there", "another name", "wrong password", "no Sentinel"],
 )
-async def test_what_is_told_when_there_is_no_master(
+async def test_missing_master_is_reported(
     calm: SentinelSetup, ask: Callable[[SentinelSetup], Sentinels], words: str
 ) -> None:
     sentinels = ask(calm)
@@ -100,7 +100,7 @@ async def test_what_is_told_when_there_is_no_master(
     assert await sentinels.find_later() is None
 
 
-async def test_sentinels_are_spoken_to_with_the_tls_of_the_master(tls_redis: RedisServer) -> None:
+async def test_sentinels_use_the_tls_options_of_the_master(tls_redis: RedisServer) -> None:
     for ca_file, words in ((str(tls_redis.ca_file), "unknown command"), (None, "certificate")):
         like = RedisAddress(tls=TLSOptions(ca_certs=ca_file))
         hosts = [("localhost", tls_redis.port)]
@@ -109,7 +109,7 @@ async def test_sentinels_are_spoken_to_with_the_tls_of_the_master(tls_redis: Red
             await sentinels.find()
 
 
-async def test_whoever_is_cancelled_waits_for_nothing_and_leaves_one_thread(
+async def test_cancelled_discovery_returns_at_once(
     calm: SentinelSetup,
 ) -> None:
     hanging = calm.sentinels[0]
@@ -128,7 +128,7 @@ async def test_whoever_is_cancelled_waits_for_nothing_and_leaves_one_thread(
     assert (await sentinels.find()).port == calm.servers[0].port
 
 
-async def test_hanging_sentinels_cost_no_more_than_the_connect_timeout(calm: SentinelSetup) -> None:
+async def test_hanging_sentinels_cost_at_most_the_connect_timeout(calm: SentinelSetup) -> None:
     for sentinel in calm.sentinels:
         sentinel.signal(signal.SIGSTOP)
     try:
@@ -198,7 +198,7 @@ FAILOVERS: dict[str, tuple[Callable[[SentinelSetup, RedisServer], None], set[str
 
 
 @pytest.mark.parametrize("fault", FAILOVERS)
-async def test_a_band_plays_on_while_the_master_is(
+async def test_band_plays_on_while_the_master_is(
     watched: SentinelSetup, nursery: trio.Nursery, fault: str
 ) -> None:
     act, reasons = FAILOVERS[fault]
@@ -233,7 +233,7 @@ async def test_a_band_plays_on_while_the_master_is(
     assert longest[0] < failover_s + 1
 
 
-async def test_what_the_promoted_replica_missed_is_back(
+async def test_changes_missed_by_the_promoted_replica_are_written_back(
     watched: SentinelSetup, nursery: trio.Nursery
 ) -> None:
     master, replica = watched.servers
@@ -275,7 +275,7 @@ def until_replicated(master: RedisServer, replica: RedisServer) -> None:
         pass
 
 
-async def test_sentinels_that_are_gone_change_nothing_until_they_are_needed(
+async def test_absent_sentinels_matter_only_at_a_failover(
     watched: SentinelSetup, nursery: trio.Nursery
 ) -> None:
     server = await start_server(nursery, **QUICK, **watched.settings())
@@ -297,7 +297,7 @@ async def test_sentinels_that_are_gone_change_nothing_until_they_are_needed(
         in_order(ann)
 
 
-async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(
+async def test_stale_master_is_left(
     redis_binary: None, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandsync.redis_link.sentinel._QUERY_PERIOD_S", 0.05)
@@ -319,7 +319,7 @@ async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: SentinelSetup) -> None:
+async def test_outdated_sentinel_is_used_once_at_most(watched: SentinelSetup) -> None:
     await blocking(watched.fail_over)
     new = await blocking(watched.wait_for_failover, watched.servers[0])
     with RedisServer() as old, ExitStack() as stack:
@@ -335,7 +335,7 @@ async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: Sentinel
         assert later is not None
         assert later.port == new.port
         for _ in everybody:
-            # Whoever answered last is asked first.
+            # The Sentinel that answered last is asked first.
             assert (await sentinels.find()).port == new.port
             assert await sentinels.find_later() is None
         # Unless it is the only one that answers.
@@ -344,7 +344,7 @@ async def test_a_sentinel_that_is_behind_is_not_believed_twice(watched: Sentinel
         assert (await sentinels.find()).port == old.port
 
 
-async def test_the_new_master_is_named_before_all_replicas_follow_it(redis_binary: None) -> None:
+async def test_new_master_is_used_before_all_replicas_follow(redis_binary: None) -> None:
     with SentinelSetup(replicas=2, user="guard") as watched:
         old, new, slow = watched.servers
         slow.cli("CONFIG", "SET", "replica-priority", 0)
@@ -372,7 +372,7 @@ async def test_the_new_master_is_named_before_all_replicas_follow_it(redis_binar
 
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["for good", "for a while"])
-async def test_a_master_that_hangs_is_left_however_patient_the_connection_to_it_is(
+async def test_hanging_master_is_left_within_the_health_timeout(
     redis_binary: None, nursery: trio.Nursery, goes_on: bool
 ) -> None:
     # The Sentinels take it for alive while we try to connect to it again.
@@ -392,7 +392,7 @@ async def test_a_master_that_hangs_is_left_however_patient_the_connection_to_it_
                 old.resume()
             await ann.next("storage_status", storageType="redis")
             await ann.ok("chat_message", text="again")
-            # Whoever went on took nothing: it was no master any more when it let us in.
+            # The stale master accepted no write: it was demoted before the connection.
             assert stored_chat(new) == ["hi", "again"]
             in_order(ann)
         nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""Which node has which key: pure."""
+"""Slots and their masters. Pure."""
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +25,7 @@ SLOTS = [
 ]
 
 
-def test_a_topology_is_read() -> None:
+def test_topology_is_parsed() -> None:
     topology = read_topology(SLOTS, "asked")
     assert topology.masters == (A, B, C)
     assert topology.uncovered == 0
@@ -33,13 +33,13 @@ def test_a_topology_is_read() -> None:
     assert owners == [A, A, B, B, C, C, A]
 
 
-def test_a_node_that_does_not_know_its_host_is_where_it_was_asked() -> None:
+def test_node_without_a_host_has_the_queried_address() -> None:
     for host in (None, b""):
         topology = read_topology([[0, 16_383, [host, 7, b"id"]]], "asked")
         assert topology.masters == (Endpoint("asked", 7),)
 
 
-def test_a_node_whose_name_is_not_known_is_called_by_its_address() -> None:
+def test_node_without_a_name_has_its_address() -> None:
     slots = [
         [0, 9, [b"?", 7, b"id", [b"ip", b"10.0.0.1"]]],
         [10, 19, [b"?", 7, b"id", [b"hostname", b""]]],
@@ -57,7 +57,7 @@ def test_a_node_whose_name_is_not_known_is_called_by_its_address() -> None:
     ]
 
 
-def test_slots_may_be_missing() -> None:
+def test_missing_slots_are_reported() -> None:
     assert read_topology([], "asked").uncovered == 16_384
     assert read_topology(SLOTS[1:], "asked").uncovered == 5000
 
@@ -77,7 +77,7 @@ def test_slots_may_be_missing() -> None:
         [[0, 5, [b"a", 65_536]]],
     ],
 )
-def test_what_is_no_topology_is_refused(junk: object) -> None:
+def test_malformed_topology_is_refused(junk: object) -> None:
     with pytest.raises(InvalidResponse):
         read_topology(junk, "asked")  # type: ignore[arg-type]
 
@@ -119,16 +119,18 @@ def test_slots_move_one_by_one(moves: list[tuple[int, Endpoint]]) -> None:
         (("COMMAND", "INFO", "SPUBLISH"), None),
     ],
 )
-def test_the_slot_of_a_command(command: tuple[object, ...], key: bytes | None) -> None:
+def test_slot_of_a_command_is_that_of_its_key(
+    command: tuple[object, ...], key: bytes | None
+) -> None:
     slot = slot_of_command(command)  # type: ignore[arg-type]
     assert slot == (None if key is None else key_slot(key))
 
 
-def test_a_sessions_key_and_channel_have_one_slot() -> None:
+def test_key_and_channel_of_a_session_share_a_slot() -> None:
     assert slot_of("bandsync:session:{é}") == slot_of("bandsync:events:{é}".encode())
 
 
-def test_redirections_are_read() -> None:
+def test_redirections_are_parsed() -> None:
     moved = reply_error("MOVED 3999 10.0.0.1:6381")
     assert isinstance(moved, MovedError)
     assert (moved.slot_id, moved.host, moved.port) == (3999, "10.0.0.1", 6381)
@@ -160,7 +162,7 @@ def test_redirections_are_read() -> None:
         "ASK 7 a:65536",
     ],
 )
-def test_a_redirection_to_nowhere_is_an_error_like_others(junk: str) -> None:
+def test_malformed_redirection_is_an_error(junk: str) -> None:
     error = reply_error(junk)
     assert type(error) is ResponseError
     assert str(error) == junk

@@ -35,7 +35,7 @@ async def link(shared_redis: RedisServer, nursery: trio.Nursery) -> AsyncIterato
 
 
 class Ears:
-    """What a subscriber heard."""
+    """Records the messages of a subscriber."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[bytes, bytes]] = []
@@ -102,7 +102,7 @@ def subscriber_to(
     )
 
 
-async def test_messages_of_what_is_subscribed(
+async def test_subscribed_messages_are_received(
     shared_redis: RedisServer, link: Link, nursery: trio.Nursery
 ) -> None:
     ears = Ears()
@@ -143,7 +143,9 @@ async def test_callers_may_be_cancelled(
     assert await ears.wait(1) == [(b"here", b"x")]
 
 
-async def test_a_refused_channel(redis_server: RedisServer, nursery: trio.Nursery) -> None:
+async def test_refused_channel_is_an_error(
+    redis_server: RedisServer, nursery: trio.Nursery
+) -> None:
     redis_server.cli("ACL", "SETUSER", "deaf", "on", ">pw", "~*", "&probe:*", "+@all")
     subscriber = subscriber_to(parse_address(f"redis://deaf:pw@{HOST}:{redis_server.port}"))
     await start(nursery, subscriber)
@@ -155,7 +157,7 @@ async def test_a_refused_channel(redis_server: RedisServer, nursery: trio.Nurser
     nursery.cancel_scope.cancel()
 
 
-async def test_a_refused_probe_channel(redis_server: RedisServer) -> None:
+async def test_refused_probe_channel_is_a_loss(redis_server: RedisServer) -> None:
     redis_server.cli("ACL", "SETUSER", "stone", "on", ">pw", "~*", "resetchannels", "+@all")
     subscriber = subscriber_to(parse_address(f"redis://stone:pw@{HOST}:{redis_server.port}"))
     with trio.fail_after(PATIENCE_S), pytest.raises(NoPermissionError):
@@ -163,7 +165,7 @@ async def test_a_refused_probe_channel(redis_server: RedisServer) -> None:
     assert not subscriber.usable
 
 
-async def test_probes_are_heard_and_not_passed_on(
+async def test_probes_are_not_delivered(
     shared_redis: RedisServer, link: Link, nursery: trio.Nursery
 ) -> None:
     ears = Ears()
@@ -179,7 +181,7 @@ async def test_probes_are_heard_and_not_passed_on(
     assert await ears.wait(1) == [(b"c", b"x")]
 
 
-async def test_a_connection_that_carries_nothing_any_more(
+async def test_missing_probes_are_a_loss(
     shared_redis: RedisServer, link: Link, nursery: trio.Nursery
 ) -> None:
     proxy = FaultProxy(shared_redis.port)
@@ -198,7 +200,7 @@ async def test_a_connection_that_carries_nothing_any_more(
         await subscriber.subscribe(b"c")
 
 
-async def test_a_killed_connection(
+async def test_killed_connection_is_a_loss(
     shared_redis: RedisServer, link: Link, nursery: trio.Nursery
 ) -> None:
     outcome = await start(nursery, subscriber_to(parse_address(shared_redis.url())))
@@ -230,7 +232,7 @@ def message(channel: bytes, payload: bytes) -> bytes:
     )
 
 
-async def test_silent_subscription(
+async def test_silent_subscription_is_a_loss(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -256,7 +258,7 @@ async def test_silent_subscription(
     assert trio.current_time() - began == pytest.approx(3.5)
 
 
-async def test_a_late_probe_is_a_proof(
+async def test_late_probe_counts(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -279,7 +281,7 @@ async def test_a_late_probe_is_a_proof(
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-async def test_a_probe_that_cannot_be_sent(
+async def test_failed_probe_is_not_a_loss_of_the_subscription(
     hangs: bool,
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
@@ -300,7 +302,7 @@ async def test_a_probe_that_cannot_be_sent(
     assert trio.current_time() - began == pytest.approx(3)
 
 
-async def test_an_unconfirmed_subscription(
+async def test_unconfirmed_subscription_is_a_loss(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -312,7 +314,7 @@ async def test_an_unconfirmed_subscription(
         await subscriber.subscribe(b"c")
 
 
-async def test_no_confirmation_of_the_probe_channel(
+async def test_unconfirmed_probe_channel_is_a_loss(
     autojump_clock: trio.testing.MockClock,
     monkeypatch: pytest.MonkeyPatch,
     nursery: trio.Nursery,
@@ -333,7 +335,7 @@ async def test_no_confirmation_of_the_probe_channel(
         b"junk\r\n",
     ],
 )
-async def test_surprises(
+async def test_unexpected_messages_are_a_loss(
     said: bytes, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
@@ -342,7 +344,7 @@ async def test_surprises(
     assert loss_reason(await outcome.wait()) == "protocol"
 
 
-async def test_the_wrong_confirmation(
+async def test_wrong_confirmation_is_a_loss(
     monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     scripted = ScriptedRedis(monkeypatch)
@@ -354,7 +356,7 @@ async def test_the_wrong_confirmation(
     assert loss_reason(await outcome.wait()) == "protocol"
 
 
-async def test_our_own_stall_is_not_the_silence_of_redis(
+async def test_own_stall_is_not_silence_of_redis(
     shared_redis: RedisServer, link: Link, nursery: trio.Nursery
 ) -> None:
     prober = Prober(link)
@@ -368,7 +370,7 @@ async def test_our_own_stall_is_not_the_silence_of_redis(
     assert outcome.error is None
 
 
-def test_on_asyncio(shared_redis: RedisServer) -> None:
+def test_subscriber_works_on_asyncio(shared_redis: RedisServer) -> None:
     async def main() -> None:
         heard = anyio.Event()
 

@@ -34,14 +34,14 @@ async def check(checks: HealthCheck, link: Link) -> None:
     await checks._check(link, write=True)  # noqa: SLF001
 
 
-async def test_a_check_refreshes_the_presence(shared_redis: RedisServer) -> None:
+async def test_check_refreshes_the_presence(shared_redis: RedisServer) -> None:
     async with open_link(shared_redis.url()) as link:
         await check(health("boot-1"), link)
         assert '"bootId":"boot-1"' in shared_redis.cli("GET", KEY)
         assert 0 < shared_redis.cli("PTTL", KEY) <= PRESENCE_EXPIRY_MS
 
 
-async def test_who_yields_does_not_hide_the_one_who_stays(shared_redis: RedisServer) -> None:
+async def test_yielding_server_keeps_the_entry_of_the_other(shared_redis: RedisServer) -> None:
     one, two = health("boot-1"), health("boot-2")
     async with open_link(shared_redis.url()) as link:
         # Neither had written when the other looked.
@@ -56,7 +56,7 @@ async def test_who_yields_does_not_hide_the_one_who_stays(shared_redis: RedisSer
 
 
 @pytest.mark.parametrize("junk", ["", "{", "[]", '{"bootId":7}', '{"bootId":null}'])
-async def test_an_entry_that_is_none_is_written_over(shared_redis: RedisServer, junk: str) -> None:
+async def test_malformed_entry_is_overwritten(shared_redis: RedisServer, junk: str) -> None:
     one = health("boot-1")
     async with open_link(shared_redis.url()) as link:
         await check(one, link)
@@ -87,7 +87,7 @@ class Reference:
         return [b"PONG", [b"%d" % (now_ms // 1000), b"%d" % (now_ms % 1000 * 1000)]]
 
 
-async def test_another_node_with_the_time_is_followed_without_a_jump(
+async def test_another_time_source_causes_no_step(
     autojump_clock: MockClock,
 ) -> None:
     clock = ServerClock(NOW, trio.current_time())
@@ -107,7 +107,7 @@ async def test_another_node_with_the_time_is_followed_without_a_jump(
     before_ms = clock.at(trio.current_time())
     await look()
     after_ms = clock.at(trio.current_time())
-    # What the nearer one said counts no more, and yet no song jumps.
+    # Samples of the nearer node are discarded, and the clock does not step.
     assert after_ms - before_ms == pytest.approx(4, abs=0.1)
     assert clock.error_ms == pytest.approx(20, abs=3)
     for _ in range(100):

@@ -16,7 +16,7 @@ async def stage(nursery: trio.Nursery) -> Stage:
     return Stage(nursery)
 
 
-async def test_at_the_start_redis_is_used_at_once(stage: Stage, autojump_clock: MockClock) -> None:
+async def test_first_connect_uses_redis_at_once(stage: Stage, autojump_clock: MockClock) -> None:
     stage.start()
     await stage.manager.settled.wait()
     assert trio.current_time() == stage.redis.attempts[0]
@@ -29,7 +29,7 @@ async def test_at_the_start_redis_is_used_at_once(stage: Stage, autojump_clock: 
     assert len(stage.redis.writes) == 1
 
 
-async def test_disabled_is_memory_for_good(nursery: trio.Nursery) -> None:
+async def test_disabled_redis_means_memory_for_ever(nursery: trio.Nursery) -> None:
     stage = Stage(nursery, enabled=False)
     await stage.manager.run(stage, stage.tell)
     assert stage.manager.settled.is_set()
@@ -37,9 +37,7 @@ async def test_disabled_is_memory_for_good(nursery: trio.Nursery) -> None:
     assert stage.manager.reason == "REDIS_ENABLED=false"
 
 
-async def test_without_redis_it_is_tried_again_for_ever(
-    stage: Stage, autojump_clock: MockClock
-) -> None:
+async def test_absent_redis_is_retried_for_ever(stage: Stage, autojump_clock: MockClock) -> None:
     stage.redis.there = False
     stage.start()
     await stage.manager.settled.wait()
@@ -64,7 +62,7 @@ async def test_without_redis_it_is_tried_again_for_ever(
     assert names.count("storage.unreachable") == 1
 
 
-async def test_a_loss_ends_the_era_and_everybody_is_told(
+async def test_loss_ends_the_era_and_notifies_the_host(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.start()
@@ -96,9 +94,7 @@ async def test_silence_is_a_loss_after_the_timeout(stage: Stage, autojump_clock:
     assert stage.told[-1][1] - started <= INTERVAL_S + TIMEOUT_S + 0.001
 
 
-async def test_a_redis_that_is_full_is_lost_although_it_answers(
-    stage: Stage, autojump_clock: MockClock
-) -> None:
+async def test_full_redis_is_a_loss(stage: Stage, autojump_clock: MockClock) -> None:
     stage.start()
     await stage.manager.settled.wait()
     stage.redis.full = True
@@ -110,7 +106,7 @@ async def test_a_redis_that_is_full_is_lost_although_it_answers(
     assert len(stage.migrations) == 1
 
 
-async def test_a_loss_has_the_reason_of_whoever_saw_it(
+async def test_loss_has_the_reason_of_its_first_observer(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.start()
@@ -124,7 +120,7 @@ async def test_a_loss_has_the_reason_of_whoever_saw_it(
     assert stage.counters.failovers == {"oom": 1}
 
 
-async def test_redis_is_used_again_after_three_checks_with_a_write(
+async def test_recovery_needs_three_checks_with_a_write(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.start()
@@ -144,7 +140,9 @@ async def test_redis_is_used_again_after_three_checks_with_a_write(
     assert recovery.outage_ms >= 2 * INTERVAL_S * 1000
 
 
-async def test_each_flap_doubles_what_is_asked_for(stage: Stage, autojump_clock: MockClock) -> None:
+async def test_each_flap_doubles_the_required_checks(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
     stage.start()
     await stage.manager.settled.wait()
     await trio.sleep(100)
@@ -163,15 +161,13 @@ async def test_each_flap_doubles_what_is_asked_for(stage: Stage, autojump_clock:
     assert round((trio.current_time() - stage.redis.attempts[-1]) / INTERVAL_S) + 1 == 3
 
 
-async def test_a_loss_while_migrating_is_just_a_loss(
-    stage: Stage, autojump_clock: MockClock
-) -> None:
+async def test_loss_during_a_migration_is_a_loss(stage: Stage, autojump_clock: MockClock) -> None:
     stage.gate = trio.Event()
     stage.start()
     await trio.sleep(1)
     assert stage.manager.mode == "migrating"
     assert stage.manager.storage_type == "memory"
-    # What is opened now is opened in Redis.
+    # New sessions are opened in Redis.
     assert stage.manager.era is stage.migrations[0]
     assert stage.manager.report().migration is not None
     stage.redis.drop()
@@ -185,7 +181,7 @@ async def test_a_loss_while_migrating_is_just_a_loss(
     assert len(stage.migrations) == 2
 
 
-async def test_sessions_from_before_redis_came_need_a_stable_redis(
+async def test_sessions_in_memory_require_a_stable_redis(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     await stage.keep_a_session()
@@ -194,7 +190,9 @@ async def test_sessions_from_before_redis_came_need_a_stable_redis(
     assert len(stage.redis.writes) == STABLE_CHECKS
 
 
-async def test_no_recovery_without_leave(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_no_recovery_without_auto_recover(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     stage = Stage(nursery, redis_auto_recover=False)
     stage.start()
     await stage.manager.settled.wait()
@@ -205,7 +203,7 @@ async def test_no_recovery_without_leave(nursery: trio.Nursery, autojump_clock: 
     assert "REDIS_AUTO_RECOVER=false" in (stage.manager.reason or "")
 
 
-async def test_a_required_redis_has_all_fast_attempts_to_appear(
+async def test_required_redis_is_awaited_for_all_fast_attempts(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     stage = Stage(nursery, redis_required=True, redis_max_retries=3)
@@ -215,7 +213,7 @@ async def test_a_required_redis_has_all_fast_attempts_to_appear(
     assert len(stage.redis.attempts) == 4
 
 
-async def test_before_the_end_nobody_waits_for_a_stable_redis(
+async def test_shutdown_does_not_wait_for_stability(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.start()
@@ -232,9 +230,7 @@ async def test_before_the_end_nobody_waits_for_a_stable_redis(
     assert trio.current_time() == started
 
 
-async def test_before_the_end_a_redis_that_is_not_there_is_tried_once(
-    stage: Stage, autojump_clock: MockClock
-) -> None:
+async def test_shutdown_tries_an_absent_redis_once(stage: Stage, autojump_clock: MockClock) -> None:
     stage.redis.there = False
     stage.start()
     await stage.manager.settled.wait()
@@ -247,7 +243,7 @@ async def test_before_the_end_a_redis_that_is_not_there_is_tried_once(
     assert trio.current_time() == started
 
 
-async def test_a_redis_that_cannot_do_what_we_need_is_not_used(
+async def test_redis_without_a_needed_command_is_not_used(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.redis.lacks_scripts = True

@@ -32,7 +32,7 @@ async def test_presence_is_refreshed_every_three_seconds(
     assert max(gaps) <= 3 + INTERVAL_S
 
 
-async def test_presence_does_not_expire_between_checks_that_are_far_apart(
+async def test_presence_does_not_expire_between_rare_checks(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     stage = Stage(nursery, redis_health_interval_ms=60_000)
@@ -45,7 +45,7 @@ async def test_presence_does_not_expire_between_checks_that_are_far_apart(
     assert 2 * max(gaps) < PRESENCE_EXPIRY_MS / 1000
 
 
-async def test_an_entry_of_an_earlier_life_is_taken_over(
+async def test_entry_of_an_earlier_process_is_taken_over(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.redis.entry = RIVAL
@@ -58,7 +58,7 @@ async def test_an_entry_of_an_earlier_life_is_taken_over(
     assert 3 <= trio.current_time() - stage.redis.attempts[0] <= 10
 
 
-async def test_a_live_server_of_the_same_name_keeps_us_out(
+async def test_live_server_of_the_same_name_prevents_the_start(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.redis.entry = RIVAL
@@ -73,7 +73,7 @@ async def test_a_live_server_of_the_same_name_keeps_us_out(
 
 @pytest.mark.parametrize("first", [0, 1], ids=["who stays is first", "who yields is first"])
 @pytest.mark.parametrize("lag_s", [0.0, 0.05, 0.09])
-async def test_of_two_servers_of_one_name_that_start_together_one_yields(
+async def test_one_of_two_servers_of_one_name_yields(
     nursery: trio.Nursery, autojump_clock: MockClock, first: int, lag_s: float
 ) -> None:
     one = Stage(nursery)
@@ -86,7 +86,7 @@ async def test_of_two_servers_of_one_name_that_start_together_one_yields(
     for stage in (one, two):
         await stage.manager.settled.wait()
         assert stage.modes() == ["redis"]
-    # Whoever yields tries again, until it is told why not.
+    # The yielding server retries for ever.
     await trio.sleep(300)
     before = len(two.told)
     await trio.sleep(300)
@@ -99,7 +99,7 @@ async def test_of_two_servers_of_one_name_that_start_together_one_yields(
     assert one.redis.entry.boot_id == "boot-1"
 
 
-async def test_who_yielded_uses_redis_when_the_other_one_is_gone(
+async def test_yielding_server_uses_redis_when_the_other_is_gone(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     one = Stage(nursery)
@@ -114,7 +114,7 @@ async def test_who_yielded_uses_redis_when_the_other_one_is_gone(
     assert two.manager.name_taken is None
 
 
-async def test_at_the_end_the_entry_is_taken_back(stage: Stage, autojump_clock: MockClock) -> None:
+async def test_shutdown_removes_the_entry(stage: Stage, autojump_clock: MockClock) -> None:
     stage.start()
     await stage.manager.settled.wait()
     assert stage.redis.entry is not None
@@ -124,7 +124,7 @@ async def test_at_the_end_the_entry_is_taken_back(stage: Stage, autojump_clock: 
     assert stage.redis.entry is None
 
 
-async def test_an_entry_of_a_process_that_has_ended_is_taken_over_at_once(
+async def test_entry_of_an_ended_process_is_taken_over_at_once(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.redis.entry = replace(RIVAL, pid=GONE)

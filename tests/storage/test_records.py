@@ -61,7 +61,7 @@ def stored(session: Session, base: Session | None = None, under: Fields | None =
 
 
 def told(before: Session, after: Session) -> CommittedChange:
-    """What the relay brings to other servers."""
+    """Apply the published change, as another server does."""
     fields, gone = changed_fields(before, after)
     change = read_channel_message(write_change(tip(before), tip(after), "hall", fields, gone, ()))
     assert isinstance(change, CommittedChange)
@@ -89,7 +89,7 @@ def readable() -> Fields:
 
 @given(steps)
 @settings(max_examples=150, deadline=None)
-def test_whatever_a_band_does_is_read_as_it_was_written(
+def test_any_session_is_read_as_it_was_written(
     script: list[tuple[str, str, int, float]],
 ) -> None:
     stage = Stage()
@@ -107,7 +107,7 @@ def test_whatever_a_band_does_is_read_as_it_was_written(
             assert patch_session(before, told(before, stage.session)) == stage.session
 
 
-def test_the_fields_are_those_of_the_protocol() -> None:
+def test_hash_has_the_fields_of_the_protocol() -> None:
     stage = a_band()
     session = stage.session
     assert session is not None
@@ -121,7 +121,7 @@ def test_the_fields_are_those_of_the_protocol() -> None:
         assert isinstance(json.loads(fields[name]), dict)
 
 
-def test_nothing_stored_gives_a_member_away() -> None:
+def test_stored_fields_contain_no_resume_secret() -> None:
     stage = a_band()
     assert stage.session is not None
     everything = b"".join(stored(stage.session).values()).decode()
@@ -146,7 +146,7 @@ def test_nothing_stored_gives_a_member_away() -> None:
     ],
     ids=repr,
 )
-def test_only_what_changed_is_written(name: str, command: Command, touched: set[str]) -> None:
+def test_only_changed_fields_are_written(name: str, command: Command, touched: set[str]) -> None:
     stage = a_band()
     before = stage.session
     stage.do(name, command)
@@ -158,7 +158,7 @@ def test_only_what_changed_is_written(name: str, command: Command, touched: set[
     assert gone == []
 
 
-def test_a_full_ring_is_written_one_slot_at_a_time() -> None:
+def test_full_ring_is_written_one_slot_at_a_time() -> None:
     stage = a_band()
     for number in range(CHAT_RING - 3):
         stage.do("Ann", ChatMessage(text=str(number)))
@@ -170,7 +170,7 @@ def test_a_full_ring_is_written_one_slot_at_a_time() -> None:
     assert len(read_session("song", stored(stage.session)).chat) == CHAT_RING
 
 
-def test_what_is_gone_from_the_session_is_gone_from_the_hash() -> None:
+def test_removed_parts_are_deleted_from_the_hash() -> None:
     stage = a_band()
     before = stage.session
     assert before is not None
@@ -184,7 +184,7 @@ def test_what_is_gone_from_the_session_is_gone_from_the_hash() -> None:
     assert set(fields) == {"head", f"member:{stage.ids['Bob']}"}
 
 
-def test_foreign_fields_are_tolerated_and_left_alone() -> None:
+def test_foreign_fields_are_tolerated_and_kept() -> None:
     stage = a_band()
     before = stage.session
     assert before is not None
@@ -198,7 +198,7 @@ def test_foreign_fields_are_tolerated_and_left_alone() -> None:
     assert not foreign.keys() & {*written, *gone}
 
 
-def test_keys_that_a_later_format_may_add_to_a_value_are_tolerated() -> None:
+def test_unknown_keys_of_a_value_are_tolerated() -> None:
     fields = readable()
     session = read_session("song", fields)
     for name in fields.keys() - TIP:
@@ -221,7 +221,7 @@ def first(prefix: str) -> Callable[[Fields], str]:
 
 
 @pytest.mark.parametrize("name", ["epoch", "version", "eventId", "head"])
-def test_a_hash_without_one_of_its_parts_is_unreadable(name: str) -> None:
+def test_hash_without_a_part_is_unreadable(name: str) -> None:
     fields = readable()
     del fields[name]
     with pytest.raises(UnreadableError, match=name):
@@ -236,7 +236,7 @@ def test_a_hash_without_one_of_its_parts_is_unreadable(name: str) -> None:
         *(b"007", b"+7", b" 7", b"7\n", b"1_000"),
     ],
 )
-def test_a_version_that_is_no_decimal_number_is_unreadable(version: bytes) -> None:
+def test_version_that_is_not_decimal_is_unreadable(version: bytes) -> None:
     fields = readable() | {"version": version}
     with pytest.raises(UnreadableError, match="version"):
         read_session("song", fields)
@@ -245,7 +245,7 @@ def test_a_version_that_is_no_decimal_number_is_unreadable(version: bytes) -> No
 
 
 @pytest.mark.parametrize("name", ["epoch", "eventId"])
-def test_a_tip_that_is_no_text_is_unreadable(name: str) -> None:
+def test_tip_that_is_not_text_is_unreadable(name: str) -> None:
     with pytest.raises(UnreadableError, match=name):
         read_session("song", readable() | {name: b"\xff\xfe"})
 
@@ -259,7 +259,7 @@ def test_a_tip_that_is_no_text_is_unreadable(name: str) -> None:
     ],
     ids=lambda value: repr(value[:12]),
 )
-def test_a_value_that_is_another_or_no_json_is_unreadable(kind: str, value: bytes) -> None:
+def test_value_with_other_or_no_json_is_unreadable(kind: str, value: bytes) -> None:
     fields = readable()
     name = first(kind)(fields)
     fields[name] = value
@@ -272,7 +272,7 @@ DEEP = b"[" * 50_000 + b"]" * 50_000
 
 
 @pytest.mark.parametrize("kind", ["head", "member:", "chat:"])
-def test_a_value_that_is_nested_deeply_where_nobody_looks_is_unreadable(kind: str) -> None:
+def test_deeply_nested_unknown_value_is_unreadable(kind: str) -> None:
     fields = readable()
     name = first(kind)(fields)
     fields[name] = fields[name][:-1] + b',"colour":' + DEEP + b"}"
@@ -294,19 +294,19 @@ MESSAGE = b'{"prev":null,"version":1,"eventId":"x","serverId":"hall","delta":{%s
     [(b'"head":' + DEEP, b"", b""), (b"", DEEP, b""), (b"", b"", b',"colour":' + DEEP)],
     ids=["delta", "frames", "elsewhere"],
 )
-def test_a_message_that_is_nested_deeply_is_none(parts: tuple[bytes, ...]) -> None:
+def test_deeply_nested_message_is_ignored(parts: tuple[bytes, ...]) -> None:
     assert read_channel_message(MESSAGE % (b"", b"", b"")) is not None
     assert read_channel_message(MESSAGE % parts) is None
 
 
-def test_a_whisper_that_is_nested_deeply_is_none() -> None:
+def test_deeply_nested_direct_message_is_ignored() -> None:
     whisper = write_direct_message("member", b'{"type":"leader_denied"}')
     assert read_channel_message(whisper) is not None
     assert read_channel_message(whisper[:-1] + b',"colour":' + DEEP + b"}") is None
     assert read_channel_message(write_direct_message("member", DEEP)) is None
 
 
-def test_a_presence_that_is_nested_deeply_is_unreadable() -> None:
+def test_deeply_nested_presence_is_unreadable() -> None:
     entry = Presence("boot-1", NOW, "http://here", ["song"], 1)
     value = write_presence(entry)
     assert read_presence(value) == entry
@@ -326,9 +326,7 @@ def test_a_presence_that_is_nested_deeply_is_unreadable() -> None:
 @pytest.mark.parametrize(
     "number", ["9" * 4300, str(2**53), "-1"], ids=["4300 digits", "2^53", "-1"]
 )
-def test_a_count_that_nobody_can_have_reached_is_unreadable(
-    kind: str, path: tuple[str, ...], number: str
-) -> None:
+def test_impossible_count_is_unreadable(kind: str, path: tuple[str, ...], number: str) -> None:
     fields = readable()
     name = first(kind)(fields)
     # Python writes no number of so many digits.
@@ -369,9 +367,7 @@ def test_a_count_that_nobody_can_have_reached_is_unreadable(
     ],
     ids=repr,
 )
-def test_a_value_out_of_its_range_or_place_is_unreadable(
-    kind: str, path: tuple[str, ...], value: object
-) -> None:
+def test_value_out_of_range_is_unreadable(kind: str, path: tuple[str, ...], value: object) -> None:
     fields = readable()
     name = first(kind)(fields)
     fields[name] = edited(fields[name], path, value)
@@ -382,7 +378,7 @@ def test_a_value_out_of_its_range_or_place_is_unreadable(
 @pytest.mark.parametrize("segment", [(), ("next",)], ids=["now", "next"])
 @pytest.mark.parametrize("key", ["anchorTime", "beat"])
 @pytest.mark.parametrize("value", [1e308, -1e308])
-def test_a_transport_that_no_arithmetic_can_bear_is_unreadable(
+def test_transport_with_overflowing_numbers_is_unreadable(
     segment: tuple[str, ...], key: str, value: float
 ) -> None:
     fields = readable()
@@ -395,14 +391,14 @@ def test_a_transport_that_no_arithmetic_can_bear_is_unreadable(
     ("source", "target"),
     [("chat:0", "chat:50"), ("chat:0", "chat:00"), ("chat:0", "chat:x"), ("chat:0", "chat:")],
 )
-def test_a_message_in_a_slot_that_is_none_is_unreadable(source: str, target: str) -> None:
+def test_chat_in_an_invalid_slot_is_unreadable(source: str, target: str) -> None:
     fields = readable()
     fields[target] = fields.pop(source)
     with pytest.raises(UnreadableError, match=f"^{target}: "):
         read_session("song", fields)
 
 
-def test_a_newer_format_says_so_whatever_else_it_changed() -> None:
+def test_newer_format_is_reported_as_such() -> None:
     fields = readable() | {"head": b'{"format": 2, "leader": "elsewhere"}'}
     with pytest.raises(UnreadableError, match="newer version"):
         read_session("song", fields)
@@ -420,7 +416,7 @@ def test_a_newer_format_says_so_whatever_else_it_changed() -> None:
     ],
     ids=repr,
 )
-def test_a_change_that_cannot_be_read_is_not_applied(delta: dict[str, object]) -> None:
+def test_unreadable_change_is_not_applied(delta: dict[str, object]) -> None:
     session = a_band().session
     assert session is not None
     raw = {name: Raw(json.dumps(value).encode()) for name, value in delta.items()}
@@ -429,7 +425,7 @@ def test_a_change_that_cannot_be_read_is_not_applied(delta: dict[str, object]) -
         patch_session(session, change)
 
 
-def test_a_change_that_deletes_what_is_not_there_changes_nothing_else() -> None:
+def test_deletion_of_an_absent_field_changes_nothing() -> None:
     session = a_band().session
     assert session is not None
     gone = dict.fromkeys(("chat:x", "chat:", "chat:00", "member:", "note"), Raw(b"null"))
@@ -439,7 +435,7 @@ def test_a_change_that_deletes_what_is_not_there_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("version", [-1, 0, 5, 2**53])
-def test_a_change_that_goes_nowhere_is_not_applied(version: int) -> None:
+def test_change_without_progress_is_not_applied(version: int) -> None:
     session = a_band().session
     assert session is not None
     assert session.version > 5

@@ -47,7 +47,7 @@ def test_each_kind_of_redis_has_its_link(settings: dict[str, Any], kind: type, t
         ({"redis_url": "redis://:hush@h/2", "redis_cluster": True}, "database"),
     ],
 )
-def test_a_url_that_cannot_be_meant_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_contradictory_url_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         access(**settings)
     assert "hush" not in str(caught.value)

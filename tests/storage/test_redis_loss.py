@@ -39,7 +39,7 @@ async def lost_everywhere(song: Band, reason: str, losses: LossList) -> None:
     assert not health.healthy
 
 
-async def test_a_redis_that_is_killed_is_lost(redis_server: RedisServer) -> None:
+async def test_killed_redis_is_a_loss(redis_server: RedisServer) -> None:
     losses = LossList()
     async with impatient(redis_server, losses) as storage:
         song = await band(storage)
@@ -47,7 +47,7 @@ async def test_a_redis_that_is_killed_is_lost(redis_server: RedisServer) -> None
         await lost_everywhere(song, "reset", losses)
 
 
-async def test_a_redis_that_is_silent_is_lost(redis_server: RedisServer) -> None:
+async def test_silent_redis_is_a_loss(redis_server: RedisServer) -> None:
     losses = LossList()
     async with impatient(redis_server, losses, silence_s=0.3) as storage:
         song = await band(storage)
@@ -67,7 +67,7 @@ async def lost_for_writing(song: Band, reason: str, losses: LossList, server: Re
     assert server.cli("EXISTS", "bandsync:session:{new}") == 0
 
 
-async def test_a_full_redis_is_lost_and_nothing_is_half_written(
+async def test_full_redis_is_a_loss_without_partial_writes(
     redis_server: RedisServer,
 ) -> None:
     losses = LossList()
@@ -80,7 +80,7 @@ async def test_a_full_redis_is_lost_and_nothing_is_half_written(
         assert await storage.get_session("song") == song.session
 
 
-async def test_a_change_that_deletes_and_sets_is_carried_out_whole_or_not_at_all(
+async def test_change_is_applied_atomically(
     redis_server: RedisServer,
 ) -> None:
     losses = LossList()
@@ -100,7 +100,7 @@ async def test_a_change_that_deletes_and_sets_is_carried_out_whole_or_not_at_all
             assert (result, stored) == (Lost("oom"), before)
 
 
-async def test_a_replica_is_lost(redis_server: RedisServer) -> None:
+async def test_replica_is_a_loss(redis_server: RedisServer) -> None:
     losses = LossList()
     async with impatient(redis_server, losses) as storage:
         song = await band(storage)
@@ -108,7 +108,7 @@ async def test_a_replica_is_lost(redis_server: RedisServer) -> None:
         await lost_for_writing(song, "readonly", losses, redis_server)
 
 
-async def test_a_replica_without_its_primary_is_lost(redis_server: RedisServer) -> None:
+async def test_replica_without_its_primary_is_a_loss(redis_server: RedisServer) -> None:
     losses = LossList()
     async with impatient(redis_server, losses) as storage:
         song = await band(storage)
@@ -120,7 +120,7 @@ async def test_a_replica_without_its_primary_is_lost(redis_server: RedisServer) 
         assert losses == ["masterdown"] * 3
 
 
-async def test_a_redis_that_cannot_save_is_lost(redis_server: RedisServer) -> None:
+async def test_redis_that_cannot_save_is_a_loss(redis_server: RedisServer) -> None:
     losses = LossList()
     async with impatient(redis_server, losses) as storage:
         song = await band(storage)
@@ -133,7 +133,7 @@ async def test_a_redis_that_cannot_save_is_lost(redis_server: RedisServer) -> No
         await lost_for_writing(song, "misconf", losses, redis_server)
 
 
-async def test_a_user_who_loses_the_right_to_write_is_lost(redis_server: RedisServer) -> None:
+async def test_revoked_write_permission_is_a_loss(redis_server: RedisServer) -> None:
     losses = LossList()
     async with impatient(redis_server, losses) as storage:
         song = await band(storage)
@@ -145,7 +145,7 @@ async def test_a_user_who_loses_the_right_to_write_is_lost(redis_server: RedisSe
         redis_server.cli("ACL", "SETUSER", "default", "allcommands")
 
 
-async def test_a_redis_that_is_busy_with_a_script_is_lost(
+async def test_redis_busy_with_a_script_is_a_loss(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
     losses = LossList()

@@ -34,7 +34,7 @@ async def storage(shared_redis: RedisServer, nursery: trio.Nursery) -> AsyncIter
         yield made
 
 
-async def test_the_hash_is_the_session(storage: RedisStorage, shared_redis: RedisServer) -> None:
+async def test_hash_contains_the_session(storage: RedisStorage, shared_redis: RedisServer) -> None:
     song = await band(storage)
     session = await song.play("Bob", ChatMessage(text="♪"))
     assert shared_redis.cli("TYPE", KEY) == "hash"
@@ -42,7 +42,7 @@ async def test_the_hash_is_the_session(storage: RedisStorage, shared_redis: Redi
     assert shared_redis.cli("KEYS", "*") == [KEY]
 
 
-async def test_members_and_messages_that_are_gone_leave_no_field(
+async def test_removed_members_and_messages_leave_no_field(
     storage: RedisStorage, shared_redis: RedisServer
 ) -> None:
     song = await band(storage)
@@ -54,7 +54,7 @@ async def test_members_and_messages_that_are_gone_leave_no_field(
     assert await storage.get_session("song") == session
 
 
-async def test_each_commit_is_told_on_the_channel_of_the_session(
+async def test_commit_is_published_on_the_channel(
     storage: RedisStorage, shared_redis: RedisServer
 ) -> None:
     with (
@@ -94,7 +94,7 @@ async def test_each_commit_is_told_on_the_channel_of_the_session(
         assert message["frames"][0]["version"] == message["version"] == played.version
         assert message["delta"].keys() == {"head"}
 
-        # Whoever has the state before can make the state after from what is told.
+        # The published change leads from the state before to the state after.
         song.now += TOMBSTONE_MS / 2
         await song.enter("Bob")
         told()
@@ -115,7 +115,7 @@ async def test_each_commit_is_told_on_the_channel_of_the_session(
         assert read_session("song", known) == last
 
 
-async def test_a_commit_that_is_refused_is_not_told(
+async def test_conflicting_commit_is_not_published(
     storage: RedisStorage, shared_redis: RedisServer
 ) -> None:
     song = await band(storage)
@@ -135,7 +135,7 @@ async def test_a_commit_that_is_refused_is_not_told(
         assert json.loads(message["data"])["eventId"] == after.event_id
 
 
-async def test_a_commit_and_a_touch_put_off_the_expiry(
+async def test_commit_and_touch_refresh_the_ttl(
     shared_redis: RedisServer, nursery: trio.Nursery
 ) -> None:
     async with redis_storage(shared_redis.url(), ttl_s=1000) as storage:
@@ -158,7 +158,7 @@ async def test_a_commit_and_a_touch_put_off_the_expiry(
         assert shared_redis.cli("TTL", KEY) <= 100
 
 
-async def test_touch_tells_the_tips(storage: RedisStorage, shared_redis: RedisServer) -> None:
+async def test_touch_returns_the_tips(storage: RedisStorage, shared_redis: RedisServer) -> None:
     song = await band(storage)
     assert song.session is not None
     shared_redis.cli("HSET", "bandsync:session:{foreign}", "version", "7")
@@ -173,7 +173,7 @@ async def test_touch_tells_the_tips(storage: RedisStorage, shared_redis: RedisSe
     assert await storage.touch([]) == {}
 
 
-async def test_a_conflict_brings_what_is_stored_in_one_round_trip(
+async def test_conflict_returns_the_stored_state_in_one_round_trip(
     storage: RedisStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     song = await band(storage)
@@ -193,7 +193,7 @@ async def test_a_conflict_brings_what_is_stored_in_one_round_trip(
     assert sent == ["EVALSHA", "EVALSHA"]
 
 
-async def test_of_many_who_commit_at_once_one_is_first(storage: RedisStorage) -> None:
+async def test_one_of_many_concurrent_commits_succeeds(storage: RedisStorage) -> None:
     song = await band(storage)
     base = song.session
     results: list[object] = []
@@ -209,7 +209,7 @@ async def test_of_many_who_commit_at_once_one_is_first(storage: RedisStorage) ->
     assert results.count(Conflict(winner.session)) == 19
 
 
-async def test_redis_may_forget_the_script(
+async def test_commit_survives_a_script_flush(
     storage: RedisStorage, shared_redis: RedisServer
 ) -> None:
     song = await band(storage)
@@ -237,7 +237,7 @@ UNREADABLE: list[tuple[str, list[tuple[str, ...]]]] = [
 
 
 @pytest.mark.parametrize("commands", [row[1] for row in UNREADABLE], ids=[x[0] for x in UNREADABLE])
-async def test_what_cannot_be_read_is_left_as_it_is(
+async def test_unreadable_session_is_not_touched(
     shared_redis: RedisServer, nursery: trio.Nursery, commands: list[tuple[str, ...]]
 ) -> None:
     losses = LossList()
@@ -262,7 +262,7 @@ async def test_what_cannot_be_read_is_left_as_it_is(
 
 
 @pytest.mark.parametrize("field", ["head", "member:", "chat:"])
-async def test_a_field_that_was_spoiled_is_left_as_it_is(
+async def test_corrupted_field_is_not_touched(
     storage: RedisStorage, shared_redis: RedisServer, field: str
 ) -> None:
     song = await band(storage)
@@ -282,9 +282,7 @@ async def test_a_field_that_was_spoiled_is_left_as_it_is(
     assert dumped(shared_redis) == before
 
 
-async def test_foreign_fields_of_a_session_survive(
-    storage: RedisStorage, shared_redis: RedisServer
-) -> None:
+async def test_foreign_fields_survive(storage: RedisStorage, shared_redis: RedisServer) -> None:
     song = await band(storage)
     shared_redis.cli("HSET", KEY, "note", "by hand")
     session = await song.play("Ann", ChatMessage(text="hi"))
@@ -293,7 +291,7 @@ async def test_foreign_fields_of_a_session_survive(
 
 
 @pytest.mark.parametrize("prefix", ["", "bandsync:", "b[a]n?d*:\\^", "Bühne:{x}:"])
-async def test_a_listing_has_the_sessions_of_its_prefix_and_no_others(
+async def test_listing_has_only_sessions_of_the_prefix(
     shared_redis: RedisServer, nursery: trio.Nursery, prefix: str
 ) -> None:
     async with open_link(shared_redis.url()) as link:
@@ -318,9 +316,7 @@ async def test_a_listing_has_the_sessions_of_its_prefix_and_no_others(
         assert sorted(session.session_id for session in listed) == sorted(names)
 
 
-async def test_servers_that_are_alive_are_found(
-    storage: RedisStorage, shared_redis: RedisServer
-) -> None:
+async def test_live_servers_are_found(storage: RedisStorage, shared_redis: RedisServer) -> None:
     shared_redis.cli(
         "SET",
         "bandsync:server:hall",
@@ -331,13 +327,13 @@ async def test_servers_that_are_alive_are_found(
     shared_redis.cli("HSET", "bandsync:server:hash", "a", "b")
     found = await storage.find_servers(["gone", "broken", "hall", "hash"])
     assert isinstance(found, dict)
-    # What cannot be read is not known to be gone.
+    # An unreadable key does not count as absent.
     assert all(isinstance(found[name], Unreadable) for name in ("broken", "hash"))
     assert (found["gone"], found["hall"]) == (None, Presence("b", 1.5, "http://hall", ["song"], 3))
 
 
 @pytest.mark.parametrize("size", [497, 498, 1000, 4100])
-async def test_a_session_of_thousands_is_written_and_read_whole(
+async def test_session_with_thousands_of_members_is_stored(
     storage: RedisStorage, shared_redis: RedisServer, size: int
 ) -> None:
     song = await band(storage)

@@ -116,7 +116,7 @@ class Channel:
 
     @property
     def channels(self) -> set[str]:
-        """What is subscribed now."""
+        """The subscribed channels."""
         return self.subscribers[-1].channels
 
     def die(self) -> None:
@@ -128,7 +128,7 @@ async def channel() -> Channel:
     return Channel()
 
 
-async def test_whatever_is_hosted_is_subscribed_and_then_caught_up(
+async def test_hosted_sessions_are_subscribed_and_resynced(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     channel.hosted = {"a", "b"}
@@ -145,7 +145,7 @@ async def test_whatever_is_hosted_is_subscribed_and_then_caught_up(
     assert channel.relay.listening
 
 
-async def test_after_a_loss_what_is_hosted_by_then_is_subscribed_and_caught_up(
+async def test_sessions_hosted_after_a_loss_are_subscribed_and_resynced(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     channel.hosted = {"a", "b"}
@@ -167,7 +167,7 @@ async def test_after_a_loss_what_is_hosted_by_then_is_subscribed_and_caught_up(
     assert [call.kwargs["event"] for call in channel.events.calls] == ["relay.lost"]
 
 
-async def test_whoever_cannot_be_reached_is_asked_less_and_less_often(
+async def test_unreachable_redis_is_retried_with_backoff(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     channel.refusals.extend(LinkLostError("nobody there", "refused") for _ in range(12))
@@ -193,7 +193,7 @@ async def test_whoever_cannot_be_reached_is_asked_less_and_less_often(
     assert channel.attempts[-1] - lost_at <= 0.1
 
 
-async def test_whoever_is_refused_for_hours_is_still_asked(
+async def test_refused_subscription_is_retried_for_hours(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     """As by an ACL: two to the power of all those failures is no float any more."""
@@ -203,7 +203,7 @@ async def test_whoever_is_refused_for_hours_is_still_asked(
     assert channel.relay.listening
 
 
-async def test_a_subscription_that_dies_again_and_again_does_not_spin(
+async def test_failing_subscription_does_not_spin(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     nursery.start_soon(channel.relay.run)
@@ -215,7 +215,7 @@ async def test_a_subscription_that_dies_again_and_again_does_not_spin(
     assert channel.counters.relay_losses == 20
 
 
-async def test_no_error_of_redis_gets_out(
+async def test_redis_errors_do_not_escape(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     channel.hosted = {"a", "b"}
@@ -232,7 +232,7 @@ async def test_no_error_of_redis_gets_out(
     assert channel.relay.listening
 
 
-async def test_it_ends_when_it_is_cancelled(channel: Channel, autojump_clock: MockClock) -> None:
+async def test_relay_ends_when_cancelled(channel: Channel, autojump_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.relay.run)
         await trio.sleep(1)
@@ -240,7 +240,7 @@ async def test_it_ends_when_it_is_cancelled(channel: Channel, autojump_clock: Mo
     assert not channel.relay.listening
 
 
-async def test_only_channels_of_sessions_are_passed_on(
+async def test_messages_of_other_channels_are_ignored(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     nursery.start_soon(channel.relay.run)
@@ -251,7 +251,7 @@ async def test_only_channels_of_sessions_are_passed_on(
     assert channel.heard == [("a", b"news"), ("{}", b"\xff")]
 
 
-async def test_what_is_hosted_is_not_unsubscribed(
+async def test_hosted_session_is_not_unsubscribed(
     channel: Channel, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     channel.hosted = {"a"}
@@ -275,7 +275,7 @@ class Hosting(RelayHarness):
         nursery.start_soon(self.channel.relay.run)
 
     async def left(self) -> set[str]:
-        """What is subscribed when nothing is under way."""
+        """The subscribed channels, once all work has ended."""
         await self.hub.finished()
         await wait_all_tasks_blocked()
         return self.channel.channels
@@ -291,7 +291,7 @@ async def stage(nursery: trio.Nursery, autojump_clock: MockClock) -> Hosting:
     return hosting
 
 
-async def test_a_channel_is_heard_before_its_session_is_read(
+async def test_channel_is_subscribed_before_the_session_is_read(
     stage: Hosting, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     stage.channel.gate = trio.Event()
@@ -305,7 +305,7 @@ async def test_a_channel_is_heard_before_its_session_is_read(
     assert await stage.left() == {SONG}
 
 
-async def test_whoever_joins_sees_what_was_said_while_the_session_was_read(
+async def test_joiner_sees_changes_published_during_the_read(
     stage: Hosting, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     await stage.commit_elsewhere(stage.bind("Cid"), "Cid", "far away")
@@ -335,9 +335,7 @@ async def leave(stage: HubHarness, ann: RecordingPeer, room: Room) -> None:
     assert await room.command(ann, LeaveSession(), "", "bye") is None
 
 
-async def test_the_last_one_to_leave_unsubscribes(
-    stage: Hosting, autojump_clock: MockClock
-) -> None:
+async def test_last_leave_unsubscribes(stage: Hosting, autojump_clock: MockClock) -> None:
     ann, room = await stage.join("Ann")
     bob, _ = await stage.join("Bob")
     await leave(stage, ann, room)
@@ -347,7 +345,7 @@ async def test_the_last_one_to_leave_unsubscribes(
     assert await stage.left() == set()
 
 
-async def test_a_session_that_is_opened_as_it_is_closed_stays_subscribed(
+async def test_session_reopened_while_closing_stays_subscribed(
     stage: Hosting, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
@@ -363,7 +361,7 @@ async def test_a_session_that_is_opened_as_it_is_closed_stays_subscribed(
     assert stage.hub.rooms["song"].peers.keys() == {"member Bob"}
 
 
-async def test_a_session_that_is_opened_while_it_is_unsubscribed_is_subscribed_again(
+async def test_session_opened_during_an_unsubscribe_is_subscribed_again(
     stage: Hosting, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     ann, room = await stage.join("Ann")
@@ -378,7 +376,7 @@ async def test_a_session_that_is_opened_while_it_is_unsubscribed_is_subscribed_a
     assert await stage.left() == {SONG}
 
 
-async def test_a_join_that_is_cancelled_while_it_reads_leaves_no_subscription(
+async def test_cancelled_join_leaves_no_subscription(
     stage: Hosting, autojump_clock: MockClock
 ) -> None:
     stage.remote.gate = trio.Event()
@@ -391,7 +389,7 @@ async def test_a_join_that_is_cancelled_while_it_reads_leaves_no_subscription(
     assert await stage.left() == set()
 
 
-async def test_a_session_that_cannot_be_read_leaves_no_subscription(
+async def test_unreadable_session_leaves_no_subscription(
     stage: Hosting, autojump_clock: MockClock
 ) -> None:
     stage.remote.unreadable.add("song")
@@ -401,9 +399,7 @@ async def test_a_session_that_cannot_be_read_leaves_no_subscription(
     assert await stage.left() == set()
 
 
-async def test_a_room_without_a_subscription_opens_all_the_same(
-    stage: Hosting, autojump_clock: MockClock
-) -> None:
+async def test_room_opens_without_a_subscription(stage: Hosting, autojump_clock: MockClock) -> None:
     stage.channel.errors.append(LinkLostError("gone"))
     ann, room = await stage.join("Ann")
     await stage.send_chat(room, ann, "hi")

@@ -93,7 +93,7 @@ class Channel:
 
 
 @pytest.mark.parametrize("count", [0, 1, ROOM_IN_THE_QUEUE, 5 * ROOM_IN_THE_QUEUE + 1])
-async def test_however_many_sessions_are_hosted_few_wait_at_once(
+async def test_number_of_pending_subscriptions_is_bounded(
     nursery: trio.Nursery, autojump_clock: MockClock, count: int
 ) -> None:
     made: list[CountingSubscriber] = []
@@ -113,7 +113,7 @@ async def test_however_many_sessions_are_hosted_few_wait_at_once(
     assert (subscriber.waiting, channel.lost) == (0, [])
 
 
-async def test_thousands_of_sessions_are_heard_through_a_queue_of_hundreds(
+async def test_thousands_of_sessions_are_received_through_a_small_queue(
     shared_redis: RedisServer, nursery: trio.Nursery
 ) -> None:
     async with open_link(shared_redis.url()) as link:

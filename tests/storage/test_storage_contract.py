@@ -58,7 +58,7 @@ async def joined(storage: Storage, name: str) -> Session:
     return decision.session
 
 
-async def test_there_is_nothing_at_first(storage: Storage) -> None:
+async def test_storage_is_empty_at_first(storage: Storage) -> None:
     assert await operations.get_session(storage, "song") is None
     assert await operations.list_sessions(storage) == []
     assert not await operations.delete_session(storage, "song")
@@ -97,13 +97,13 @@ async def test_commit_compares_tips(storage: Storage) -> None:
     assert isinstance(await storage.commit(None, two.session, ()), Conflict)
 
 
-async def test_a_commit_on_a_session_that_is_gone(storage: Storage) -> None:
+async def test_commit_on_a_deleted_session_is_a_conflict(storage: Storage) -> None:
     session = await joined(storage, "Ann")
     await operations.delete_session(storage, "song")
     assert await storage.commit(session, session, ()) == Conflict(None)
 
 
-async def test_members(storage: Storage) -> None:
+async def test_operations_add_and_remove_members(storage: Storage) -> None:
     await joined(storage, "Ann")
     session = await joined(storage, "Bob")
     assert [member.display_name for member in present(session)] == ["Ann", "Bob"]
@@ -133,7 +133,7 @@ class Raced(MemoryStorage):
 
 
 @pytest.mark.parametrize(("rivals", "wins"), [(0, True), (3, True), (100, False)])
-async def test_an_update_that_lost_is_decided_again(rivals: int, wins: bool) -> None:
+async def test_conflicting_update_is_decided_again(rivals: int, wins: bool) -> None:
     storage = Raced("boot-1", "for a test")
     await joined(storage, "Ann")
     storage.rivals = rivals
@@ -150,7 +150,7 @@ async def test_an_update_that_lost_is_decided_again(rivals: int, wins: bool) -> 
     assert stored.version == 1 + rivals + 1
 
 
-async def test_health(storage: Storage) -> None:
+async def test_health_check_reports_the_storage(storage: Storage) -> None:
     await joined(storage, "Ann")
     health = await operations.health_check(storage)
     assert health.healthy
@@ -158,7 +158,7 @@ async def test_health(storage: Storage) -> None:
     assert health.storage_type == storage.storage_type
 
 
-async def test_memory_forgets_idle_sessions() -> None:
+async def test_memory_expires_idle_sessions() -> None:
     storage = MemoryStorage("boot-1", "for a test")
     for number in range(6):
         session = new_session(f"s{number}", "e", HERE, NOW + number * 1000)
@@ -175,7 +175,7 @@ async def test_memory_forgets_idle_sessions() -> None:
 @pytest.mark.parametrize(
     "command", [ChatMessage(text="hi"), Play(), UpdateMessage(message="Verse")], ids=repr
 )
-async def test_memory_forgets_sessions_in_which_nothing_was_done_before_others(
+async def test_memory_expires_blank_sessions_first(
     command: Command,
 ) -> None:
     storage = MemoryStorage("boot-1", "for a test")
@@ -189,7 +189,7 @@ async def test_memory_forgets_sessions_in_which_nothing_was_done_before_others(
         assert band.session is not None
         await operations.create_session(storage, replace(band.session, session_id=f"s{number}"))
     assert storage.expire(NOW + 10_000, 60_000, (), 4) == ["s2", "s3"]
-    # Of those that are left, the longest idle.
+    # The longest idle sessions among the rest.
     assert storage.expire(NOW + 10_000, 60_000, (), 2) == ["s5", "s0"]
     # Nothing is kept beyond its time, whatever was done in it.
     assert storage.expire(NOW + 61_500, 60_000, (), 2) == ["s1"]

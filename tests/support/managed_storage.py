@@ -82,7 +82,7 @@ class ObedientLink(Link):
     def _write_presence(
         self, boot_id: Argument, entry: Argument, expiry_ms: Argument, owned: Argument
     ) -> Reply:
-        """What presence.lua does."""
+        """The same as presence.lua."""
         stored = self.redis.entry
         if stored is not None and owned and stored.boot_id < str(boot_id):
             return write_presence(stored)
@@ -119,7 +119,7 @@ class DeafSubscriber(Subscriber):
 
 
 class ObedientRedis:
-    """What the links of a manager find.
+    """The Redis that the links of a manager connect to.
 
     Attributes:
         attempts, writes: when somebody connected, and wrote its presence.

@@ -54,7 +54,7 @@ class Band(Stage):
         return result.session
 
     def next(self, name: str = "Ann", text: str = "lost?") -> Session:
-        """What would be committed next; it is not."""
+        """A next state that is not committed."""
         before = self.session
         self.do(name, ChatMessage(text=text))
         after, self.session = self.session, before
@@ -106,7 +106,7 @@ async def impatient(
     )
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        # What the link is lost for is for its callers to see.
+        # The callers of the link see the reason of the loss.
         with suppress(redis.RedisError):
             await link.run(task_status=task_status)
 
