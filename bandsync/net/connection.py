@@ -1,4 +1,4 @@
-"""One WebSocket connection: the life of its socket, from the upgrade to the close."""
+"""One WebSocket connection: its socket from the upgrade to the close."""
 
 import secrets
 from collections.abc import Callable

@@ -115,7 +115,7 @@ class Hub:
         room.unregister(peer, peer.member_id)
         self.finish(room.drop, peer.member_id, peer.connection_id, reason)
 
-    def hear(self, session_id: str, payload: bytes) -> None:
+    def receive(self, session_id: str, payload: bytes) -> None:
         """Give a relay message to its room. Never blocks."""
         room = self.rooms.get(session_id)
         if room is not None:

@@ -45,5 +45,5 @@ class Host(Protocol):
     async def compare(self, era: Era) -> None:
         """Anti-entropy: compare all hosted sessions with the stored ones, and resync."""
 
-    def hear(self, session_id: str, payload: bytes) -> None:
+    def receive(self, session_id: str, payload: bytes) -> None:
         """Receive a message of a session's channel. Never blocks."""

@@ -279,7 +279,7 @@ class StorageManager:
             partial(redis.subscriber, link),
             redis.keys,
             hosted=lambda: host.rooms,
-            on_message=host.hear,
+            on_message=host.receive,
             resync=partial(host.compare, era),
             counters=self._counters,
             log=self._log,

@@ -277,7 +277,7 @@ class Server:
             return False
         return True
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Apply relayed commits that follow the mirror; read the store after a gap."""
         if not (self.hosting and self.on_redis and self.reachable and self.link):
             return
@@ -459,7 +459,7 @@ class Server:
                 self.checked_at = world.now
                 if self.deaf:
                     self.deaf = False
-                self.hear()
+                self.receive()
         self.audit()
         self.close_if_empty()
 
@@ -545,7 +545,7 @@ class World:
         for _ in range(2):
             for server in self.servers:
                 if server.up:
-                    server.hear()
+                    server.receive()
 
     def join(self, client: Client, server: Server, *, resume: bool) -> None:
         if server.up and not client.connection_id:
@@ -626,7 +626,7 @@ class World:
                 self.pump()
             case "hear":
                 if server.up:
-                    server.hear()
+                    server.receive()
             case "join" | "resume":
                 self.join(client, server, resume=what == "resume" and bool(client.token))
             case "drop" | "half":

@@ -138,7 +138,7 @@ async def test_reasserted_member_gets_a_full_grace_when_it_drops(
     room = watched.hub.rooms["song"]
     for _ in range(2):
         # The other server detected a failure of ours and disconnected its member.
-        watched.hub.hear("song", await watched.drop_remotely("Ann"))
+        watched.hub.receive("song", await watched.drop_remotely("Ann"))
         await watched.hub.finished()
         assert watched.stored().members["member Ann"].connected
         await trio.sleep(GRACE_S * 0.4)

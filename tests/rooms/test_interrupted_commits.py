@@ -143,7 +143,7 @@ async def test_error_in_buffered_message_releases_the_lock(
         patched.setattr("bandsync.rooms.relay_inbox.read_channel_message", stumble)
         nursery.start_soon(say)
         await wait_all_tasks_blocked()
-        stage.hub.hear("song", b"{}")
+        stage.hub.receive("song", b"{}")
         stage.remote.gate.set()
         await wait_all_tasks_blocked()
     assert not room.lock.locked()

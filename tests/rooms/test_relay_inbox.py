@@ -224,7 +224,7 @@ async def test_direct_message_reaches_its_member_only(
     assert asked() == (1, 0)
     stage.receive(write_direct_message("member Cid", b'{"type":"leader_requested"}'))
     stage.receive(write_direct_message("", b'{"type":"leader_requested"}'))
-    stage.hub.hear("another song", whisper)
+    stage.hub.receive("another song", whisper)
     # It is buffered like every other message.
     stage.remote.gate = trio.Event()
     nursery.start_soon(stage.send_chat, stage.room, stage.ann, "hi")

@@ -231,7 +231,7 @@ class Stage:
     async def compare(self, era: Era) -> None:
         """Nothing is committed unheard here."""
 
-    def hear(self, session_id: str, payload: bytes) -> None:
+    def receive(self, session_id: str, payload: bytes) -> None:
         raise AssertionError(session_id)
 
     def tell(self) -> None:

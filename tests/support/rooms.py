@@ -291,7 +291,7 @@ class RelayHarness(HubHarness):
 
     def receive(self, *payloads: bytes) -> None:
         for payload in payloads:
-            self.hub.hear("song", payload)
+            self.hub.receive("song", payload)
 
     @property
     def reads(self) -> int:

@@ -159,7 +159,7 @@ function state() {
   const asOf = latest === null ? "" : `What is shown is as of ${duration(silentMs())} ago.`;
   const since = latest === null ? null : latest.overview.now;
   if (failure !== null) {
-    return { level: "bad", text: "This screen cannot show what the server tells.", meaning: `Load it again: the server may be newer than it. (${failure})`, since: null, others: [] };
+    return { level: "bad", text: "This screen cannot show the server's answer.", meaning: `Load it again: the server may be newer than it. (${failure})`, since: null, others: [] };
   }
   if (!isAway()) {
     if (latest === null) return null;
@@ -225,7 +225,7 @@ function drawStorage() {
   say(at("mode"), away ? "–" : mode(storage));
   say(at("address"), storage.redisStatus.address ?? "not configured");
   say(at("link"), away ? "–" : link(storage));
-  say(at("listening"), away || !failed ? "–" : storage.listening ? "heard" : "not heard");
+  say(at("listening"), away || !failed ? "–" : storage.listening ? "connected" : "not connected");
   say(at("kept"), away ? "–" : counted(storage.keptInMemory, "session"));
   const happenings = past.happenings();
   const from = span === "recent" ? now() - past.spanMs(now()) : Math.min(now() - 60_000, firstEvent());

@@ -49,7 +49,7 @@ export class Past {
     return SPANS_MS.find((span) => span >= age && span < this.keptMs) ?? this.keptMs;
   }
 
-  /** The life of the server that was heard last, or null. */
+  /** Boot id of the server that answered last, or null. */
   get boot() {
     return this.boots.at(-1) ?? null;
   }

@@ -20,7 +20,7 @@ const NOISE = 1e-4;
 
 export class Click {
   #read;
-  #tell;
+  #onChange;
   #context = null;
   #gain = null;
   #timer = 0;
@@ -30,11 +30,11 @@ export class Click {
    * @param {() => {transport: object, countInFrom: number | null, now: number,
    *   toLocal: (t: number) => number, trimMs: number} | null} read as of the session; `toLocal` gives
    *   `performance.now()` of an instant.
-   * @param {() => void} tell that `on` or `silent` has changed
+   * @param {() => void} onChange called when `on` or `silent` has changed
    */
-  constructor(read, tell) {
+  constructor(read, onChange) {
     this.#read = read;
-    this.#tell = tell;
+    this.#onChange = onChange;
     // A call or another app may suspend the audio; browsers need a touch to resume it.
     for (const type of ["visibilitychange", "pointerdown", "keydown"]) {
       document.addEventListener(type, () => { if (this.silent) this.#context.resume(); });
@@ -59,13 +59,13 @@ export class Click {
   async start(volume) {
     if (this.#context === null) {
       this.#context = new AudioContext({ latencyHint: "interactive" });
-      this.#context.addEventListener("statechange", () => this.#tell());
+      this.#context.addEventListener("statechange", () => this.#onChange());
       this.#gain = this.#context.createGain();
       this.#gain.connect(this.#context.destination);
     }
     this.volume = volume;
     if (this.#timer === 0) this.#timer = setInterval(() => this.#plan(), LOOK_EVERY_MS);
-    this.#tell();
+    this.#onChange();
     await this.#context.resume();
   }
 
@@ -74,7 +74,7 @@ export class Click {
     this.#timer = 0;
     this.#forget();
     this.#context?.suspend();
-    this.#tell();
+    this.#onChange();
   }
 
   /** From 0 to 1. */
@@ -102,15 +102,15 @@ export class Click {
     const state = this.#read();
     if (state === null || this.silent) return this.#forget();
     const { transport, countInFrom, now, toLocal, trimMs } = state;
-    const heard = now + trimMs;
+    const audible = now + trimMs;
     const whenOf = (at) => this.#audioTime(toLocal(at - trimMs));
     const time = this.#context.currentTime;
     for (const [beat, { node, at, when }] of this.#planned) {
       const moved = when > time + SETTLED_S && Math.abs(whenOf(at) - when) > MOVED_S;
       if (moved) node.stop();
-      if (moved || at < heard - KEPT_MS) this.#planned.delete(beat);
+      if (moved || at < audible - KEPT_MS) this.#planned.delete(beat);
     }
-    for (const { beat, at, first, period } of upcoming(transport, heard, heard + AHEAD_MS, countInFrom)) {
+    for (const { beat, at, first, period } of upcoming(transport, audible, audible + AHEAD_MS, countInFrom)) {
       const known = this.#planned.get(beat);
       // The same number much later is another beat, after a seek backwards.
       if (known && Math.abs(known.at - at) < period / 2) continue;

@@ -34,7 +34,7 @@ export class Preferences {
  * The membership of this tab, so that a reload resumes the same member. It is kept per tab, because
  * two tabs with one resume token would supersede each other for ever.
  */
-export const seat = {
+export const savedMember = {
   /** @returns {{sessionId: string, displayName: string, resumeToken: string, pass: string} | null} */
   get() {
     return recall("sessionStorage", "seat");

@@ -9,7 +9,7 @@ import { BeatLight } from "./beat.js";
 import { Chat } from "./chat.js";
 import { Click } from "./click.js";
 import { Conductor } from "./conduct.js";
-import { Preferences, WakeLock, keepPage, seat, showTheme } from "./device.js";
+import { Preferences, WakeLock, keepPage, savedMember, showTheme } from "./device.js";
 import { Members } from "./members.js";
 import { invite } from "./share.js";
 import { named, news, refusal, stateOf, trouble } from "./words.js";
@@ -76,7 +76,7 @@ async function enter(sessionId, displayName, resumeToken) {
     resumeToken,
   }));
   const keep = () =>
-    seat.set({ sessionId, displayName, pass, resumeToken: mine.resumeToken });
+    savedMember.set({ sessionId, displayName, pass, resumeToken: mine.resumeToken });
   listen(mine, keep);
   // The link is shared: remove this member's token.
   if (location.hash !== `#${sessionId}`) history.replaceState(null, "", `#${sessionId}`);
@@ -135,7 +135,7 @@ function leave(error = null) {
   const old = band;
   band = null;
   old?.close();
-  seat.set(null);
+  savedMember.set(null);
   reset();
   if (error !== null) {
     setText($("problem"), explained(error));
@@ -165,7 +165,7 @@ function reset() {
 function explained({ code, message }) {
   if (code === "superseded") return "You went on in another tab or window. Join to go on here.";
   if (code === "session_full") return "This session is full: somebody has to leave first.";
-  if (code === "unauthorized") return `This session needs a pass, from whoever invited you. (${message})`;
+  if (code === "unauthorized") return `This session needs a pass, from the person who invited you. (${message})`;
   return message;
 }
 
@@ -236,8 +236,8 @@ function requestButton(text, act) {
 
 function showClick() {
   $("click").setAttribute("aria-pressed", String(click.on));
-  const heard = click.silent ? "Touch to hear" : "Click on";
-  setText($("click"), click.on ? heard : "Click off");
+  const whenOn = click.silent ? "Touch to hear" : "Click on";
+  setText($("click"), click.on ? whenOn : "Click off");
 }
 
 function showTrims() {
@@ -353,7 +353,7 @@ addEventListener("hashchange", () => {
 // --- Start ---
 
 const { sessionId, given } = fromLink();
-const kept = seat.get();
+const kept = savedMember.get();
 pass = $("pass").value = given;
 $("name").value = preferences.get("name");
 $("session").value = sessionId || kept?.sessionId || preferences.get("session") || freshSession();
