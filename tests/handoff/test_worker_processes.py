@@ -177,6 +177,7 @@ async def test_session_of_a_killed_worker_resumes_on_another(redis_server: Redis
         assert server_of(await member(group, nursery, session_id)) == "stage-1"
 
 
+@pytest.mark.slow
 async def test_session_of_an_unresponsive_worker_resumes_on_another(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from rich.console import Console
 
 from scripts.testbed.redis_server import RedisServer, free_port
@@ -166,6 +167,7 @@ def test_screen_outlives_a_server_and_ends_at_sigint(start_process: Start) -> No
         assert process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.slow
 def test_samples_continue_over_a_restart(start_process: Start) -> None:
     server = start_process(SERVER_ID="stage-left")
     watched = Watched(server.url)

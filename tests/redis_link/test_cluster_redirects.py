@@ -109,6 +109,7 @@ async def test_redirections_are_bounded(mended: RedisCluster) -> None:
     source.cli("CLUSTER", "SETSLOT", key_slot(key.encode()), "STABLE")
 
 
+@pytest.mark.slow
 async def test_nodes_may_join_and_leave(
     redis_binary: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +249,7 @@ async def test_node_without_a_master_is_not_retried_for_each_command(
         node.cli("CLUSTER", "ADDSLOTS", slot)
 
 
+@pytest.mark.slow
 async def test_other_seeds_are_used_without_the_configured_node(
     redis_binary: None, nursery: trio.Nursery
 ) -> None:

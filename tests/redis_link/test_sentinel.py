@@ -197,6 +197,7 @@ FAILOVERS: dict[str, tuple[Callable[[SentinelSetup, RedisServer], None], set[str
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAILOVERS)
 async def test_band_plays_on_while_the_master_is(
     watched: SentinelSetup, nursery: trio.Nursery, fault: str
@@ -371,6 +372,7 @@ async def test_new_master_is_used_before_all_replicas_follow(redis_binary: None)
         assert (await asking([leader.port], password=None).find()).port == new.port
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goes_on", [False, True], ids=["for good", "for a while"])
 async def test_hanging_master_is_left_within_the_health_timeout(
     redis_binary: None, nursery: trio.Nursery, goes_on: bool

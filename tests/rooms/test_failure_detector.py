@@ -303,6 +303,7 @@ async def test_server_reusing_a_name_inherits_no_members(
     await cluster.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how_long", ["missed", "removed"])
 async def test_members_of_paused_server_come_back(
     nursery: trio.Nursery, tmp_path: Path, redis_server: RedisServer, brisk: None, how_long: str

@@ -112,6 +112,7 @@ async def test_worker_that_does_not_drain_is_killed(
         assert killed["server_id"] == "stage-2"
 
 
+@pytest.mark.slow
 async def test_worker_without_heartbeats_is_killed_and_replaced(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ async def test_worker_without_heartbeats_is_killed_and_replaced(
         assert len(group.log.all("worker.killed")) == 1
 
 
+@pytest.mark.slow
 async def test_replacement_is_one_worker_at_a_time_and_refuses_no_client(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +261,7 @@ async def test_taken_own_port_refuses_the_start(redis_server: RedisServer) -> No
             )
 
 
+@pytest.mark.slow
 async def test_workers_serve_from_memory_without_redis_and_a_restarted_one_waits_for_it(
     redis_server: RedisServer,
 ) -> None:
