@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trio
 from websockets.sync.client import connect
 
 from bandsync import __version__
@@ -45,7 +46,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(command, check=True, timeout=300)
     # The dependencies are those installed for the tests. Python reads no `.pth` files in folders
     # that come from one, so that an editable installation of this repository is out of reach.
-    installed = site.getsitepackages()
+    installed = [str(Path(trio.__file__).parents[1]), *site.getsitepackages()]
     (packages,) = folder.glob("lib/python*/site-packages")
     packages.joinpath("dependencies.pth").write_text("\n".join(installed))
     return folder / "bin"
