@@ -69,7 +69,7 @@ def test_python_example_runs(start_process: Start, tmp_path: Path) -> None:
         leader.send('{"type": "join_session"}')
         try:
             while '"user_joined"' not in leader.recv(PATIENCE_S):
-                pass
+                assert process.poll() is None, "the example ended"
             assert process.stdout is not None
             # The example opens its event stream shortly after the join: send until it prints.
             for _ in range(100):
