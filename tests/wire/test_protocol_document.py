@@ -10,12 +10,25 @@ import pytest
 from msgspec import Struct, structs
 
 from bandsync.model.session import CHAT_RING, SessionSettings
-from bandsync.model.transport import Segment, Transport
+from bandsync.model.transport import At, Segment, Transport
+from bandsync.net.dispatch import MAX_BAD_MESSAGES_PER_MINUTE
 from bandsync.rules import decide
+from bandsync.rules.admission import DEFAULT_DISPLAY_NAME
 from bandsync.settings import OPTIONS
+from bandsync.storage.base import Presence
+from bandsync.storage.channel_messages import CommittedChange, ConnectionStats, DirectMessage
 from bandsync.wire import messages
 from bandsync.wire.close_codes import CloseCode
-from bandsync.wire.commands import MAX_REQUEST_ID, MAX_TIMESTAMP_DISTANCE_MS, ClientMessage
+from bandsync.wire.commands import (
+    MAX_REQUEST_ID,
+    MAX_TIMESTAMP_DISTANCE_MS,
+    ClientMessage,
+    JoinSession,
+    Play,
+    Seek,
+    SetTempo,
+    is_session_id,
+)
 from bandsync.wire.http_messages import MAX_HEAD_BYTES
 from bandsync.wire.messages import (
     ChatView,
@@ -157,6 +170,61 @@ def test_other_limits_are_documented() -> None:
     assert f"over {decide.FOLLOWER_DRIFT_MS:.0f} ms is answered" in DOCUMENT
 
 
+def test_session_id_has_the_documented_length() -> None:
+    match = re.match(r"1 to (\d+) of ", documented_range("sessionId"))
+    assert match is not None
+    longest = int(match[1])
+    for length, valid in (0, False), (1, True), (longest, True), (longest + 1, False):
+        assert is_session_id("a" * length) is valid
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [("sync_report", "errorMs"), ("sync_request", "version")]
+)
+def test_minima_are_those_of_the_messages(kind: str, field: str) -> None:
+    limits = limits_of(kind, field)
+    assert "maximum" not in limits
+    assert f"{limits['minimum']:.0f} or more" in documented_range(field)
+
+
+def test_defaults_are_documented() -> None:
+    def default(struct: type[Struct], field: str) -> object:
+        (found,) = [each.default for each in structs.fields(struct) if each.name == field]
+        return found
+
+    assert f"default `{DEFAULT_DISPLAY_NAME}`" in documented_range("displayName")
+    assert f"default {default(Play, 'count_in_beats')}" in documented_range("countInBeats")
+    for struct in (Seek, SetTempo):
+        assert f"`{default(struct, 'at')}` (default)" in documented_range("at")
+    assert f"`ticks` (default `{str(default(JoinSession, 'ticks')).lower()}`)" in DOCUMENT
+
+
+def test_values_of_at_are_documented() -> None:
+    assert set(get_args(At)) == set(names(documented_range("at")))
+
+
+def test_qualities_begin_at_the_documented_round_trips() -> None:
+    match = re.search(
+        r"`excellent` up to (\d+) ms .*`good` up to (\d+), `fair` up to (\d+)", DOCUMENT
+    )
+    assert match is not None
+    steps = ("excellent", "good"), ("good", "fair"), ("fair", "poor")
+    for bound, step in zip(map(float, match.groups()), steps, strict=True):
+        assert (messages.quality(bound), messages.quality(bound + 0.001)) == step
+
+
+def test_abuse_limit_is_documented() -> None:
+    (meaning,) = [row[1] for row in rows("Errors") if names(row[0]) == ["bad_message"]]
+    assert f"the {MAX_BAD_MESSAGES_PER_MINUTE}th within a minute" in meaning
+
+
+def test_redis_messages_have_the_documented_fields() -> None:
+    content = {names(row[0])[0]: set(names(row[2])) for row in rows("Redis")}
+    built = fields(CommittedChange) | fields(DirectMessage) | fields(ConnectionStats)
+    assert content["events:{ID}"] == built | {"epoch"}  # `prev` is a tip: epoch, version, eventId
+    assert content["server:SERVERID"] == {name.rstrip("?") for name in fields(Presence)}
+
+
 def test_rates_are_documented() -> None:
     table = {(names(row[0]) or ["*"])[0]: float(row[1]) for row in rows("Rate limits and bounds")}
     assert table.pop("*") == OTHER_RATE_PER_SECOND
@@ -170,7 +238,9 @@ def test_bounds_are_the_defaults_of_their_settings() -> None:
         if names(setting):
             assert number == defaults[names(setting)[0]], title
         else:
-            assert int(number) in {MAX_HEAD_BYTES, CHAT_RING}, title
+            assert (
+                int(number) == {"HTTP head": MAX_HEAD_BYTES, "chat messages kept": CHAT_RING}[title]
+            )
 
 
 def test_error_codes_are_documented() -> None:
